@@ -1,0 +1,8 @@
+"""The one exception that means "the input is wrong, and here is what to change"."""
+
+
+class InputError(ValueError):
+    """Bad input: one sentence that names the argument, what was expected and what came.
+
+    The command line prints it without a traceback and ends with exit code 2.
+    """

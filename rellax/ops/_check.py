@@ -1,0 +1,47 @@
+"""Argument errors of the operators, all in one form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rellax.errors import InputError
+
+
+def bad(name: str, expected: str, got: object) -> InputError:
+    """The error for argument `name`; a tensor is shown by its shape, dtype and device."""
+    if isinstance(got, Tensor):
+        got = f"{tuple(got.shape)} {str(got.dtype).removeprefix('torch.')} on {got.device}"
+    return InputError(f"{name}: expected {expected}, got {got}")
+
+
+def check_shape(
+    name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str, device: torch.device
+) -> None:
+    """Raise unless `tensor` has `shape` (written as `meaning`, e.g. "(r, d_in)") and lies on `device`."""
+    if tuple(tensor.shape) != shape:
+        raise bad(name, f"shape {meaning} = {shape}", tensor)
+    if tensor.device != device:
+        raise bad(name, f"a tensor on {device}", tensor)
+
+
+def can_read(tensor: Tensor) -> bool:
+    """Whether values may be checked now: on a CPU, outside of tracing. A GPU is never made to wait for a check."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, instances: int | None, tokens: int, device: torch.device) -> None:
+    """Raise unless `cu_seqlens` (B + 1,) int32 rises from 0 to `tokens`; values are read on a CPU only."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.device != device:
+        raise bad("cu_seqlens", f"shape (B + 1,) int32 on {device}", cu_seqlens)
+    if instances is not None and cu_seqlens.shape[0] != instances + 1:
+        raise bad("cu_seqlens", f"shape (B + 1,) = ({instances + 1},)", cu_seqlens)
+    if can_read(cu_seqlens):
+        ends = cu_seqlens.tolist()
+        if (
+            not ends
+            or ends[0] != 0
+            or ends[-1] != tokens
+            or any(a > b for a, b in zip(ends, ends[1:], strict=False))
+        ):
+            raise bad("cu_seqlens", f"offsets that rise from 0 to the {tokens} tokens", ends)

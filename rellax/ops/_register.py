@@ -1,0 +1,123 @@
+"""The only place where a backend is chosen.
+
+An operator hands over its implementations; which of them runs is decided per call, by the device of the
+tensors and the environment variable ``RELLAX_BACKEND``:
+
+========== =====================================================================================
+unset      CUDA: Triton; CPU: C++; anywhere else, and where an operator has no such kernel: PyTorch
+reference  plain PyTorch everywhere
+cpp        C++, and an error where it cannot run
+triton     Triton, and an error where it cannot run (a CPU needs ``TRITON_INTERPRET=1``)
+========== =====================================================================================
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rellax.errors import InputError
+
+BACKENDS = ("reference", "cpp", "triton")
+
+
+@functools.cache
+def extension_built() -> bool:
+    """Whether the C++ extension ``rellax._C`` is there; says once what to do where it is not."""
+    built = importlib.util.find_spec("rellax._C") is not None
+    if not built:
+        warnings.warn(
+            "rellax: the C++ extension is not built, so PyTorch operators run on the CPU; "
+            "`pip install -e .` in the checkout builds it",
+            stacklevel=3,
+        )
+    return built
+
+
+@functools.cache
+def triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+class Backends:
+    """The implementations of one operator, all with the same signature.
+
+    Args:
+        name: the operator's name, for messages.
+        reference: plain PyTorch.
+        cpp: calls ``rellax._C``; None where the operator has no C++ kernel.
+        triton: "module:function", imported at first use; None where the operator has no Triton kernel.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reference: Callable[..., Any],
+        *,
+        cpp: Callable[..., Any] | None = None,
+        triton: str | None = None,
+    ) -> None:
+        self.name = name
+        self._reference = reference
+        self._cpp = cpp
+        self._triton = triton
+
+    def backend(self, device: torch.device) -> str:
+        """The name of the backend that runs for tensors on `device`.
+
+        Raises:
+            InputError: ``RELLAX_BACKEND`` is unknown, or names a backend that cannot run here.
+        """
+        wanted = os.environ.get("RELLAX_BACKEND", "")
+        if wanted == "":
+            if device.type == "cuda" and self._triton and triton_installed():
+                return "triton"
+            if device.type == "cpu" and self._cpp and extension_built():
+                return "cpp"
+            return "reference"
+        if wanted not in BACKENDS:
+            raise InputError(f"RELLAX_BACKEND: expected one of {', '.join(BACKENDS)}, got {wanted!r}")
+        if reason := self._why_not(wanted, device):
+            raise InputError(f"RELLAX_BACKEND={wanted}: {self.name} cannot run on it, {reason}")
+        return wanted
+
+    def _why_not(self, backend: str, device: torch.device) -> str:
+        if backend == "cpp":
+            if self._cpp is None:
+                return "it has no C++ kernel"
+            if device.type != "cpu":
+                return f"its tensors are on {device}"
+            return "" if extension_built() else "the extension is not built"
+        if backend == "triton":
+            if self._triton is None:
+                return "it has no Triton kernel"
+            if not triton_installed():
+                return "Triton is not installed"
+            if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+                return f"its tensors are on {device}"
+        return ""
+
+    def __call__(self, device: torch.device) -> Callable[..., Any]:
+        """The implementation that runs for tensors on `device`."""
+        backend = self.backend(device)
+        if backend == "reference":
+            return self._reference
+        if backend == "cpp":
+            assert self._cpp is not None
+            return self._cpp
+        assert self._triton is not None
+        return _load(self._triton)
+
+
+@functools.cache
+def _load(path: str) -> Callable[..., Any]:
+    module, function = path.split(":")
+    loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return loaded

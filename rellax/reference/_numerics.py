@@ -1,0 +1,43 @@
+"""What the reference operators share: accumulation dtype, instances of a token, counter-based dropout."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32 for every narrower floating dtype, else the dtype itself."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def instance_of_token(tokens: int, instances: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
+    """Instance index of each token: (T,) int64; without `cu_seqlens` all instances have T / B tokens."""
+    index = torch.arange(tokens, device=device)
+    if cu_seqlens is None:
+        return index // max(tokens // max(instances, 1), 1)
+    return torch.bucketize(index, cu_seqlens[1:].to(index.dtype), right=True)
+
+
+def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
+    """Dropout's keep mask (rows, columns), a pure function of (seed, row, column): any pass can recompute it.
+
+    A 32-bit integer hash decides: element (i, j) is kept when ``mix(row(i) ^ column(j)) >= p * 2**32``, where
+    row and column are hashes of the index and one half of the seed.
+
+    Args:
+        seed: () int64.
+        p: probability of dropping, in [0, 1).
+    """
+    low = (seed & 0xFFFFFFFF).to(torch.int32)
+    high = ((seed >> 32) & 0xFFFFFFFF).to(torch.int32)
+    row = _mix(_mix(torch.arange(rows, dtype=torch.int32, device=seed.device)) ^ low)
+    column = _mix(_mix(torch.arange(columns, dtype=torch.int32, device=seed.device)) + high)
+    return _mix(row[:, None] ^ column[None, :]) >= round(p * 2**32) - 2**31
+
+
+def _mix(h: Tensor) -> Tensor:
+    """A bijective 32-bit mixer of two multiplications; signed overflow wraps, shifts are made logical."""
+    h = (h ^ ((h >> 16) & 0xFFFF)) * 0x7FEB352D
+    h = (h ^ ((h >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
+    return h ^ ((h >> 16) & 0xFFFF)

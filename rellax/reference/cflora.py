@@ -1,0 +1,109 @@
+"""CFLoRA in plain PyTorch: the specification of ``rellax::cflora_linear``.
+
+    h = drop(x) Aᵀ        z = s · h G_b        y = x Wᵀ + bias + z Bᵀ
+
+    dz = s · dy B         dG_b = Σ_{t in b} h_tᵀ dz_t        dh = dz G_bᵀ
+    dx = dy W + drop(dh A)        dA = dhᵀ drop(x)        dB = dyᵀ z
+
+Products of size d run in x's dtype; h, z and G are multiplied in fp32 (fp64 for fp64 input).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rellax.reference._numerics import accumulation_dtype, instance_of_token, keep_mask
+
+
+def cflora_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """y (…, d_out) in x's dtype, and h (T, r) in fp32 for the backward pass."""
+    rows = x.flatten(0, -2)
+    h = F.linear(_drop(rows, dropout, seed), lora_a.to(x.dtype)).to(accumulation_dtype(x.dtype))
+    z = scale * _apply_gate(h, gate, cu_seqlens)
+    y = F.linear(rows, weight, bias)
+    y.addmm_(z.to(x.dtype), lora_b.to(x.dtype).t())
+    return y.view(*x.shape[:-1], weight.shape[0]), h
+
+
+def cflora_bwd(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gate: Tensor | None,
+    h: Tensor,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dG, dA, dB); `needs` tells which are wanted, the others come back empty. x is read for dA alone."""
+    need_x, need_gate, need_a, need_b = needs
+    rows = dy.flatten(0, -2)
+    dx = dgate = da = db = dy.new_empty(0)
+    dz = scale * (rows @ lora_b.to(dy.dtype)).to(h.dtype)
+    if need_gate:
+        assert gate is not None
+        dgate = _gate_gradient(h, dz, gate, cu_seqlens)
+    if need_x or need_a:
+        dh = _apply_gate(dz, None if gate is None else gate.mT, cu_seqlens).to(dy.dtype)
+    if need_x:
+        dx = rows @ weight
+        if dropout:
+            dx += _drop(dh @ lora_a.to(dy.dtype), dropout, seed)
+        else:
+            dx.addmm_(dh, lora_a.to(dy.dtype))
+        dx = dx.view(*dy.shape[:-1], weight.shape[1])
+    if need_a:
+        assert x is not None
+        da = (dh.t() @ _drop(x.flatten(0, -2), dropout, seed)).to(lora_a.dtype)
+    if need_b:
+        z = scale * _apply_gate(h, gate, cu_seqlens)
+        db = (rows.t() @ z.to(dy.dtype)).to(lora_b.dtype)
+    return dx, dgate, da, db
+
+
+def _apply_gate(h: Tensor, gate: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """h_t G_b for each token t of instance b: (T, r)."""
+    if gate is None:
+        return h.clone()
+    gate = gate.to(h.dtype)
+    if cu_seqlens is None:
+        return (h.view(gate.shape[0], -1, h.shape[-1]) @ gate).flatten(0, 1)
+    instance = instance_of_token(h.shape[0], gate.shape[0], cu_seqlens, h.device)
+    return (h[:, None, :] @ gate[instance])[:, 0]
+
+
+def _gate_gradient(h: Tensor, dz: Tensor, gate: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Σ_{t in b} h_tᵀ dz_t: (B, r, r). Packed: a product with the membership matrix, so that its order is fixed."""
+    instances, r = gate.shape[:2]
+    if cu_seqlens is None:
+        return (h.view(instances, -1, r).mT @ dz.view(instances, -1, r)).to(gate.dtype)
+    instance = instance_of_token(h.shape[0], instances, cu_seqlens, h.device)
+    member = (instance == torch.arange(instances, device=h.device)[:, None]).to(h.dtype)
+    outer = (h[:, :, None] * dz[:, None, :]).flatten(1)
+    return (member @ outer).view(instances, r, r).to(gate.dtype)
+
+
+def _drop(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
+    if not dropout:
+        return x
+    assert seed is not None
+    return x * (keep_mask(seed, *x.shape, dropout) / (1 - dropout)).to(x.dtype)
