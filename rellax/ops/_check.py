@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ def check_shape(
 
 
 def can_read(tensor: Tensor) -> bool:
-    """Whether values may be checked now: on a CPU, outside of tracing. A GPU is never made to wait for a check."""
+    """Whether values may be checked now: on a CPU, outside of tracing. No GPU is made to wait for a check."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -38,10 +40,5 @@ def check_cu_seqlens(cu_seqlens: Tensor, instances: int | None, tokens: int, dev
         raise bad("cu_seqlens", f"shape (B + 1,) = ({instances + 1},)", cu_seqlens)
     if can_read(cu_seqlens):
         ends = cu_seqlens.tolist()
-        if (
-            not ends
-            or ends[0] != 0
-            or ends[-1] != tokens
-            or any(a > b for a, b in zip(ends, ends[1:], strict=False))
-        ):
+        if not ends or ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in itertools.pairwise(ends)):
             raise bad("cu_seqlens", f"offsets that rise from 0 to the {tokens} tokens", ends)

@@ -32,8 +32,8 @@ def cflora_linear(
     """y = x Wᵀ + bias + scale · (drop(x) Aᵀ G_b) Bᵀ, with an r x r matrix G_b per instance (ReLLaX's CFLoRA).
 
     Gradients: x and gate always, lora_a and lora_b where they require them; weight and bias are frozen. With
-    A and B frozen nothing of size T x d_in is kept for the backward pass. Under autocast x, weight and bias are
-    cast as ``torch.nn.functional.linear`` would.
+    A and B frozen nothing of size T x d_in is kept for the backward pass. Under autocast x, weight and bias
+    are cast as ``torch.nn.functional.linear`` would.
 
     Args:
         x: (B, L, d_in), or packed (T, d_in) with `cu_seqlens`; fp32, fp64, bf16 or fp16.

@@ -54,7 +54,7 @@ def cflora_bwd(
     seed: Tensor | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dG, dA, dB); `needs` tells which are wanted, the others come back empty. x is read for dA alone."""
+    """(dx, dG, dA, dB); `needs` tells which are wanted, the others come back empty. Only dA reads x."""
     need_x, need_gate, need_a, need_b = needs
     rows = dy.flatten(0, -2)
     dx = dgate = da = db = dy.new_empty(0)
@@ -92,7 +92,7 @@ def _apply_gate(h: Tensor, gate: Tensor | None, cu_seqlens: Tensor | None) -> Te
 
 
 def _gate_gradient(h: Tensor, dz: Tensor, gate: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Σ_{t in b} h_tᵀ dz_t: (B, r, r). Packed: a product with the membership matrix, so that its order is fixed."""
+    """Σ_{t in b} h_tᵀ dz_t: (B, r, r). Packed: one product with the membership matrix, for a fixed order."""
     instances, r = gate.shape[:2]
     if cu_seqlens is None:
         return (h.view(instances, -1, r).mT @ dz.view(instances, -1, r)).to(gate.dtype)

@@ -1,0 +1,49 @@
+# Every target works on a fresh clone: it makes its own virtual environment in .venv first.
+#   make setup TORCH="torch==2.13.0 --index-url URL"   another build of torch, e.g. one for a CUDA version
+#   make test  PYTEST="-k history_topk"                a part of the tests
+#   make demo  DEMO="--shots 1024 --k 10"              a larger demo
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+PYTEST ?=
+DEMO   ?=
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.rellax-installed
+
+.PHONY: help setup demo test lint bench gpu clean
+
+help:
+	@echo "make setup | demo | test | lint | bench | gpu | clean"
+
+setup: $(STAMP)
+
+# torch goes first and alone: a range in another package's requirements would pick another build of it.
+$(STAMP): pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/kernels/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable ".[ctr,dev,bench]"
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/rellax demo $(DEMO)
+
+test: setup
+	$(BIN)/python -m pytest $(PYTEST)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/python -m pytest benchmarks --benchmark-only $(PYTEST)
+
+gpu: setup
+	@echo "make gpu: no CUDA kernels yet; 'make test' runs everything there is" >&2; exit 2
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache $(STAMP)
