@@ -42,3 +42,22 @@ def check_cu_seqlens(cu_seqlens: Tensor, instances: int | None, tokens: int, dev
         ends = cu_seqlens.tolist()
         if not ends or ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in itertools.pairwise(ends)):
             raise bad("cu_seqlens", f"offsets that rise from 0 to the {tokens} tokens", ends)
+
+
+def check_embeddings(embeddings: Tensor) -> None:
+    """Raise unless `embeddings` is (N, D) of a dtype that retrieval takes."""
+    if embeddings.dim() != 2 or embeddings.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise bad("embeddings", "(N, D) float32, bfloat16 or float16", embeddings)
+
+
+def check_index(name: str, index: Tensor, shape: str, device: torch.device) -> None:
+    """Raise unless `index` is one-dimensional, int32 or int64, on `device`; `shape` is shown, e.g. "(Q,)"."""
+    if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64) or index.device != device:
+        raise bad(name, f"{shape} int32 or int64 on {device}", index)
+
+
+def check_range(name: str, index: Tensor, limit: int, meaning: str) -> None:
+    """Raise unless all values of `index`, each a `meaning`, lie in [0, limit). Reads the values."""
+    outside = index[(index < 0) | (index >= limit)]
+    if outside.numel():
+        raise bad(name, f"a {meaning}, in [0, {limit})", int(outside[0]))

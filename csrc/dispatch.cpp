@@ -1,0 +1,62 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace rellax {
+
+#define RELLAX_DECLARE_LEVEL(level)     \
+    namespace level {                   \
+    HistoryTopkKernel history_topk;     \
+    }
+RELLAX_DECLARE_LEVEL(baseline)
+RELLAX_DECLARE_LEVEL(avx2)
+RELLAX_DECLARE_LEVEL(avx512)
+#undef RELLAX_DECLARE_LEVEL
+
+namespace {
+
+const Level kLevels[] = {
+    {"baseline", [] { return true; }, baseline::history_topk},
+#ifdef RELLAX_X86
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::history_topk},
+    {"avx512",
+     [] {
+         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+     },
+     avx512::history_topk},
+#endif
+};
+
+const Level& choose() {
+    const std::vector<const Level*> supported = supported_levels();
+    const char* wanted = std::getenv("RELLAX_ISA");
+    if (wanted == nullptr || *wanted == '\0') return *supported.back();
+    std::string names;
+    for (const Level* level : supported) {
+        if (std::string(wanted) == level->name) return *level;
+        names += (names.empty() ? "" : ", ") + std::string(level->name);
+    }
+    throw std::invalid_argument("RELLAX_ISA: expected a level that this machine can run (" + names + "), got '" +
+                                wanted + "'");
+}
+
+}  // namespace
+
+std::vector<const Level*> supported_levels() {
+    std::vector<const Level*> supported;
+    for (const Level& level : kLevels) {
+        if (level.runs_here()) supported.push_back(&level);
+    }
+    return supported;
+}
+
+const Level& level() {
+    static const Level& chosen = choose();
+    return chosen;
+}
+
+}  // namespace rellax

@@ -1,0 +1,24 @@
+// Chooses, once, which compilation of the kernels runs on this machine.
+#pragma once
+
+#include <vector>
+
+#include "history_topk.h"
+
+namespace rellax {
+
+// One compilation of all kernels; a further kernel is a further field.
+struct Level {
+    const char* name;
+    bool (*runs_here)();
+    HistoryTopkKernel* history_topk;
+};
+
+// The levels that were built and that this machine can run, the plainest first.
+std::vector<const Level*> supported_levels();
+
+// The level in use: the one the environment variable RELLAX_ISA names, else the last supported one. It is chosen at
+// the first call. Throws std::invalid_argument where RELLAX_ISA names a level that is unknown or cannot run here.
+const Level& level();
+
+}  // namespace rellax

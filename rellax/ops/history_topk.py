@@ -1,0 +1,141 @@
+"""``rellax::history_topk``: for each query the k behaviours of a user's history nearest to a target item."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rellax.ops._check import bad, can_read, check_embeddings, check_index, check_range
+from rellax.ops._register import operator
+from rellax.reference import history_topk as reference
+
+
+def _cpp(
+    embeddings: Tensor, items: Tensor, offsets: Tensor, target: Tensor, user: Tensor, end: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    from rellax import _C
+
+    embeddings, items, offsets = embeddings.contiguous(), items.contiguous(), offsets.contiguous()
+    target, user, end = target.contiguous(), user.contiguous(), end.contiguous()
+    positions = torch.empty((len(target), k), dtype=torch.int64)
+    scores = torch.empty((len(target), k), dtype=torch.float32)
+    _C.history_topk(
+        embeddings=embeddings.data_ptr(),
+        dtype=str(embeddings.dtype).removeprefix("torch."),
+        dim=embeddings.shape[1],
+        items=items.data_ptr(),
+        offsets=offsets.data_ptr(),
+        target=target.data_ptr(),
+        user=user.data_ptr(),
+        end=end.data_ptr(),
+        queries=len(target),
+        k=k,
+        positions=positions.data_ptr(),
+        scores=scores.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return positions, scores
+
+
+_forward = operator("history_topk", reference.history_topk, cpp=_cpp)
+
+
+def history_topk(
+    embeddings: Tensor,
+    items: Tensor,
+    offsets: Tensor,
+    k: int,
+    *,
+    target: Tensor | None = None,
+    user: Tensor | None = None,
+    end: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k candidates of each query with the largest dot product with its target (ReLLa's SUBR), exactly.
+
+    The dot product is the cosine where the rows of `embeddings` have unit length. Products and sums are fp32.
+    Equal scores: the more recent behaviour first. The C++ kernel gives the same bits for any number of
+    threads and on each of its ISA levels. No gradients.
+
+    With target, user and end (Q,), query q has the candidates ``items[offsets[user] : offsets[user] + end]``.
+    With none of them every behaviour is a target, its candidates those before it of the same user: Q = M.
+
+    Args:
+        embeddings: (N, D) fp32, bf16 or fp16.
+        items: (M,) int32 or int64, a row of `embeddings` for each behaviour, user by user, in time order.
+        offsets: (U + 1,) int32 or int64, where each user's behaviours begin in `items`; the last is M.
+        k: how many behaviours a query gets, at least 1.
+        target: (Q,) int32 or int64, a row of `embeddings`.
+        user: (Q,) int32 or int64, in [0, U).
+        end: (Q,) int32 or int64, how many of the user's first behaviours are candidates.
+
+    Returns:
+        positions (Q, k) int64 within the user's history, by falling score, and scores (Q, k) fp32; past the
+        last candidate -1 and -inf.
+
+    Raises:
+        InputError: a shape, dtype or device does not fit, or only some of target, user and end are given.
+            On a CPU, outside of torch.compile, also: an index is out of range, offsets do not rise from 0
+            to M, or a score is not finite.
+    """
+    _check_history(embeddings, items, offsets, k)
+    if target is None and user is None and end is None:
+        target, user, end = _every_behaviour(items, offsets)
+    elif target is None or user is None or end is None:
+        given = [name for name, index in zip(_QUERY, (target, user, end), strict=True) if index is not None]
+        raise bad(", ".join(_QUERY), "all three or none", f"only {' and '.join(given)}")
+    else:
+        _check_queries(embeddings, offsets, target, user, end)
+    positions, scores = _forward(
+        embeddings.detach(), items.long(), offsets.long(), target.long(), user.long(), end.long(), k
+    )
+    if can_read(scores) and (damaged := scores[:, 0].isnan()).any():
+        raise bad("embeddings", _FINITE, f"a score that is not, in query {int(damaged.nonzero()[0, 0])}")
+    return positions, scores
+
+
+_QUERY = ("target", "user", "end")
+_FINITE = "rows whose dot products are finite in fp32"
+
+
+@_forward.register_fake
+def _fake(embeddings: Tensor, _items: Tensor, _offsets: Tensor, target: Tensor, *rest: Any) -> Any:
+    shape = (target.shape[0], rest[-1])
+    return target.new_empty(shape), embeddings.new_empty(shape, dtype=torch.float32)
+
+
+def _every_behaviour(items: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(target, user, end) of the queries where every behaviour is the target once."""
+    users = torch.arange(offsets.shape[0] - 1, device=offsets.device)
+    user = users.repeat_interleave(offsets.diff(), output_size=items.shape[0])
+    return items, user, torch.arange(items.shape[0], device=items.device) - offsets[user]
+
+
+def _check_history(embeddings: Tensor, items: Tensor, offsets: Tensor, k: int) -> None:
+    check_embeddings(embeddings)
+    check_index("items", items, "(M,)", embeddings.device)
+    check_index("offsets", offsets, "(U + 1,)", embeddings.device)
+    if k < 1:
+        raise bad("k", "at least 1", k)
+    if not can_read(offsets):
+        return
+    if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(items) or (offsets.diff() < 0).any():
+        raise bad("offsets", f"values that rise from 0 to the M = {len(items)} behaviours", offsets.tolist())
+    check_range("items", items, embeddings.shape[0], "row of embeddings")
+
+
+def _check_queries(embeddings: Tensor, offsets: Tensor, target: Tensor, user: Tensor, end: Tensor) -> None:
+    for name, index in zip(_QUERY, (target, user, end), strict=True):
+        check_index(name, index, "(Q,)", embeddings.device)
+        if index.shape != target.shape:
+            raise bad(name, f"one for each of the Q = {target.shape[0]} targets", index)
+    if not can_read(target):
+        return
+    check_range("target", target, embeddings.shape[0], "row of embeddings")
+    check_range("user", user, offsets.shape[0] - 1, "user of offsets")
+    length = offsets.diff()[user]
+    if (outside := (end < 0) | (end > length)).any():
+        q = int(outside.nonzero()[0, 0])
+        expected = f"between 0 and the {int(length[q])} behaviours of user {int(user[q])}"
+        raise bad("end", expected, f"{int(end[q])} for query {q}")
