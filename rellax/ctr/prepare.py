@@ -1,0 +1,129 @@
+"""Raw rating data to the data folder: dense ids, histories, labelled samples, and a split by global time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from rellax._files import atomic_folder, sha256_file, write_json
+from rellax.ctr.dataset import SPLITS
+from rellax.ctr.sources import Source
+from rellax.errors import InputError
+
+
+def prepare(
+    source: Source, folder: str | Path, *, min_history: int = 5, split: tuple[int, int, int] = (8, 1, 1)
+) -> dict[str, Any]:
+    """Write `source` as a data folder for `Dataset.load`, and return the contents of its dataset.json.
+
+    Every behaviour with at least `min_history` earlier ones of its user is a sample, labelled 1 where the rating is
+    larger than `source.positive_above`. Samples stand in global (time, user, item) order and are cut into train,
+    valid and test in the proportions `split`. Users and items compare as numbers where their ids are numbers.
+
+    Raises:
+        InputError: an id twice in a table, an interaction with an id in no table, a rating off the scale, or a split
+            without samples.
+    """
+    items, users = _dense(source.items, "item"), _dense(source.users, "user")
+    user = _lookup(source, "user", users)
+    item = _lookup(source, "item", items)
+    rating = _ratings(source)
+    time = source.interactions["time"].to_numpy()
+
+    order = np.lexsort((item, time, user))
+    user, item, rating, time = user[order], item[order], rating[order], time[order]
+    position = np.arange(len(user)) - np.searchsorted(user, user)
+
+    chosen = np.flatnonzero(position >= min_history)
+    chosen = chosen[np.lexsort((item[chosen], user[chosen], time[chosen]))]
+    label = rating[chosen] > source.positive_above
+    parts = _split(source, len(chosen), min_history, split)
+
+    samples = {
+        "sample": np.arange(len(chosen), dtype=np.int32),
+        "user": user[chosen],
+        "item": item[chosen],
+        "position": position[chosen].astype(np.int32),
+        "label": label.astype(np.int8),
+        "time": time[chosen],
+        "split": parts,
+    }
+    counts = {
+        "items": items.num_rows,
+        "users": users.num_rows,
+        "behaviours": len(user),
+        "samples": len(chosen),
+    }
+    meta = {
+        "name": source.name,
+        "item_noun": source.item_noun,
+        "source_sha256": {path.name: sha256_file(path) for path in source.files},
+        "counts": counts | {name: _split_counts(label[parts == name]) for name in SPLITS},
+        "dropped": {f"behaviours with fewer than {min_history} earlier ones": len(user) - len(chosen)},
+        "odd": source.odd,
+        "min_history": min_history,
+        "positive_above": source.positive_above,
+        "rating_scale": list(source.rating_scale),
+        "features": {"item": list(source.item_features), "user": list(source.user_features)},
+    }
+    with atomic_folder(folder) as part:
+        pq.write_table(items, part / "items.parquet")
+        pq.write_table(users, part / "users.parquet")
+        behaviours = {"user": user, "item": item, "rating": rating, "time": time}
+        pq.write_table(pa.table(behaviours), part / "behaviours.parquet")
+        pq.write_table(pa.table(samples), part / "samples.parquet")
+        write_json(part / "dataset.json", meta)
+    return meta
+
+
+def _dense(table: pa.Table, kind: str) -> pa.Table:
+    """`table` sorted by raw id, numbers as numbers, with the row as its dense id in front."""
+    ids = table[f"{kind}_id"].to_pylist()
+    numeric = all(raw.isdecimal() for raw in ids)
+    order = sorted(range(len(ids)), key=lambda row: (int(ids[row]) if numeric else 0, ids[row]))
+    for row, following in zip(order, order[1:], strict=False):
+        if ids[row] == ids[following]:
+            raise InputError(f"{kind}s: expected each {kind}_id once, found {ids[row]!r} twice")
+    return table.take(order).add_column(0, kind, pa.array(np.arange(len(ids), dtype=np.int32)))
+
+
+def _lookup(source: Source, kind: str, table: pa.Table) -> np.ndarray:
+    """Dense ids (int32) of the interactions' raw ids."""
+    raw = source.interactions[f"{kind}_id"]
+    dense = pc.fill_null(pc.index_in(raw, value_set=table[f"{kind}_id"].combine_chunks()), -1).to_numpy()
+    if (dense < 0).any():
+        row = int(np.flatnonzero(dense < 0)[0])
+        raise InputError(f"{source.line(row)}: {kind} {raw[row].as_py()!r} is not in the table of {kind}s")
+    return dense.astype(np.int32)
+
+
+def _ratings(source: Source) -> np.ndarray:
+    rating = source.interactions["rating"].to_numpy()
+    low, high = source.rating_scale
+    outside = ~((rating >= low) & (rating <= high))
+    if outside.any():
+        row = int(np.flatnonzero(outside)[0])
+        raise InputError(
+            f"{source.line(row)}: expected a rating from {low:g} to {high:g}, found {rating[row]:g}"
+        )
+    return rating.astype(np.float32)
+
+
+def _split(source: Source, samples: int, min_history: int, split: tuple[int, int, int]) -> np.ndarray:
+    ends = np.cumsum(split) * samples // sum(split)
+    sizes = np.diff(ends, prepend=0)
+    if not sizes.all():
+        raise InputError(
+            f"{source.name}: split {SPLITS[int(np.argmin(sizes))]!r} is empty, there are only {samples} behaviours "
+            f"with at least {min_history} earlier ones of the same user"
+        )
+    return np.repeat(np.array(SPLITS), sizes)
+
+
+def _split_counts(label: np.ndarray) -> dict[str, int]:
+    return {"samples": len(label), "positives": int(label.sum())}
