@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,7 +24,8 @@ def item_topk(embeddings: Tensor, queries: Tensor, k: int, exclude_self: bool) -
     table = embeddings.to(accumulation_dtype(embeddings.dtype))
     indices = queries.new_empty((queries.shape[0], k))
     scores = table.new_empty((queries.shape[0], k))
-    for rows in torch.arange(queries.shape[0], device=queries.device).split(max(_BLOCK_SCORES // items, 1)):
+    block = max(_BLOCK_SCORES // max(items, 1), 1)
+    for rows in (slice(start, start + block) for start in range(0, queries.shape[0], block)):
         query = queries[rows]
         products = table[query] @ table.mT
         if exclude_self:

@@ -1,0 +1,297 @@
+"""history_topk against a brute force in numpy (fp64), on both backends a CPU has."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rellax.errors import InputError
+from rellax.ops import history_topk
+from rellax.ops._register import extension_built
+
+BACKENDS = ["reference", "cpp"]
+LENGTHS = [0, 1, 7, 0, 33, 129, 2]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("RELLAX_BACKEND", request.param)
+    return request.param
+
+
+def histories(lengths: list[int], items: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random items of every user's history, and the offsets."""
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    return torch.randint(items, (int(offsets[-1]),), generator=generator), offsets
+
+
+def random_queries(offsets: Tensor, items: int, count: int, seed: int = 1) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    user = torch.randint(len(offsets) - 1, (count,), generator=generator)
+    end = (torch.rand(count, generator=generator) * (offsets.diff()[user] + 1)).long()
+    return {"target": torch.randint(items, (count,), generator=generator), "user": user, "end": end}
+
+
+def every_behaviour(items: Tensor, offsets: Tensor) -> dict[str, Tensor]:
+    user = torch.cat([torch.full((int(n),), u) for u, n in enumerate(offsets.diff())])
+    return {"target": items, "user": user, "end": torch.arange(len(items)) - offsets[user]}
+
+
+def candidates(items: Tensor, offsets: Tensor, user: int, end: int) -> np.ndarray:
+    return items[offsets[user] : offsets[user] + end].numpy()
+
+
+def best_first(scores: np.ndarray, k: int) -> np.ndarray:
+    """Positions by falling score, equal ones by falling position; -1 past the last."""
+    order = np.lexsort((-np.arange(len(scores)), -scores))[:k]
+    return np.concatenate([order, np.full(k - len(order), -1)])
+
+
+def assert_exact(
+    embeddings: Tensor, items: Tensor, offsets: Tensor, k: int, queries: dict[str, Tensor]
+) -> None:
+    """For embeddings whose products are exact in fp32: ids and scores equal the brute force."""
+    positions, scores = history_topk(embeddings, items, offsets, k, **queries)
+    table = embeddings.double().numpy()
+    for q, (target, user, end) in enumerate(zip(*(queries[n].tolist() for n in queries), strict=True)):
+        true = table[candidates(items, offsets, user, end)] @ table[target]
+        expected = best_first(true, k)
+        assert positions[q].tolist() == expected.tolist()
+        found = expected[expected >= 0]
+        assert scores[q].tolist() == [*true[found], *[-np.inf] * (k - len(found))]
+
+
+def assert_best(
+    embeddings: Tensor, items: Tensor, offsets: Tensor, k: int, queries: dict[str, Tensor]
+) -> None:
+    """For any embeddings: scores are right to fp32 rounding, nothing better by more than that is left out."""
+    positions, scores = history_topk(embeddings, items, offsets, k, **queries)
+    table = embeddings.double().numpy()
+    unit = (embeddings.shape[1] + 1) * 2.0**-24
+    for q, (target, user, end) in enumerate(zip(*(queries[n].tolist() for n in queries), strict=True)):
+        rows = table[candidates(items, offsets, user, end)]
+        true, rounding = rows @ table[target], unit * (np.abs(rows) @ np.abs(table[target]))
+        count = min(k, end)
+        found, rest = positions[q, :count].numpy(), positions[q, count:]
+        assert len(set(found.tolist())) == count
+        assert rest.eq(-1).all()
+        assert scores[q, count:].eq(-torch.inf).all()
+        assert scores[q, :count].diff().le(0).all()
+        assert (np.abs(scores[q, :count].numpy() - true[found]) <= rounding[found]).all()
+        left_out = np.setdiff1d(np.arange(end), found)
+        if len(left_out):
+            worst_kept = (true[found] + rounding[found]).min()
+            assert (true[left_out] - rounding[left_out]).max() <= worst_kept
+
+
+@pytest.mark.parametrize("k", [1, 5, 30, 200])
+@pytest.mark.parametrize("dim", [1, 7, 16, 64, 129])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_integer_embeddings_give_exactly_the_brute_force(
+    backend: str, dtype: torch.dtype, dim: int, k: int
+) -> None:
+    embeddings = torch.randint(-3, 4, (40, dim), generator=torch.Generator().manual_seed(2)).to(dtype)
+    items, offsets = histories(LENGTHS, 40)
+    assert_exact(embeddings, items, offsets, k, random_queries(offsets, 40, 60))
+
+
+@pytest.mark.parametrize("dim", [5, 129, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_random_embeddings_give_the_best_to_rounding(backend: str, dtype: torch.dtype, dim: int) -> None:
+    embeddings = torch.randn(300, dim, generator=torch.Generator().manual_seed(3))
+    embeddings = torch.nn.functional.normalize(embeddings, dim=1).to(dtype)
+    items, offsets = histories(LENGTHS, 300)
+    assert_best(embeddings, items, offsets, 9, random_queries(offsets, 300, 60))
+
+
+def test_without_queries_every_behaviour_is_a_target(backend: str) -> None:
+    embeddings = torch.randint(-3, 4, (40, 16), generator=torch.Generator().manual_seed(4)).float()
+    items, offsets = histories(LENGTHS, 40)
+    queries = every_behaviour(items, offsets)
+    for ours, expected in zip(
+        history_topk(embeddings, items, offsets, 6),
+        history_topk(embeddings, items, offsets, 6, **queries),
+        strict=True,
+    ):
+        assert ours.equal(expected)
+    assert_exact(embeddings, items, offsets, 6, queries)
+
+
+def test_equal_scores_put_the_more_recent_behaviour_first(backend: str) -> None:
+    positions, scores = history_topk(
+        torch.ones(3, 20),
+        torch.tensor([0, 1, 2, 0, 1, 2, 0]),
+        torch.tensor([0, 7]),
+        4,
+        target=torch.tensor([1]),
+        user=torch.tensor([0]),
+        end=torch.tensor([6]),
+    )
+    assert positions.tolist() == [[5, 4, 3, 2]]
+    assert scores.tolist() == [[20.0] * 4]
+
+
+def test_an_item_that_occurs_again_ties_with_itself(backend: str) -> None:
+    embeddings = torch.randn(5, 131, generator=torch.Generator().manual_seed(5))
+    items = torch.arange(5).repeat(13)
+    positions, scores = history_topk(
+        embeddings,
+        items,
+        torch.tensor([0, 65]),
+        65,
+        target=torch.tensor([2]),
+        user=torch.tensor([0]),
+        end=torch.tensor([65]),
+    )
+    by_item = positions.view(5, 13)
+    assert items[by_item].eq(items[by_item[:, :1]]).all()
+    assert by_item.diff(dim=1).eq(-5).all()
+    assert scores.view(5, 13).diff(dim=1).eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_finite_16_bit_value_is_read_exactly(backend: str, dtype: torch.dtype) -> None:
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    values = values[values.isfinite()]
+    embeddings = torch.cat([torch.ones(1, dtype=dtype), values])[:, None]
+    items, offsets = torch.arange(1, len(embeddings)), torch.tensor([0, len(values)])
+    query = {"target": torch.tensor([0]), "user": torch.tensor([0]), "end": torch.tensor([len(values)])}
+    positions, scores = history_topk(embeddings, items, offsets, len(values), **query)
+    assert positions[0].sort().values.equal(torch.arange(len(values)))
+    assert scores[0].equal(values[positions[0]].float())
+    assert scores[0].diff().le(0).all()
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0]], ids=str)
+def test_no_behaviour_at_all_gives_no_query(backend: str, lengths: list[int]) -> None:
+    items, offsets = histories(lengths, 3)
+    positions, scores = history_topk(torch.randn(3, 4), items, offsets, 2)
+    assert positions.shape == scores.shape == (0, 2)
+    assert positions.dtype == torch.int64
+    assert scores.dtype == torch.float32
+
+
+def test_a_query_without_candidates_gets_nothing(backend: str) -> None:
+    query = {"target": torch.tensor([0, 1]), "user": torch.tensor([0, 1]), "end": torch.tensor([0, 0])}
+    positions, scores = history_topk(
+        torch.randn(3, 4), torch.tensor([1]), torch.tensor([0, 0, 1]), 2, **query
+    )
+    assert positions.tolist() == [[-1, -1]] * 2
+    assert scores.eq(-torch.inf).all()
+
+
+def test_strided_and_int32_input_is_read_as_it_is(backend: str) -> None:
+    wide = torch.randint(-3, 4, (40, 50), generator=torch.Generator().manual_seed(6)).float()
+    items, offsets = histories(LENGTHS, 40)
+    queries = random_queries(offsets, 40, 30)
+    expected = history_topk(wide[:, :19].contiguous(), items, offsets, 3, **queries)
+    doubled = {name: index.repeat_interleave(2).int()[::2] for name, index in queries.items()}
+    found = history_topk(wide[:, :19], items.int(), offsets.int(), 3, **doubled)
+    assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
+
+
+def test_the_number_of_threads_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RELLAX_BACKEND", "cpp")
+    embeddings = torch.randn(900, 200, generator=torch.Generator().manual_seed(7))
+    items, offsets = histories([300, 5, 801, 0, 400], 900)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 3, 8):
+            torch.set_num_threads(count)
+            results.append(history_topk(embeddings, items, offsets, 30))
+    finally:
+        torch.set_num_threads(threads)
+    for positions, scores in results[1:]:
+        assert positions.equal(results[0][0])
+        assert scores.view(torch.int32).equal(results[0][1].view(torch.int32))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e38], ids=str)
+def test_a_score_that_is_not_finite_is_an_error_wherever_it_ranks(backend: str, value: float) -> None:
+    embeddings = torch.ones(4, 3)
+    embeddings[2] = -value
+    embeddings[1] = abs(value)
+    items, offsets = torch.tensor([0, 0, 0, 2, 0]), torch.tensor([0, 5])
+    query = {"target": torch.tensor([3, 1]), "user": torch.tensor([0, 0]), "end": torch.tensor([3, 5])}
+    with pytest.raises(InputError, match=r"embeddings: expected rows whose dot products.* in query 1"):
+        history_topk(embeddings, items, offsets, 2, **query)
+
+
+def test_rows_that_no_query_reads_are_not_looked_at(backend: str) -> None:
+    embeddings = torch.ones(3, 3)
+    embeddings[2] = torch.nan
+    items, offsets = torch.tensor([0, 1, 0, 2]), torch.tensor([0, 4])
+    query = {"target": torch.tensor([1]), "user": torch.tensor([0]), "end": torch.tensor([3])}
+    assert history_topk(embeddings, items, offsets, 2, **query)[0].tolist() == [[2, 1]]
+
+
+GOOD = {
+    "embeddings": torch.ones(4, 3),
+    "items": torch.tensor([0, 1, 2, 3, 0]),
+    "offsets": torch.tensor([0, 2, 5]),
+    "k": 2,
+    "target": torch.tensor([0, 3]),
+    "user": torch.tensor([0, 1]),
+    "end": torch.tensor([2, 3]),
+}
+BAD = {
+    "k below one": ({"k": 0}, "k: expected at least 1, got 0"),
+    "one-dimensional embeddings": ({"embeddings": torch.ones(4)}, r"embeddings: expected \(N, D\)"),
+    "fp64 embeddings": ({"embeddings": torch.ones(4, 3).double()}, "embeddings: .* got .* float64"),
+    "floating items": ({"items": torch.ones(5)}, r"items: expected \(M,\) int32 or int64"),
+    "item past the table": ({"items": torch.tensor([0, 1, 4, 3, 0])}, r"items: .* in \[0, 4\), got 4"),
+    "negative item": ({"items": torch.tensor([0, -1, 2, 3, 0])}, r"items: .* in \[0, 4\), got -1"),
+    "offsets that fall": ({"offsets": torch.tensor([0, 3, 2, 5])}, "offsets: .* rise from 0 to the M = 5"),
+    "offsets from one": ({"offsets": torch.tensor([1, 2, 5])}, "offsets: .* rise from 0 to the M = 5"),
+    "offsets that end early": ({"offsets": torch.tensor([0, 2, 4])}, "offsets: .* rise from 0 to the M = 5"),
+    "no offsets": ({"offsets": torch.tensor([], dtype=torch.int64)}, "offsets: .* rise from 0"),
+    "target past the table": ({"target": torch.tensor([0, 4])}, r"target: .* in \[0, 4\), got 4"),
+    "unknown user": ({"user": torch.tensor([0, 2])}, r"user: .* in \[0, 2\), got 2"),
+    "end past the history": (
+        {"end": torch.tensor([3, 3])},
+        "end: .* 2 behaviours of user 0, got 3 for",
+    ),
+    "negative end": ({"end": torch.tensor([2, -1])}, "end: .* 3 behaviours of user 1, got -1 for"),
+    "no end": ({"end": None}, "target, user, end: expected all three or none, got only target and user"),
+    "fewer users than targets": ({"user": torch.tensor([0])}, "user: .* Q = 2 targets"),
+    "another device": ({"items": torch.zeros(5, device="meta").long()}, "items: .* on cpu, got .* on meta"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_clear_sentence(change: dict[str, object], message: str) -> None:
+    history_topk(**GOOD)
+    with pytest.raises(InputError, match=message):
+        history_topk(**(GOOD | change))
+
+
+def test_offsets_are_checked_where_every_behaviour_is_a_target() -> None:
+    with pytest.raises(InputError, match="offsets: "):
+        history_topk(GOOD["embeddings"], GOOD["items"], torch.tensor([0, 3, 2, 5]), 2)
+
+
+def test_the_operator_keeps_its_contract(backend: str) -> None:
+    k = GOOD["k"]
+    tensors = [GOOD[name] for name in ("embeddings", "items", "offsets", "target", "user", "end")]
+    torch.library.opcheck(torch.ops.rellax.history_topk.default, (*tensors, k))
+
+
+@pytest.mark.parametrize("with_queries", [True, False])
+def test_it_compiles_without_a_graph_break(with_queries: bool) -> None:
+    arguments = GOOD if with_queries else {n: GOOD[n] for n in ("embeddings", "items", "offsets", "k")}
+    compiled = torch.compile(history_topk, fullgraph=True, backend="aot_eager")
+    expected = history_topk(**arguments)
+    assert all(a.equal(b) for a, b in zip(compiled(**arguments), expected, strict=True))
+
+
+def test_no_gradient_is_taken() -> None:
+    _, scores = history_topk(**(GOOD | {"embeddings": torch.ones(4, 3, requires_grad=True)}))
+    assert not scores.requires_grad
+
+
+def test_the_extension_is_built() -> None:
+    assert extension_built()

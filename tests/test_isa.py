@@ -1,0 +1,59 @@
+"""Every ISA level of the C++ kernels gives the same bits; RELLAX_ISA chooses one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from rellax import _C
+
+DIGEST = """
+import hashlib, torch
+from rellax import _C
+from rellax.ops import history_topk
+generator = torch.Generator().manual_seed(0)
+offsets = torch.tensor([0, 0, 1, 50, 300])
+items = torch.randint(200, (300,), generator=generator)
+digest = hashlib.sha256()
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dim in (1, 15, 64, 129):
+        embeddings = torch.randn(200, dim, generator=generator).to(dtype)
+        for result in history_topk(embeddings, items, offsets, 30):
+            digest.update(result.numpy().tobytes())
+print(_C.isa(), digest.hexdigest())
+"""
+
+
+def run(code: str, isa: str | None) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "RELLAX_ISA"}
+    environment |= {"RELLAX_BACKEND": "cpp"} | ({} if isa is None else {"RELLAX_ISA": isa})
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_every_level_gives_the_same_bits_and_the_best_one_is_the_default() -> None:
+    levels = _C.supported_isas()
+    assert levels[0] == "baseline"
+    outputs = {isa: run(DIGEST, isa) for isa in [*levels, None]}
+    failed = {isa: output.stderr for isa, output in outputs.items() if output.returncode}
+    assert not failed
+    used = {isa: output.stdout.split() for isa, output in outputs.items()}
+    assert {isa: level for isa, (level, _) in used.items()} == {isa: isa or levels[-1] for isa in outputs}
+    assert len({digest for _, digest in used.values()}) == 1
+
+
+@pytest.mark.parametrize("isa", ["AVX2", "sse9", "avx512 "])
+def test_an_unknown_level_is_an_error_that_names_the_known_ones(isa: str) -> None:
+    output = run("from rellax import _C; _C.isa()", isa)
+    assert output.returncode == 1
+    known = ", ".join(_C.supported_isas())
+    message = f"InputError: RELLAX_ISA: expected a level that this machine can run ({known}), got '{isa}'"
+    assert message in output.stderr
