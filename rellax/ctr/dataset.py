@@ -27,7 +27,7 @@ COLUMNS = {
 class Samples:
     """One array per field, all of length S, in global (time, user, item) order.
 
-    `position` is the number of earlier behaviours of that user; the target itself is the behaviour at that row.
+    `position` is the number of earlier behaviours of that user, and so the target's row in their history.
     """
 
     user: np.ndarray  # int32
@@ -99,7 +99,7 @@ class Dataset:
         return np.flatnonzero(self.samples.split == split)
 
     def choose(self, split: str, n: int | None, seed: int) -> np.ndarray:
-        """`n` random samples of a split, rising; None takes all. With one seed, a larger `n` only adds samples.
+        """`n` random samples of a split, rising; None takes all. With the same seed, a larger `n` only adds.
 
         Raises:
             InputError: the split has fewer than `n` samples.
@@ -143,7 +143,7 @@ class Dataset:
             row = int(np.flatnonzero(wrong)[0])
             raise InputError(
                 f"{self.folder / 'samples.parquet'}: sample {row} (user {samples.user[row]}, item "
-                f"{samples.item[row]}, position {samples.position[row]}) is no behaviour of behaviours.parquet"
+                f"{samples.item[row]}, position {samples.position[row]}) is not in behaviours.parquet"
             )
 
 

@@ -24,14 +24,17 @@ def evaluate(
 ) -> dict[str, Any]:
     """Metrics of `probabilities` (n,) against `labels` (n,) in {0, 1}, as a JSON-ready dictionary.
 
-    Keys: `samples`, `positives`; `auc`, `log_loss` (nats), `acc` (threshold 0.5), each with `<key>_interval`, the
-    95 % percentile interval over `bootstrap` resamplings of samples (None with `bootstrap=0`); `ece`, the expected
-    calibration error over 10 bins of equal width; with `users` (n,) also `gauc`, the AUC of each user weighted by
-    its number of samples, over users with both classes.
+    Keys:
+        samples, positives: counts.
+        auc, log_loss (nats), acc (threshold 0.5); and auc_interval, log_loss_interval, acc_interval: 95 %
+            percentile intervals over `bootstrap` resamplings of the samples, None with `bootstrap=0`.
+        ece: expected calibration error, 10 bins of equal width.
+        gauc: only with `users` (n,); the AUC within each user who has both classes, weighted by samples.
+
     `auc` and `gauc` are None where one class is absent.
 
     Raises:
-        InputError: lengths differ, nothing to evaluate, labels other than 0 and 1, or probabilities outside [0, 1].
+        InputError: lengths differ, nothing to evaluate, labels other than 0 and 1, probabilities off [0, 1].
     """
     labels, probabilities = _checked(labels, probabilities)
     result: dict[str, Any] = {
@@ -54,8 +57,8 @@ def paired_bootstrap(
     """AUC of `p_a` minus AUC of `p_b` on the same samples, each resampling applied to both.
 
     Returns:
-        `difference`, its 95 % percentile `interval`, and `share_above_zero` of the resamplings; all None where one
-        class is absent.
+        `difference`, its 95 % percentile `interval`, and `share_above_zero` of the resamplings; all None
+        where one class is absent.
 
     Raises:
         InputError: as in `evaluate`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ def prepare(
 ) -> dict[str, Any]:
     """Write `source` as a data folder for `Dataset.load`, and return the contents of its dataset.json.
 
-    Every behaviour with at least `min_history` earlier ones of its user is a sample, labelled 1 where the rating is
-    larger than `source.positive_above`. Samples stand in global (time, user, item) order and are cut into train,
-    valid and test in the proportions `split`. Users and items compare as numbers where their ids are numbers.
+    Every behaviour with at least `min_history` earlier ones of its user is a sample, labelled 1 where the
+    rating is larger than `source.positive_above`. Samples stand in global (time, user, item) order and are cut
+    into train, valid and test in the proportions `split`. Ids compare as numbers where all of them are numbers.
 
     Raises:
-        InputError: an id twice in a table, an interaction with an id in no table, a rating off the scale, or a split
-            without samples.
+        InputError: an id twice in a table, an interaction with an id in no table, a rating off the scale, or
+            a split without samples.
     """
     items, users = _dense(source.items, "item"), _dense(source.users, "user")
     user = _lookup(source, "user", users)
@@ -53,7 +54,7 @@ def prepare(
         "time": time[chosen],
         "split": parts,
     }
-    counts = {
+    counts: dict[str, Any] = {
         "items": items.num_rows,
         "users": users.num_rows,
         "behaviours": len(user),
@@ -86,7 +87,7 @@ def _dense(table: pa.Table, kind: str) -> pa.Table:
     ids = table[f"{kind}_id"].to_pylist()
     numeric = all(raw.isdecimal() for raw in ids)
     order = sorted(range(len(ids)), key=lambda row: (int(ids[row]) if numeric else 0, ids[row]))
-    for row, following in zip(order, order[1:], strict=False):
+    for row, following in itertools.pairwise(order):
         if ids[row] == ids[following]:
             raise InputError(f"{kind}s: expected each {kind}_id once, found {ids[row]!r} twice")
     return table.take(order).add_column(0, kind, pa.array(np.arange(len(ids), dtype=np.int32)))
@@ -119,8 +120,8 @@ def _split(source: Source, samples: int, min_history: int, split: tuple[int, int
     sizes = np.diff(ends, prepend=0)
     if not sizes.all():
         raise InputError(
-            f"{source.name}: split {SPLITS[int(np.argmin(sizes))]!r} is empty, there are only {samples} behaviours "
-            f"with at least {min_history} earlier ones of the same user"
+            f"{source.name}: split {SPLITS[int(np.argmin(sizes))]!r} is empty, there are only {samples} "
+            f"behaviours with at least {min_history} earlier ones of the same user"
         )
     return np.repeat(np.array(SPLITS), sizes)
 

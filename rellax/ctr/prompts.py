@@ -43,9 +43,9 @@ def recent(position: int, k: int) -> list[int]:
 
 
 def add_placeholder(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Id of the placeholder token, which is added to the tokenizer; it may lie beyond the model's vocabulary."""
+    """Add the placeholder token to the tokenizer; its id may lie beyond the model's vocabulary."""
     tokenizer.add_tokens([AddedToken(PLACEHOLDER, special=True)])
-    return int(tokenizer.convert_tokens_to_ids(PLACEHOLDER))
+    return tokenizer.get_added_vocab()[PLACEHOLDER]
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
@@ -75,7 +75,7 @@ class PromptBuilder:
     """Builds prompts from a data set, in the tokenizer's chat template where it has one.
 
     Every part (profile, behaviour, target) is tokenised once, on its own, and prompts are put together from
-    these pieces. A placeholder token stands after each behaviour and after the target where `placeholder` is given.
+    these pieces. With `placeholder`, that token stands after each behaviour and after the target.
 
     Args:
         k: most behaviours in a prompt.
@@ -111,11 +111,11 @@ class PromptBuilder:
     def build(self, sample: int, positions: Sequence[int]) -> Prompt:
         """Prompt of one sample with those behaviours of its history that `positions` names.
 
-        `positions` (within the user's history) stand in order of importance: beyond `k`, or where the prompt would
-        grow longer than `max_tokens`, the last ones are left out first. In the prompt they stand in time order.
+        `positions` (within the user's history) come in order of importance: beyond `k`, or where the prompt
+        would grow longer than `max_tokens`, the last ones are left out. The prompt shows them in time order.
 
         Raises:
-            InputError: a position that is not before the target, or a prompt too long even without behaviours.
+            InputError: a position not before the target, or a prompt too long even without behaviours.
         """
         samples, history = self.dataset.samples, self.dataset.history(sample)
         end = history.stop - history.start
@@ -144,9 +144,8 @@ class PromptBuilder:
 
     def render(self, sample: int, positions: Sequence[int]) -> str:
         """The prompt as text, exactly as the model reads it."""
-        return self.tokenizer.decode(
-            self.build(sample, positions).input_ids, clean_up_tokenization_spaces=False
-        )
+        ids = self.build(sample, positions).input_ids
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def _behaviour_at(self, row: int) -> list[int]:
         return self._behaviour_of(
@@ -187,23 +186,29 @@ def _encode(
 
 
 def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """What the chat template puts before and after a user's message; a plain frame where there is no template.
+    """What the chat template puts before and after a user's message; a plain frame where there is none.
 
     Where a template adds a system message of its own, an empty one takes its place if that is shorter.
     """
     if tokenizer.chat_template is None:
         return "", "\nAnswer:"
     user = {"role": "user", "content": _CONTENT}
-    render = functools.partial(
-        tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
-    text = render([user])
+    text = _render(tokenizer, [user])
     with contextlib.suppress(jinja2.TemplateError):  # raised by templates that know no system role
-        text = min(text, render([{"role": "system", "content": ""}, user]), key=len)
+        text = min(text, _render(tokenizer, [{"role": "system", "content": ""}, user]), key=len)
     prefix, found, suffix = text.partition(_CONTENT)
     if not found:
         raise InputError(f"tokenizer: expected a chat template that shows the user's message, got {text!r}")
     return prefix, suffix
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    # Templates that let a model think before its answer take the last argument; others ignore it.
+    return str(
+        tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+    )
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -27,8 +27,8 @@ class Source:
     Attributes:
         name: of the data set.
         item_noun: what an item is called in a prompt.
-        items: `item_id`, `title`, `text` (what is embedded: title, year, genres) and the item features, all strings.
-        users: `user_id`, `profile` (a phrase for the prompt) and the user features, all strings.
+        items: strings `item_id`, `title`, `text` (what is embedded: title, year, genres) and item features.
+        users: strings `user_id`, `profile` (a phrase for the prompt) and user features.
         interactions: `user_id`, `item_id` strings, `rating` float64, `time` int64, in file order.
         item_features, user_features: categorical columns for the classical model.
         rating_scale: lowest and highest rating.
@@ -58,7 +58,7 @@ class Source:
 
 
 def read_ml_100k(folder: str | Path) -> Source:
-    """MovieLens-100K as tab-separated `ml-100k.inter`, `.item` and `.user` with typed headers (`user_id:token`).
+    """MovieLens-100K as tab-separated `ml-100k.inter`, `.item` and `.user` with headers like `user_id:token`.
 
     Raises:
         InputError: a file or column is missing, or a line cannot be read.
