@@ -1,4 +1,4 @@
-"""The only place where a backend is chosen.
+"""The only place where an operator is defined and its backend chosen.
 
 An operator hands over its implementations; which of them runs is decided per call, by the device of the
 tensors and the environment variable ``RELLAX_BACKEND``:
@@ -114,6 +114,32 @@ class Backends:
             return self._cpp
         assert self._triton is not None
         return _load(self._triton)
+
+
+def operator(
+    name: str,
+    reference: Callable[..., Any],
+    *,
+    cpp: Callable[..., Any] | None = None,
+    triton: str | None = None,
+) -> torch.library.CustomOpDef:
+    """Define ``rellax::<name>`` with `reference`'s signature as its schema (arguments: :class:`Backends`).
+
+    The device of the operator's first argument, a tensor, decides where it runs. Autocast is off inside, on
+    every backend alike: which dtype a product runs in is part of the operator's contract.
+    """
+    backends = Backends(name, reference, cpp=cpp, triton=triton)
+
+    def run(*args: Any) -> Any:
+        device = args[0].device
+        implementation = backends(device)
+        if not torch.is_autocast_enabled(device.type):
+            return implementation(*args)
+        with torch.autocast(device.type, enabled=False):
+            return implementation(*args)
+
+    schema = torch.library.infer_schema(reference, mutates_args=())
+    return torch.library.custom_op(f"rellax::{name}", run, mutates_args=(), schema=schema)
 
 
 @functools.cache

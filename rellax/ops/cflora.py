@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rellax.ops._check import bad, check_cu_seqlens, check_shape
-from rellax.ops._register import Backends
+from rellax.ops._register import operator
 from rellax.reference import cflora as reference
 
-_forward = Backends("cflora_linear", reference.cflora_fwd)
-_backward = Backends("cflora_linear_backward", reference.cflora_bwd)
+_forward = operator("cflora_linear", reference.cflora_fwd)
+_backward = operator("cflora_linear_backward", reference.cflora_bwd)
 
 
 def cflora_linear(
@@ -60,40 +59,13 @@ def cflora_linear(
     _check(x, weight, bias, lora_a, lora_b, gate, cu_seqlens, dropout)
     if dropout and seed is None:
         seed = torch.randint(2**62, (), dtype=torch.int64, device=x.device)
-    y, _ = _cflora_linear(x, weight, bias, lora_a, lora_b, gate, scale, cu_seqlens, dropout, seed)
+    y, _ = _forward(x, weight, bias, lora_a, lora_b, gate, scale, cu_seqlens, dropout, seed)
     return y
 
 
-@torch.library.custom_op("rellax::cflora_linear", mutates_args=())
-def _cflora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    gate: Tensor | None,
-    scale: float,
-    cu_seqlens: Tensor | None,
-    dropout: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    run = _forward(x.device)
-    y, h = run(x, weight, bias, lora_a, lora_b, gate, scale, cu_seqlens, dropout, seed)
-    return y, h
-
-
-@_cflora_linear.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    gate: Tensor | None,
-    scale: float,
-    cu_seqlens: Tensor | None,
-    dropout: float,
-    seed: Tensor | None,
+@_forward.register_fake
+def _forward_fake(
+    x: Tensor, weight: Tensor, _bias: Tensor | None, lora_a: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor]:
     h = x.new_empty(
         (x.shape[:-1].numel(), lora_a.shape[0]), dtype=torch.promote_types(x.dtype, torch.float32)
@@ -101,42 +73,17 @@ def _(
     return x.new_empty((*x.shape[:-1], weight.shape[0])), h
 
 
-@torch.library.custom_op("rellax::cflora_linear_backward", mutates_args=())
-def _cflora_linear_backward(
+@_backward.register_fake
+def _backward_fake(
     dy: Tensor,
-    x: Tensor | None,
+    _x: Tensor | None,
     weight: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
     gate: Tensor | None,
-    h: Tensor,
-    scale: float,
-    cu_seqlens: Tensor | None,
-    dropout: float,
-    seed: Tensor | None,
-    needs: Sequence[bool],
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = _backward(dy.device)
-    dx, dgate, da, db = run(dy, x, weight, lora_a, lora_b, gate, h, scale, cu_seqlens, dropout, seed, needs)
-    return dx, dgate, da, db
-
-
-@_cflora_linear_backward.register_fake
-def _(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    gate: Tensor | None,
-    h: Tensor,
-    scale: float,
-    cu_seqlens: Tensor | None,
-    dropout: float,
-    seed: Tensor | None,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    need_x, need_gate, need_a, need_b = needs
+    need_x, need_gate, need_a, need_b = rest[-1]
     dx = dy.new_empty((*dy.shape[:-1], weight.shape[1]) if need_x else (0,))
     dgate = gate.new_empty(gate.shape) if need_gate and gate is not None else dy.new_empty(0)
     da = lora_a.new_empty(lora_a.shape) if need_a else dy.new_empty(0)
@@ -158,14 +105,14 @@ def _autograd(ctx: Any, dy: Tensor | None, _dh: Tensor | None) -> tuple[Tensor |
     x, weight, lora_a, lora_b, gate, h, cu_seqlens, seed = ctx.saved_tensors
     need_x, _, _, need_a, need_b, need_gate, *_ = ctx.needs_input_grad
     needs = [need_x, need_gate, need_a, need_b]
-    gradients = _cflora_linear_backward(
+    gradients = _backward(
         dy, x, weight, lora_a, lora_b, gate, h, ctx.scale, cu_seqlens, ctx.dropout, seed, needs
     )
     dx, dgate, da, db = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
     return dx, None, None, da, db, dgate, None, None, None, None
 
 
-_cflora_linear.register_autograd(_autograd, setup_context=_setup_context)
+_forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def _check(

@@ -1,4 +1,4 @@
-"""What the reference operators share: accumulation dtype, instances of a token, counter-based dropout."""
+"""What the reference operators share: accumulation dtype, instance of a token, sums of rows, dropout."""
 
 from __future__ import annotations
 
@@ -17,6 +17,15 @@ def instance_of_token(tokens: int, instances: int, cu_seqlens: Tensor | None, de
     if cu_seqlens is None:
         return index // max(tokens // max(instances, 1), 1)
     return torch.bucketize(index, cu_seqlens[1:].to(index.dtype), right=True)
+
+
+def sum_rows(rows: Tensor, index: Tensor, count: int) -> Tensor:
+    """out[i] = the sum of rows[j] over all j with index[j] == i: (count, d) in fp32 (fp64 for fp64 rows).
+
+    It is the gradient of a lookup, and computed so: unlike index_add, it adds in a fixed order on a GPU too.
+    """
+    rows = rows.to(accumulation_dtype(rows.dtype))
+    return torch.ops.aten.embedding_dense_backward(rows, index, count, -1, False)
 
 
 def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:

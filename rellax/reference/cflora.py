@@ -57,7 +57,7 @@ def cflora_bwd(
     """(dx, dG, dA, dB); `needs` tells which are wanted, the others come back empty. Only dA reads x."""
     need_x, need_gate, need_a, need_b = needs
     rows = dy.flatten(0, -2)
-    dx = dgate = da = db = dy.new_empty(0)
+    dx, dgate, da, db = (dy.new_empty(0) for _ in range(4))
     dz = scale * (rows @ lora_b.to(dy.dtype)).to(h.dtype)
     if need_gate:
         assert gate is not None

@@ -1,0 +1,185 @@
+"""``rellax::answer_loss``: loss and answer logits at the supervised positions only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rellax.ops._check import bad, can_read, check_range, check_shape
+from rellax.ops._register import operator
+from rellax.reference import answer as reference
+
+LOSSES = ("vocab", "choice")
+
+_forward = operator("answer_loss", reference.answer_fwd)
+_backward = operator("answer_loss_backward", reference.answer_bwd)
+
+
+def answer_loss(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    positions: Tensor,
+    labels: Tensor,
+    *,
+    choice_ids: Sequence[int] | None = None,
+    loss: str | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    denominator: float | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the rows of `hidden` at `positions`, and the logits of the answer tokens there.
+
+    Only those rows meet the language model's head, and (n, V) logits are never kept. The loss is the sum over
+    the supervised rows divided by `denominator`; where no row is supervised, loss and gradients are 0. Products
+    are fp32 or wider, under autocast too. Gradients: hidden, and lm_head_weight and bias where they require
+    one; `logits` carries none.
+
+    Args:
+        hidden: (B, L, d), or packed (T, d); the last hidden states, any floating dtype.
+        lm_head_weight: (V, d), any floating dtype.
+        positions: (n,) int64, indices into the B · L or T rows of `hidden`.
+        labels: (n,) int64, the token to be predicted from each row; -100 where there is none.
+        choice_ids: the two answer tokens (No, Yes).
+        loss: "vocab": cross-entropy over the vocabulary; "choice": over the two answer tokens, one of which
+            every label is. Default: "choice" where `choice_ids` are given.
+        bias: (V,), added to the logits.
+        softcap: logits become softcap · tanh(logits / softcap).
+        denominator: a positive number, or a tensor () as Trainer's `num_items_in_batch`; default: the number
+            of labels that are not -100.
+
+    Returns:
+        loss () and logits (n, 2) in the order [No, Yes], or (n, 0) without `choice_ids`; both fp32, or fp64
+        where hidden or lm_head_weight is.
+
+    Raises:
+        InputError: a shape, dtype, device or option does not fit. On a CPU, outside of torch.compile, also: a
+            position or label is out of range, or for "choice" a label is not one of the two.
+    """
+    loss = loss or ("vocab" if choice_ids is None else "choice")
+    _check(hidden, lm_head_weight, bias, positions, labels)
+    choice = _check_choice(choice_ids, loss, labels, lm_head_weight.shape[0])
+    if softcap is not None and not softcap > 0:
+        raise bad("softcap", "a positive number", softcap)
+    total = _denominator(denominator, labels)
+    needs = [
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+        for tensor in (hidden, lm_head_weight, bias)
+    ]
+    value, logits, *_ = _forward(
+        hidden, lm_head_weight, bias, positions, labels, total, choice, loss, softcap, needs
+    )
+    return value, logits.detach()
+
+
+@_forward.register_fake
+def _forward_fake(
+    hidden: Tensor, weight: Tensor, _bias: Tensor | None, positions: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _labels, _denominator, choice_ids, loss, _softcap, (need_hidden, need_weight, need_bias) = rest
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    (n,), (V, d) = positions.shape, weight.shape
+    head_rows = 2 if loss == "choice" else V
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty((n, len(choice_ids)), dtype=dtype),
+        hidden.new_empty((n, d) if need_hidden else (0,), dtype=dtype),
+        hidden.new_empty((head_rows, d) if need_weight else (0,), dtype=dtype),
+        hidden.new_empty(head_rows if need_bias else 0, dtype=dtype),
+    )
+
+
+@_backward.register_fake
+def _backward_fake(
+    _dloss: Tensor, dh: Tensor, _positions: Tensor, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    return dh.new_empty(shape, dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, _bias, positions, _labels, _denominator, choice_ids, loss, *_ = inputs
+    _, _, dh, dweight, dbias = output
+    ctx.save_for_backward(dh, dweight, dbias, positions)
+    ctx.hidden = list(hidden.shape), hidden.dtype
+    ctx.vocabulary = weight.shape[0]
+    ctx.head_rows = list(choice_ids) if loss == "choice" else None
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dloss is None:
+        return (None,) * 10
+    dh, dweight, dbias, positions = ctx.saved_tensors
+    need_hidden, need_weight, need_bias, *rest = ctx.needs_input_grad
+    return (
+        _backward(dloss, dh, positions, *ctx.hidden) if need_hidden else None,
+        _head_gradient(ctx, dloss * dweight) if need_weight else None,
+        _head_gradient(ctx, dloss * dbias) if need_bias else None,
+        *(None for _ in rest),
+    )
+
+
+def _head_gradient(ctx: Any, gradient: Tensor) -> Tensor:
+    """The gradient of all V rows of the head; "choice" has it for two of them. Autograd narrows its dtype."""
+    if ctx.head_rows is None:
+        return gradient
+    full = gradient.new_zeros((ctx.vocabulary, *gradient.shape[1:]))
+    full[ctx.head_rows] = gradient
+    return full
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _denominator(given: float | Tensor | None, labels: Tensor) -> Tensor:
+    """What the sum is divided by, as a tensor () on the labels' device."""
+    if given is None:
+        return (labels != reference.IGNORED).sum().clamp(min=1)
+    if not isinstance(given, Tensor):
+        given = torch.tensor(given, dtype=torch.float64)
+    if given.dim() != 0:
+        raise bad("denominator", "a number or a tensor ()", given)
+    if can_read(given) and not given > 0:
+        raise bad("denominator", "a positive number", given.item())
+    return given.to(labels.device)
+
+
+def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, labels: Tensor) -> None:
+    device = hidden.device
+    if hidden.dim() not in (2, 3) or not hidden.is_floating_point():
+        raise bad("hidden", "floating (B, L, d) or (T, d)", hidden)
+    d = hidden.shape[-1]
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise bad("lm_head_weight", f"floating (V, d = {d})", weight)
+    V = weight.shape[0]
+    check_shape("lm_head_weight", weight, (V, d), "(V, d)", device)
+    if bias is not None:
+        check_shape("bias", bias, (V,), "(V,)", device)
+    if positions.dim() != 1 or positions.dtype != torch.int64 or positions.device != device:
+        raise bad("positions", f"(n,) int64 on {device}", positions)
+    check_shape("labels", labels, tuple(positions.shape), "of positions", device)
+    if labels.dtype != torch.int64:
+        raise bad("labels", "int64", labels)
+    if can_read(positions):
+        check_range("positions", positions, hidden.shape[:-1].numel(), "row of hidden")
+        check_range("labels", labels[labels != reference.IGNORED], V, "token")
+
+
+def _check_choice(choice_ids: Sequence[int] | None, loss: str, labels: Tensor, vocabulary: int) -> list[int]:
+    """The answer tokens as a list, empty where there are none."""
+    if loss not in LOSSES:
+        raise bad("loss", f"one of {', '.join(LOSSES)}", repr(loss))
+    if choice_ids is None:
+        if loss == "choice":
+            raise bad("choice_ids", 'the two answer tokens for loss "choice"', None)
+        return []
+    ids = [int(token) for token in choice_ids]
+    if len(set(ids)) != 2 or len(ids) != 2 or not all(0 <= token < vocabulary for token in ids):
+        raise bad("choice_ids", f"two different tokens (No, Yes) in [0, {vocabulary})", tuple(ids))
+    if loss == "choice" and can_read(labels):
+        other = labels[(labels != reference.IGNORED) & (labels != ids[0]) & (labels != ids[1])]
+        if other.numel():
+            raise bad("labels", f"choice_ids {tuple(ids)} or {reference.IGNORED}", int(other[0]))
+    return ids

@@ -1,0 +1,110 @@
+"""``rellax::gate_bank``: the interaction matrices of all adapted projections from the instance embedding."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rellax.ops._check import bad, check_shape
+from rellax.ops._register import operator
+from rellax.reference import gate_bank as reference
+
+_forward = operator("gate_bank", reference.gate_bank_fwd)
+_backward = operator("gate_bank_backward", reference.gate_bank_bwd)
+
+
+def gate_bank(
+    u: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    *,
+    eps: float = 1e-5,
+) -> Tensor:
+    """G_m = reshape(W2_m GELU(W1_m LN_m(u) + b1_m) + b2_m) for all M projections at once (ReLLaX).
+
+    Every projection has its own two-layer MLP and layer norm; GELU is the exact one (erf). The gates are fp32
+    or wider whatever comes in, under autocast too; W2 = 0 and b2 = vec(I) give exactly I. Gradients: u and all
+    parameters.
+
+    Args:
+        u: (B, d_u) instance embedding, the last hidden layer of the recommendation model; any floating dtype.
+        ln_weight: (M, d_u), the layer norms' weights. All parameters share one floating dtype.
+        ln_bias: (M, d_u), the layer norms' biases.
+        w1: (M, 2r², d_u); tells r.
+        b1: (M, 2r²).
+        w2: (M, n, 2r²), with n = r² for full matrices or n = r for diagonal ones.
+        b2: (M, n).
+        eps: added to the variance of u.
+
+    Returns:
+        (M, B, r, r) in the widest dtype of the arguments, at least fp32.
+
+    Raises:
+        InputError: a shape, dtype or device does not fit.
+    """
+    _check(u, ln_weight, ln_bias, w1, b1, w2, b2)
+    gate: Tensor = _forward(u, ln_weight, ln_bias, w1, b1, w2, b2, eps)
+    return gate
+
+
+@_forward.register_fake
+def _forward_fake(u: Tensor, _ln_weight: Tensor, _ln_bias: Tensor, w1: Tensor, *_: Any) -> Tensor:
+    r = math.isqrt(w1.shape[1] // 2)
+    dtype = torch.promote_types(torch.promote_types(u.dtype, w1.dtype), torch.float32)
+    return u.new_empty((w1.shape[0], u.shape[0], r, r), dtype=dtype)
+
+
+@_backward.register_fake
+def _backward_fake(_dgate: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    u, ln_weight, ln_bias, w1, b1, w2, _eps, need_u = rest
+    du = u.new_empty(u.shape if need_u else (0,))
+    parameters = (torch.empty_like(tensor) for tensor in (ln_weight, ln_bias, w1, b1, w2))
+    return du, *parameters, w2.new_empty(w2.shape[:2])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *arguments, _b2, ctx.eps = inputs
+    ctx.save_for_backward(*arguments)
+
+
+def _autograd(ctx: Any, dgate: Tensor) -> tuple[Tensor | None, ...]:
+    need_u = ctx.needs_input_grad[0]
+    du, *parameters = _backward(dgate, *ctx.saved_tensors, ctx.eps, need_u)
+    return du if need_u else None, *parameters, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _check(
+    u: Tensor, ln_weight: Tensor, ln_bias: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
+) -> None:
+    if u.dim() != 2 or not u.is_floating_point():
+        raise bad("u", "floating (B, d_u)", u)
+    if w1.dim() != 3 or not w1.is_floating_point():
+        raise bad("w1", "floating (M, 2r², d_u)", w1)
+    M, hidden, d_u = w1.shape[0], w1.shape[1], u.shape[1]
+    r = math.isqrt(hidden // 2)
+    if r == 0 or hidden != 2 * r * r:
+        raise bad("w1", "shape (M, 2r², d_u) for a whole number r", w1)
+    if w2.dim() != 3 or w2.shape[1] not in (r, r * r):
+        raise bad("w2", f"shape (M, n, 2r²) with n = r² = {r * r} (full) or n = r = {r} (diagonal)", w2)
+    n = w2.shape[1]
+    for name, tensor, shape, meaning in (
+        ("ln_weight", ln_weight, (M, d_u), "(M, d_u)"),
+        ("ln_bias", ln_bias, (M, d_u), "(M, d_u)"),
+        ("w1", w1, (M, hidden, d_u), "(M, 2r², d_u)"),
+        ("b1", b1, (M, hidden), "(M, 2r²)"),
+        ("w2", w2, (M, n, hidden), "(M, n, 2r²)"),
+        ("b2", b2, (M, n), "(M, n)"),
+    ):
+        check_shape(name, tensor, shape, meaning, u.device)
+        if tensor.dtype != w1.dtype:
+            raise bad(name, f"w1's dtype {w1.dtype}", tensor)

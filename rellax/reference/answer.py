@@ -1,0 +1,111 @@
+"""The answer head in plain PyTorch: the specification of ``rellax::answer_loss``.
+
+    h_i = hidden[positions_i]        l_i = cap(W h_i + bias)        cap(l) = c · tanh(l / c), or l itself
+    loss = Σ_i [label_i is not -100] (logsumexp l_i - l_i[label_i]) / denominator
+
+For "choice" W and bias are only the two rows of `choice_ids`. Everything is computed in fp32 (fp64 where an
+argument is fp64). Gradients are formed along with the loss, some rows at a time: so the (n, V) logits need
+neither be kept nor computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from rellax.reference._numerics import accumulation_dtype, sum_rows
+
+IGNORED = -100
+_BLOCK = 2**24
+"""At most so many logits, and elements of a widened W, are held at once (64 MiB in fp32)."""
+
+
+def answer_fwd(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    bias: Tensor | None,
+    positions: Tensor,
+    labels: Tensor,
+    denominator: Tensor,
+    choice_ids: Sequence[int],
+    loss: str,
+    softcap: float | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, logits, dh, dW, dbias) in fp32 or fp64; a gradient that `needs` says is not wanted is empty.
+
+    Logits (n, 2) are those of `choice_ids`, or (n, 0). dh is (n, d); dW and dbias have V rows, for "choice" 2.
+    """
+    dtype = accumulation_dtype(torch.promote_types(hidden.dtype, lm_head_weight.dtype))
+    rows = hidden.flatten(0, -2)[positions].to(dtype)
+    choice = torch.tensor(choice_ids, dtype=torch.int64, device=rows.device)
+    two_rows = lm_head_weight[choice], None if bias is None else bias[choice]
+    logits = _logits(rows, *two_rows, softcap)
+    if loss == "choice":
+        lm_head_weight, bias = two_rows
+        labels = torch.where(labels == IGNORED, IGNORED, (labels == choice[1]).long())
+    value, *gradients = _cross_entropy(rows, lm_head_weight, bias, labels, denominator, softcap, needs)
+    return value, logits, *gradients
+
+
+def answer_bwd(
+    dloss: Tensor, dh: Tensor, positions: Tensor, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """d hidden of `shape` (…, d) in `dtype`: dloss · dh at `positions`, else zero."""
+    dhidden = dh.new_zeros((*shape,), dtype=dtype)
+    distinct, index = positions.unique(return_inverse=True)
+    dhidden.view(-1, shape[-1])[distinct] = sum_rows(dloss * dh, index, len(distinct)).to(dtype)
+    return dhidden
+
+
+def _cross_entropy(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    denominator: Tensor,
+    softcap: float | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, d rows, d weight, d bias)."""
+    need_rows, need_weight, need_bias = needs
+    loss = rows.new_zeros(())
+    drows = rows.new_zeros(rows.shape if need_rows else 0)
+    dweight = rows.new_zeros(weight.shape if need_weight else 0)
+    dbias = rows.new_zeros(weight.shape[0] if need_bias else 0)
+    share = (labels != IGNORED) / denominator.to(rows.dtype)
+    labels = labels.masked_fill(labels == IGNORED, 0)[:, None]
+    for part in _blocks(rows.shape[0], weight.shape[0]):
+        logits = _logits(rows[part], weight, bias, softcap)
+        lse = logits.logsumexp(1, keepdim=True)
+        loss += ((lse - logits.gather(1, labels[part]))[:, 0] * share[part]).sum()
+        dlogits = (logits - lse).exp_()
+        dlogits.scatter_add_(1, labels[part], -torch.ones_like(lse)).mul_(share[part, None])
+        if softcap is not None:
+            dlogits *= 1 - (logits / softcap).square()
+        if need_rows:
+            for block in _blocks(*weight.shape):
+                drows[part].addmm_(dlogits[:, block], weight[block].to(rows.dtype))
+        if need_weight:
+            dweight.addmm_(dlogits.t(), rows[part])
+        if need_bias:
+            dbias += dlogits.sum(0)
+    return loss, drows, dweight, dbias
+
+
+def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+    """cap(rows Wᵀ + bias) in the dtype of `rows`; W is widened one block at a time."""
+    logits = rows.new_empty((rows.shape[0], weight.shape[0]))
+    for block in _blocks(*weight.shape):
+        logits[:, block] = rows @ weight[block].to(rows.dtype).t()
+    if bias is not None:
+        logits += bias
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def _blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Cut the rows of a matrix into blocks of at most `_BLOCK` elements."""
+    step = max(_BLOCK // max(columns, 1), 1)
+    return (slice(start, start + step) for start in range(0, rows, step))
