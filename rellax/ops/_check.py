@@ -13,18 +13,39 @@ from rellax.errors import InputError
 def bad(name: str, expected: str, got: object) -> InputError:
     """The error for argument `name`; a tensor is shown by its shape, dtype and device."""
     if isinstance(got, Tensor):
-        got = f"{tuple(got.shape)} {str(got.dtype).removeprefix('torch.')} on {got.device}"
+        got = f"{tuple(got.shape)}, {_short(got.dtype)}, on {got.device}"
     return InputError(f"{name}: expected {expected}, got {got}")
 
 
-def check_shape(
-    name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str, device: torch.device
+def check_tensor(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int | None, ...],
+    meaning: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Raise unless `tensor` has `shape` (written as `meaning`, e.g. "(r, d_in)") and lies on `device`."""
-    if tuple(tensor.shape) != shape:
-        raise bad(name, f"shape {meaning} = {shape}", tensor)
-    if tensor.device != device:
-        raise bad(name, f"a tensor on {device}", tensor)
+    """Raise unless `tensor` has `shape` and `dtype` and lies on `device`.
+
+    Args:
+        shape: None stands for any size.
+        meaning: how the shape is written, e.g. "(r, d_in)".
+        dtype: None stands for any floating dtype.
+    """
+    if (
+        tensor.dim() == len(shape)
+        and all(size in (None, actual) for size, actual in zip(shape, tensor.shape, strict=True))
+        and (tensor.is_floating_point() if dtype is None else tensor.dtype == dtype)
+        and tensor.device == device
+    ):
+        return
+    sizes = ", ".join("any" if size is None else str(size) for size in shape)
+    kind = "floating" if dtype is None else _short(dtype)
+    raise bad(name, f"{meaning} = ({sizes}), {kind}, on {device}", tensor)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def can_read(tensor: Tensor) -> bool:
@@ -34,10 +55,8 @@ def can_read(tensor: Tensor) -> bool:
 
 def check_cu_seqlens(cu_seqlens: Tensor, instances: int | None, tokens: int, device: torch.device) -> None:
     """Raise unless `cu_seqlens` (B + 1,) int32 rises from 0 to `tokens`; values are read on a CPU only."""
-    if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.device != device:
-        raise bad("cu_seqlens", f"shape (B + 1,) int32 on {device}", cu_seqlens)
-    if instances is not None and cu_seqlens.shape[0] != instances + 1:
-        raise bad("cu_seqlens", f"shape (B + 1,) = ({instances + 1},)", cu_seqlens)
+    offsets = None if instances is None else instances + 1
+    check_tensor("cu_seqlens", cu_seqlens, (offsets,), "(B + 1,)", device, torch.int32)
     if can_read(cu_seqlens):
         ends = cu_seqlens.tolist()
         if not ends or ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in itertools.pairwise(ends)):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rellax.ops._check import bad, can_read, check_range, check_shape
+from rellax.ops._check import bad, can_read, check_range, check_tensor
 from rellax.ops._register import operator
 from rellax.reference import answer as reference
 
@@ -33,9 +33,9 @@ def answer_loss(
     """Cross-entropy of the rows of `hidden` at `positions`, and the logits of the answer tokens there.
 
     Only those rows meet the language model's head, and (n, V) logits are never kept. The loss is the sum over
-    the supervised rows divided by `denominator`; where no row is supervised, loss and gradients are 0. Products
-    are fp32 or wider, under autocast too. Gradients: hidden, and lm_head_weight and bias where they require
-    one; `logits` carries none.
+    the supervised rows divided by `denominator`; where no row is supervised, loss and gradients are 0. All is
+    computed in fp32 or wider, under autocast too. Gradients: hidden, and lm_head_weight and bias where they
+    require one; `logits` carries none.
 
     Args:
         hidden: (B, L, d), or packed (T, d); the last hidden states, any floating dtype.
@@ -147,21 +147,15 @@ def _denominator(given: float | Tensor | None, labels: Tensor) -> Tensor:
 
 
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, labels: Tensor) -> None:
-    device = hidden.device
     if hidden.dim() not in (2, 3) or not hidden.is_floating_point():
         raise bad("hidden", "floating (B, L, d) or (T, d)", hidden)
-    d = hidden.shape[-1]
-    if weight.dim() != 2 or not weight.is_floating_point():
-        raise bad("lm_head_weight", f"floating (V, d = {d})", weight)
+    device = hidden.device
+    check_tensor("lm_head_weight", weight, (None, hidden.shape[-1]), "(V, d)", device)
     V = weight.shape[0]
-    check_shape("lm_head_weight", weight, (V, d), "(V, d)", device)
     if bias is not None:
-        check_shape("bias", bias, (V,), "(V,)", device)
-    if positions.dim() != 1 or positions.dtype != torch.int64 or positions.device != device:
-        raise bad("positions", f"(n,) int64 on {device}", positions)
-    check_shape("labels", labels, tuple(positions.shape), "of positions", device)
-    if labels.dtype != torch.int64:
-        raise bad("labels", "int64", labels)
+        check_tensor("bias", bias, (V,), "(V,)", device)
+    check_tensor("positions", positions, (None,), "(n,)", device, torch.int64)
+    check_tensor("labels", labels, tuple(positions.shape), "(n,)", device, torch.int64)
     if can_read(positions):
         check_range("positions", positions, hidden.shape[:-1].numel(), "row of hidden")
         check_range("labels", labels[labels != reference.IGNORED], V, "token")

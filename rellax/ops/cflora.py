@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rellax.ops._check import bad, check_cu_seqlens, check_shape
+from rellax.ops._check import bad, check_cu_seqlens, check_tensor
 from rellax.ops._register import operator
 from rellax.reference import cflora as reference
 
@@ -56,7 +56,7 @@ def cflora_linear(
     if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    _check(x, weight, bias, lora_a, lora_b, gate, cu_seqlens, dropout)
+    _check(x, weight, bias, lora_a, lora_b, gate, cu_seqlens, dropout, seed)
     if dropout and seed is None:
         seed = torch.randint(2**62, (), dtype=torch.int64, device=x.device)
     y, _ = _forward(x, weight, bias, lora_a, lora_b, gate, scale, cu_seqlens, dropout, seed)
@@ -124,28 +124,28 @@ def _check(
     gate: Tensor | None,
     cu_seqlens: Tensor | None,
     dropout: float,
+    seed: Tensor | None,
 ) -> None:
     if x.dim() != (3 if cu_seqlens is None else 2) or not x.is_floating_point():
         raise bad("x", "floating (B, L, d_in), or packed (T, d_in) with cu_seqlens", x)
-    d_in, device = x.shape[-1], x.device
-    if weight.dim() != 2 or weight.shape[1] != d_in or weight.dtype != x.dtype or weight.device != device:
-        raise bad("weight", f"shape (d_out, d_in = {d_in}) in x's dtype {x.dtype} on {device}", weight)
-    d_out, r = weight.shape[0], lora_a.shape[0]
-    check_shape("lora_a", lora_a, (r, d_in), "(r, d_in)", device)
-    check_shape("lora_b", lora_b, (d_out, r), "(d_out, r)", device)
+    device, d_in = x.device, x.shape[-1]
+    check_tensor("weight", weight, (None, d_in), "(d_out, d_in)", device, x.dtype)
+    d_out = weight.shape[0]
     if bias is not None:
-        check_shape("bias", bias, (d_out,), "(d_out,)", device)
-        if bias.dtype != x.dtype:
-            raise bad("bias", f"x's dtype {x.dtype}", bias)
-    instances = gate.shape[0] if gate is not None else None
+        check_tensor("bias", bias, (d_out,), "(d_out,)", device, x.dtype)
+    check_tensor("lora_a", lora_a, (None, d_in), "(r, d_in)", device)
+    r = lora_a.shape[0]
+    check_tensor("lora_b", lora_b, (d_out, r), "(d_out, r)", device)
+    instances = x.shape[0] if cu_seqlens is None else None
     if gate is not None:
-        check_shape("gate", gate, (gate.shape[0], r, r), "(B, r, r)", device)
-        if cu_seqlens is None and gate.shape[0] != x.shape[0]:
-            raise bad("gate", f"one matrix for each of the B = {x.shape[0]} instances of x", gate)
+        check_tensor("gate", gate, (instances, r, r), "(B, r, r)", device)
+        instances = gate.shape[0]
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, instances, x.shape[0], device)
     if not 0.0 <= dropout < 1.0:
         raise bad("dropout", "a probability in [0, 1)", dropout)
+    if seed is not None:
+        check_tensor("seed", seed, (), "()", device, torch.int64)
     if torch.is_grad_enabled():
         for name, frozen in (("weight", weight), ("bias", bias)):
             if frozen is not None and frozen.requires_grad:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rellax.ops._check import bad, check_shape
+from rellax.ops._check import bad, check_tensor
 from rellax.ops._register import operator
 from rellax.reference import gate_bank as reference
 
@@ -30,8 +30,8 @@ def gate_bank(
     """G_m = reshape(W2_m GELU(W1_m LN_m(u) + b1_m) + b2_m) for all M projections at once (ReLLaX).
 
     Every projection has its own two-layer MLP and layer norm; GELU is the exact one (erf). The gates are fp32
-    or wider whatever comes in, under autocast too; W2 = 0 and b2 = vec(I) give exactly I. Gradients: u and all
-    parameters.
+    or wider whatever comes in, under autocast too; W2 = 0 and b2 = vec(I) give exactly I. Gradients: u and
+    all parameters.
 
     Args:
         u: (B, d_u) instance embedding, the last hidden layer of the recommendation model; any floating dtype.
@@ -86,11 +86,10 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 def _check(
     u: Tensor, ln_weight: Tensor, ln_bias: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
 ) -> None:
-    if u.dim() != 2 or not u.is_floating_point():
-        raise bad("u", "floating (B, d_u)", u)
-    if w1.dim() != 3 or not w1.is_floating_point():
-        raise bad("w1", "floating (M, 2r², d_u)", w1)
-    M, hidden, d_u = w1.shape[0], w1.shape[1], u.shape[1]
+    check_tensor("u", u, (None, None), "(B, d_u)", u.device)
+    d_u = u.shape[1]
+    check_tensor("w1", w1, (None, None, d_u), "(M, 2r², d_u)", u.device)
+    M, hidden, _ = w1.shape
     r = math.isqrt(hidden // 2)
     if r == 0 or hidden != 2 * r * r:
         raise bad("w1", "shape (M, 2r², d_u) for a whole number r", w1)
@@ -100,11 +99,8 @@ def _check(
     for name, tensor, shape, meaning in (
         ("ln_weight", ln_weight, (M, d_u), "(M, d_u)"),
         ("ln_bias", ln_bias, (M, d_u), "(M, d_u)"),
-        ("w1", w1, (M, hidden, d_u), "(M, 2r², d_u)"),
         ("b1", b1, (M, hidden), "(M, 2r²)"),
         ("w2", w2, (M, n, hidden), "(M, n, 2r²)"),
         ("b2", b2, (M, n), "(M, n)"),
     ):
-        check_shape(name, tensor, shape, meaning, u.device)
-        if tensor.dtype != w1.dtype:
-            raise bad(name, f"w1's dtype {w1.dtype}", tensor)
+        check_tensor(name, tensor, shape, meaning, u.device, w1.dtype)

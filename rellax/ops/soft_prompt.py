@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rellax.ops._check import bad, can_read, check_range, check_shape
+from rellax.ops._check import bad, can_read, check_range, check_tensor
 from rellax.ops._register import operator
 from rellax.reference import soft_prompt as reference
 
@@ -79,20 +79,12 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def _check(input_ids: Tensor, word_embeddings: Tensor, soft_rows: Tensor, soft_index: Tensor) -> None:
-    device = input_ids.device
+    device, shape = input_ids.device, tuple(input_ids.shape)
     if input_ids.dim() not in (1, 2) or input_ids.dtype != torch.int64:
-        raise bad("input_ids", "(B, L) or (T,) int64", input_ids)
-    check_shape("soft_index", soft_index, tuple(input_ids.shape), "of input_ids", device)
-    if soft_index.dtype != torch.int64:
-        raise bad("soft_index", "int64", soft_index)
-    for name, table, meaning in (
-        ("word_embeddings", word_embeddings, "(V, d)"),
-        ("soft_rows", soft_rows, f"(S, d = {word_embeddings.shape[-1]})"),
-    ):
-        if table.dim() != 2 or not table.is_floating_point() or table.device != device:
-            raise bad(name, f"floating {meaning} on {device}", table)
-    if soft_rows.shape[1] != word_embeddings.shape[1]:
-        raise bad("soft_rows", f"shape (S, d = {word_embeddings.shape[1]})", soft_rows)
+        raise bad("input_ids", "(B, L) or (T,), int64", input_ids)
+    check_tensor("soft_index", soft_index, shape, "input_ids' shape", device, torch.int64)
+    check_tensor("word_embeddings", word_embeddings, (None, None), "(V, d)", device)
+    check_tensor("soft_rows", soft_rows, (None, word_embeddings.shape[1]), "(S, d)", device)
     if can_read(input_ids):
         soft = soft_index >= 0
         check_range("input_ids", input_ids[~soft], word_embeddings.shape[0], "row of word_embeddings")

@@ -1,4 +1,4 @@
-"""What the reference operators share: accumulation dtype, instance of a token, sums of rows, dropout."""
+"""What the reference operators share: accumulation dtype, sums of rows, dropout."""
 
 from __future__ import annotations
 
@@ -9,14 +9,6 @@ from torch import Tensor
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp32 for every narrower floating dtype, else the dtype itself."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def instance_of_token(tokens: int, instances: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
-    """Instance index of each token: (T,) int64; without `cu_seqlens` all instances have T / B tokens."""
-    index = torch.arange(tokens, device=device)
-    if cu_seqlens is None:
-        return index // max(tokens // max(instances, 1), 1)
-    return torch.bucketize(index, cu_seqlens[1:].to(index.dtype), right=True)
 
 
 def sum_rows(rows: Tensor, index: Tensor, count: int) -> Tensor:

@@ -36,7 +36,7 @@ def answer_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, logits, dh, dW, dbias) in fp32 or fp64; a gradient that `needs` says is not wanted is empty.
 
-    Logits (n, 2) are those of `choice_ids`, or (n, 0). dh is (n, d); dW and dbias have V rows, for "choice" 2.
+    Logits (n, 2) are those of `choice_ids`, or (n, 0). dh is (n, d); dW, dbias have V rows, for "choice" 2.
     """
     dtype = accumulation_dtype(torch.promote_types(hidden.dtype, lm_head_weight.dtype))
     rows = hidden.flatten(0, -2)[positions].to(dtype)
@@ -46,8 +46,10 @@ def answer_fwd(
     if loss == "choice":
         lm_head_weight, bias = two_rows
         labels = torch.where(labels == IGNORED, IGNORED, (labels == choice[1]).long())
-    value, *gradients = _cross_entropy(rows, lm_head_weight, bias, labels, denominator, softcap, needs)
-    return value, logits, *gradients
+    value, dh, dweight, dbias = _cross_entropy(
+        rows, lm_head_weight, bias, labels, denominator, softcap, needs
+    )
+    return value, logits, dh, dweight, dbias
 
 
 def answer_bwd(
@@ -75,14 +77,15 @@ def _cross_entropy(
     drows = rows.new_zeros(rows.shape if need_rows else 0)
     dweight = rows.new_zeros(weight.shape if need_weight else 0)
     dbias = rows.new_zeros(weight.shape[0] if need_bias else 0)
-    share = (labels != IGNORED) / denominator.to(rows.dtype)
-    labels = labels.masked_fill(labels == IGNORED, 0)[:, None]
+    ignored = (labels == IGNORED)[:, None]
+    share = ~ignored / denominator.to(rows.dtype)
+    rows, labels = rows.masked_fill(ignored, 0), labels[:, None].masked_fill(ignored, 0)
     for part in _blocks(rows.shape[0], weight.shape[0]):
         logits = _logits(rows[part], weight, bias, softcap)
         lse = logits.logsumexp(1, keepdim=True)
-        loss += ((lse - logits.gather(1, labels[part]))[:, 0] * share[part]).sum()
+        loss += ((lse - logits.gather(1, labels[part])) * share[part]).sum()
         dlogits = (logits - lse).exp_()
-        dlogits.scatter_add_(1, labels[part], -torch.ones_like(lse)).mul_(share[part, None])
+        dlogits.scatter_add_(1, labels[part], -torch.ones_like(lse)).mul_(share[part])
         if softcap is not None:
             dlogits *= 1 - (logits / softcap).square()
         if need_rows:
