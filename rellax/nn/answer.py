@@ -1,0 +1,144 @@
+"""The Yes/No answer of a language model: only supervised positions reach the vocabulary product."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rellax.errors import InputError
+from rellax.ops import answer_loss
+
+LOSSES = ("choice", "vocab")
+
+
+class Answers(NamedTuple):
+    """Where the labels of a batch are predicted."""
+
+    positions: Tensor  # (n,) int64 into the flattened tokens
+    labels: Tensor  # (n,) int64, -100 = ignored
+    first: Tensor  # (B,) int64, the entry of positions that is an instance's first; n where it has none
+
+
+class AnswerHead(nn.Module):
+    """Loss and [No, Yes] logits from hidden states and Hugging Face labels.
+
+    The label at token t is predicted from the hidden state of token t - 1 of the same instance.
+
+    Args:
+        answer_ids: (no_id, yes_id), token ids of the two answers; None where only the vocab loss is needed.
+        loss: "choice": binary cross-entropy over the two answers at the first label of each instance;
+            "vocab": cross-entropy over the whole vocabulary at every label.
+        softcap: c of logits = c · tanh(logits / c), or None.
+    """
+
+    def __init__(
+        self, answer_ids: tuple[int, int] | None, loss: str = "choice", softcap: float | None = None
+    ) -> None:
+        super().__init__()
+        if loss not in LOSSES:
+            raise InputError(f"loss: expected one of {LOSSES}, got {loss!r}")
+        self.answer_ids, self.loss, self.softcap = answer_ids, loss, softcap
+
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        lm_head_weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        denominator: Tensor | float | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The loss, a scalar in fp32, and the logits (B, 2) of [No, Yes] at each instance's first label.
+
+        The logits carry no gradient. An instance without a label has NaN logits. They are None where there
+        are no `answer_ids`.
+
+        Args:
+            hidden: (B, L, d), or packed (1, T, d) with `cu_seqlens` (B + 1,) int32.
+            labels: int64 in the shape of the tokens, -100 where nothing is supervised.
+            lm_head_weight: (V, d).
+            bias: (V,), or None.
+            denominator: what the sum of losses is divided by; None: the number of labels.
+
+        Raises:
+            InputError: labels do not fit hidden, or the choice loss has no `answer_ids`.
+        """
+        if labels.shape != hidden.shape[:-1]:
+            raise InputError(f"labels: expected shape {tuple(hidden.shape[:-1])}, got {tuple(labels.shape)}")
+        if self.loss == "choice":
+            self._require_answer_ids()
+        answers = find_answers(labels, cu_seqlens, first_only=self.loss == "choice")
+        loss, logits = answer_loss(
+            hidden.flatten(0, 1),
+            lm_head_weight,
+            answers.positions,
+            answers.labels,
+            choice_ids=self.answer_ids,
+            loss=self.loss,
+            bias=bias,
+            softcap=self.softcap,
+            denominator=denominator,
+        )
+        if self.answer_ids is None:
+            return loss, None
+        return loss, F.pad(logits, (0, 0, 0, 1), value=torch.nan)[answers.first]
+
+    @torch.no_grad()
+    def logits(
+        self, hidden: Tensor, positions: Tensor, lm_head_weight: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """The logits (n, 2) of [No, Yes] at `positions` (n,) of the flattened hidden states, in fp32."""
+        self._require_answer_ids()
+        ignored = torch.full_like(positions, -100)
+        return answer_loss(
+            hidden.flatten(0, 1),
+            lm_head_weight,
+            positions,
+            ignored,
+            choice_ids=self.answer_ids,
+            bias=bias,
+            softcap=self.softcap,
+        )[1]
+
+    def _require_answer_ids(self) -> None:
+        if self.answer_ids is None:
+            raise InputError(
+                "answer_ids: expected the token ids (no_id, yes_id) in CFLoRAConfig, got None; "
+                "rellax.ctr.prompts.answer_ids(tokenizer) finds them"
+            )
+
+    def extra_repr(self) -> str:
+        return f"answer_ids={self.answer_ids}, loss={self.loss!r}, softcap={self.softcap}"
+
+
+def find_answers(labels: Tensor, cu_seqlens: Tensor | None, *, first_only: bool) -> Answers:
+    """The positions that predict the labels (B, L), or packed (1, T): all of them, or one for each instance.
+
+    With `first_only` the result's shapes depend on the shape of the batch alone: position i is that of
+    instance i's first label, and the label is ignored (-100) where it has none.
+    """
+    labels, length = labels.flatten(), labels.shape[1]
+    tokens = labels.shape[0]
+    token = torch.arange(tokens, device=labels.device)
+    starts = (
+        torch.arange(0, tokens, length, device=labels.device)
+        if cu_seqlens is None
+        else cu_seqlens[:-1].long()
+    )
+    instance = torch.bucketize(token, starts, right=True) - 1
+    supervised = (labels != -100) & (token != starts[instance])  # nothing predicts an instance's first token
+    first = starts.new_full(starts.shape, tokens, dtype=torch.int64)
+    first = first.scatter_reduce(0, instance, token.where(supervised, tokens), "amin")
+    if first_only:
+        answered = first < tokens
+        return Answers(
+            positions=(first - 1).where(answered, 0),
+            labels=labels[first.clamp(max=tokens - 1)].where(answered, -100),
+            first=torch.arange(len(first), device=labels.device).where(answered, len(first)),
+        )
+    found = supervised.nonzero().squeeze(1)
+    return Answers(found - 1, labels[found], torch.searchsorted(found, first))

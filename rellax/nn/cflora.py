@@ -1,0 +1,99 @@
+"""A frozen linear layer with a low-rank update that is gated per instance."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from rellax.errors import InputError
+from rellax.ops import cflora_linear
+
+
+class CFLoRA:
+    """The forward pass of a CFLoRA layer, whatever module stores its tensors.
+
+    A class that mixes it in provides `weight` (d_out, d_in), `bias` (d_out,) or None, `lora_a` (r, d_in),
+    `lora_b` (d_out, r), `scale`, `dropout` and `training`.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    scale: float
+    dropout: float
+    training: bool
+
+    def forward(self, x: Tensor, gate: Tensor | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """y = x Wᵀ + bias + scale · (drop(x) Aᵀ G_b) Bᵀ.
+
+        Args:
+            x: (B, L, d_in), or packed (T, d_in) with `cu_seqlens`.
+            gate: (B, r, r), one interaction matrix per instance; None is the identity: plain LoRA.
+            cu_seqlens: (B + 1,) int32, the offsets of the instances in a packed x.
+
+        Returns:
+            (B, L, d_out) or (T, d_out).
+        """
+        return cflora_linear(
+            x,
+            self.weight,
+            self.bias,
+            self.lora_a,
+            self.lora_b,
+            gate,
+            self.scale,
+            cu_seqlens=cu_seqlens,
+            dropout=self.dropout if self.training else 0.0,
+        )
+
+
+class CFLoRALinear(CFLoRA, nn.Linear):
+    """`nn.Linear` with frozen weight and bias, and the parameters `lora_a` (r, d_in) and `lora_b` (d_out, r).
+
+    lora_a starts as Kaiming uniform, lora_b as zero, so the layer starts as the linear layer it extends. Both
+    are at least fp32: the small numbers of a low-rank update are lost in half precision.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in `nn.Linear`.
+        r: rank, at least 1.
+        alpha: the update is scaled by alpha / r.
+        dropout: probability of dropping an element on its way into A, in [0, 1); in training mode only.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 8,
+        *,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.requires_grad_(False)
+        self.add_lora(r, alpha, dropout)
+
+    def add_lora(self, r: int, alpha: float, dropout: float) -> None:
+        """Add the low-rank parameters to a linear layer that has none."""
+        if r < 1 or not 0.0 <= dropout < 1.0:
+            raise InputError(f"r, dropout: expected r >= 1 and dropout in [0, 1), got {r} and {dropout}")
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        self.lora_a = nn.Parameter(self.weight.new_empty((r, self.in_features), dtype=dtype))
+        self.lora_b = nn.Parameter(self.weight.new_zeros((self.out_features, r), dtype=dtype))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        self.scale = alpha / r
+        self.dropout = dropout
+
+    def remove_lora(self) -> None:
+        """Take away what `add_lora` added."""
+        del self.lora_a, self.lora_b, self.scale, self.dropout
+
+    def extra_repr(self) -> str:
+        r = self.lora_a.shape[0]
+        return f"{super().extra_repr()}, r={r}, scale={self.scale:g}, dropout={self.dropout:g}"

@@ -1,0 +1,15 @@
+"""Hugging Face models: patch, unpatch, save, load."""
+
+from rellax.patch.adapter import load_adapter, save_adapter
+from rellax.patch.config import CFLoRAConfig, SoftPromptConfig
+from rellax.patch.engine import answer_logits, patch_model, unpatch_model
+
+__all__ = [
+    "CFLoRAConfig",
+    "SoftPromptConfig",
+    "answer_logits",
+    "load_adapter",
+    "patch_model",
+    "save_adapter",
+    "unpatch_model",
+]

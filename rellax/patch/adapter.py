@@ -1,0 +1,157 @@
+"""Save and load what was trained: a folder of safetensors and JSON, nothing pickled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rellax._files import atomic_folder, read_json, sha256_file, write_json
+from rellax.errors import InputError
+from rellax.patch.config import CFLoRAConfig, SoftPromptConfig
+from rellax.patch.engine import hf_model, patch_model, unpatch_model
+from rellax.patch.forward import CausalLM
+
+FORMAT = 1
+CONFIG_FILE = "adapter.json"
+TENSOR_FILE = "adapter.safetensors"
+_TABLE = "rellax.soft_prompt.item_embeddings"
+_PARTS = ("rellax.gate_bank.", "rellax.soft_prompt.")  # what a partial adapter may lack
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def save_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Write A, B, the gate bank and the soft prompt (with its item table) of a patched model to a folder.
+
+    Beside the tensors lies a JSON file with the configuration and a description of the base model, whose own
+    weights are not saved. The folder is written under a temporary name and replaces an older one.
+
+    Raises:
+        InputError: the model is not patched.
+    """
+    inner = _patched(model)
+    state = inner.rellax
+    with atomic_folder(folder) as part:
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in _tensors(inner).items()}, part / TENSOR_FILE
+        )
+        write_json(
+            part / CONFIG_FILE,
+            {
+                "format": FORMAT,
+                "base_model": _describe(inner),
+                "config": state.config.to_dict(),
+                "placeholder_ids": _placeholder_ids(inner),
+                "sha256": sha256_file(part / TENSOR_FILE),
+            },
+        )
+
+
+def load_adapter(model: Model, folder: str | Path, *, partial: bool = False) -> Model:
+    """Load a folder of `save_adapter`: patch an unpatched model with it, or replace a patched one's tensors.
+
+    Args:
+        model: the same base model as the adapter was made for, patched or not.
+        folder: written by `save_adapter`.
+        partial: allow a patched model to have gates or a soft prompt that the adapter lacks; they stay as
+            they are. So a second stage starts from the LoRA of the first.
+
+    Returns:
+        The same object.
+
+    Raises:
+        InputError: a file is missing or damaged, or the adapter belongs to another model, rank or set of
+            layers. The model is then unchanged.
+    """
+    description, tensors = _read(Path(folder))
+    inner = hf_model(model)
+    if description["base_model"] != (own := _describe(inner)):
+        raise InputError(f"{folder}: expected an adapter of {own}, got one of {description['base_model']}")
+    if isinstance(inner, CausalLM):
+        _load(inner, Path(folder), description, tensors, partial)
+        return model
+    soft_prompt = None
+    if description["placeholder_ids"] is not None and _TABLE in tensors:
+        soft_prompt = SoftPromptConfig(tensors[_TABLE], description["placeholder_ids"])
+    patch_model(model, CFLoRAConfig.from_dict(description["config"]), soft_prompt=soft_prompt)
+    try:
+        _load(inner, Path(folder), description, tensors, partial=False)
+    except InputError:
+        unpatch_model(model)
+        raise
+    return model
+
+
+def _patched(model: nn.Module) -> Any:
+    inner = hf_model(model)
+    if not isinstance(inner, CausalLM):
+        raise InputError(f"model: expected a patched model, got an unpatched {type(inner).__name__}")
+    return inner
+
+
+def _describe(model: Any) -> dict[str, Any]:
+    """What tells base models apart without reading their weights."""
+    vocab_size, hidden_size = model.get_input_embeddings().weight.shape
+    return {
+        "class": type(model).__name__,
+        "hidden_size": hidden_size,
+        "layers": model.config.num_hidden_layers,
+        "vocab_size": vocab_size,
+    }
+
+
+def _placeholder_ids(model: Any) -> list[int] | None:
+    soft_prompt = model.rellax.soft_prompt
+    return None if soft_prompt is None else soft_prompt.placeholder_ids.tolist()
+
+
+def _tensors(model: Any) -> dict[str, Tensor]:
+    """Everything an adapter consists of, by name; the tensors are the model's own."""
+    tensors = {f"rellax.{name}": tensor for name, tensor in model.rellax.state_dict().items()}
+    for name, projection in model.rellax.projections.items():
+        tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = projection.lora_a, projection.lora_b
+    return tensors
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    description = read_json(folder / CONFIG_FILE)
+    keys = {"format", "base_model", "config", "placeholder_ids", "sha256"}
+    if not isinstance(description, dict) or not keys <= description.keys():
+        raise InputError(f"{folder / CONFIG_FILE}: expected the fields {sorted(keys)} of an adapter")
+    if description["format"] != FORMAT:
+        raise InputError(f"{folder / CONFIG_FILE}: expected format {FORMAT}, got {description['format']!r}")
+    file = folder / TENSOR_FILE
+    if not file.is_file():
+        raise InputError(f"{file}: expected the adapter's tensors, found no such file")
+    if sha256_file(file) != description["sha256"]:
+        raise InputError(f"{file}: damaged, its SHA-256 is not the one in {CONFIG_FILE}")
+    return description, load_file(file)
+
+
+def _load(
+    model: Any, folder: Path, description: dict[str, Any], tensors: dict[str, Tensor], partial: bool
+) -> None:
+    """Copy the tensors into a patched model after everything has been compared."""
+    own, targets = model.rellax.config, _tensors(model)
+    lacking = tuple(part for part in _PARTS if partial and not any(name.startswith(part) for name in tensors))
+    expected = {name for name in targets if not name.startswith(lacking)} if lacking else set(targets)
+    if wrong := sorted(expected ^ set(tensors)):
+        word = "lacks" if wrong[0] in expected else "has the unknown"
+        raise InputError(
+            f"{folder}: does not fit the patched model, it {word} tensor {wrong[0]} ({len(wrong)} in all)"
+        )
+    for name in sorted(expected):
+        if tensors[name].shape != targets[name].shape:
+            want, got = tuple(targets[name].shape), tuple(tensors[name].shape)
+            raise InputError(f"{folder}: expected {name} of shape {want}, got {got}")
+    if (alpha := description["config"]["alpha"]) != own.alpha:
+        raise InputError(f"{folder}: expected an adapter with alpha = {own.alpha:g}, got {alpha:g}")
+    if _TABLE in expected and (ids := description["placeholder_ids"]) != _placeholder_ids(model):
+        raise InputError(f"{folder}: expected placeholder_ids {_placeholder_ids(model)}, got {ids}")
+    with torch.no_grad():
+        for name in expected:
+            targets[name].copy_(tensors[name])

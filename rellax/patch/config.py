@@ -1,0 +1,110 @@
+"""What a patched model is to be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rellax.errors import InputError
+from rellax.nn.answer import LOSSES
+from rellax.nn.gate_bank import GATE_INITS, INTERACTIONS
+
+
+@dataclass(frozen=True)
+class CFLoRAConfig:
+    """Low-rank updates and their gates.
+
+    Args:
+        r: rank.
+        alpha: updates are scaled by alpha / r.
+        dropout: probability of dropping an element on its way into A, in [0, 1).
+        target_modules: names of the decoder's linear layers to adapt; every layer's is.
+        cond_dim: d_u, the size of an instance embedding.
+        interaction: "full": an r x r matrix per instance; "diagonal": one factor per component; "none": no
+            gates, plain LoRA.
+        gate_init: "identity": start as plain LoRA; "kaiming": as published.
+        loss: "choice": binary cross-entropy over the two answers; "vocab": cross-entropy over the vocabulary.
+        answer_ids: (no_id, yes_id), the token ids of the two answers; None where nothing needs them.
+
+    Raises:
+        InputError: a value is out of range or unknown.
+    """
+
+    r: int = 8
+    alpha: float = 16
+    dropout: float = 0.05
+    target_modules: Sequence[str] = ("q_proj", "v_proj")
+    cond_dim: int = 64
+    interaction: str = "full"
+    gate_init: str = "identity"
+    loss: str = "choice"
+    answer_ids: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.target_modules, str) or not self.target_modules:
+            raise InputError(f"target_modules: expected names of layers, got {self.target_modules!r}")
+        object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        for name in ("r", "cond_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name}: expected a positive integer, got {value!r}")
+        if not self.alpha > 0:
+            raise InputError(f"alpha: expected a positive number, got {self.alpha!r}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise InputError(f"dropout: expected a probability in [0, 1), got {self.dropout!r}")
+        choices = {"interaction": (*INTERACTIONS, "none"), "gate_init": GATE_INITS, "loss": LOSSES}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
+        if self.answer_ids is not None:
+            object.__setattr__(self, "answer_ids", _answer_ids(self.answer_ids))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CFLoRAConfig:
+        """The inverse of `to_dict`; `InputError` for an unknown field."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise InputError(f"CFLoRAConfig: expected fields out of {sorted(known)}, got {unknown}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class SoftPromptConfig:
+    """Soft prompt augmentation.
+
+    Args:
+        item_embeddings: (N, E) floating, the recommendation model's item table.
+        placeholder_ids: token ids that stand for an item.
+
+    Raises:
+        InputError: not a finite matrix, or no valid ids.
+    """
+
+    item_embeddings: Tensor
+    placeholder_ids: Sequence[int]
+
+    def __post_init__(self) -> None:
+        table = self.item_embeddings
+        if not isinstance(table, Tensor) or table.dim() != 2 or not table.is_floating_point():
+            shown = tuple(table.shape) if isinstance(table, Tensor) else type(table).__name__
+            raise InputError(f"item_embeddings: expected a floating tensor of shape (N, E), got {shown}")
+        if not torch.isfinite(table).all():
+            raise InputError("item_embeddings: expected finite numbers, got NaN or infinity")
+        ids = tuple(self.placeholder_ids)
+        if not ids or any(not isinstance(i, int) or i < 0 for i in ids) or len(set(ids)) < len(ids):
+            raise InputError(f"placeholder_ids: expected distinct token ids, got {ids}")
+        object.__setattr__(self, "placeholder_ids", ids)
+
+
+def _answer_ids(ids: Sequence[int]) -> tuple[int, int]:
+    if len(ids) != 2 or any(not isinstance(i, int) or i < 0 for i in ids) or ids[0] == ids[1]:
+        raise InputError(f"answer_ids: expected two different token ids (no_id, yes_id), got {ids!r}")
+    return ids[0], ids[1]

@@ -1,0 +1,235 @@
+"""Patch a Hugging Face model in place, by swapping the classes of its module instances, and back."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from rellax.errors import InputError
+from rellax.nn import AnswerHead, GateBank, SoftPrompt
+from rellax.patch import rules
+from rellax.patch.config import CFLoRAConfig, SoftPromptConfig
+from rellax.patch.forward import Attention, CausalLM, Projection, patched_class
+from rellax.patch.state import RellaxState, Report
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def patch_model(
+    model: Model, config: CFLoRAConfig | None = None, *, soft_prompt: SoftPromptConfig | None = None
+) -> Model:
+    """Give a Hugging Face model gated low-rank updates, a soft prompt and an answer head, in place.
+
+    Parameter names stay; new ones are `lora_a` and `lora_b` beside the weights they adapt, and `rellax.*`.
+    Base weights are frozen. A model that carries PEFT LoRA keeps its own A and B.
+
+    Args:
+        model: a causal language model of transformers (Llama, Mistral, Qwen2, Qwen3 and Gemma families), or a
+            PEFT model around one.
+        config: None: `CFLoRAConfig()`, with rank, alpha, dropout and targets of PEFT's LoRA if there is one.
+        soft_prompt: item embeddings and placeholders, or None.
+
+    Returns:
+        The same object. It has `model.rellax` with `report`, `config`, `gate_bank`, `soft_prompt` and
+        `set_trainable()`, and its forward takes the arguments of `rellax.patch.forward.CausalLM.forward`.
+
+    Raises:
+        InputError: the model or a layer is of an unknown class, a target does not exist, the configuration
+            contradicts PEFT's, or the model is patched already. The model is then unchanged.
+    """
+    inner = hf_model(model)
+    if isinstance(inner, CausalLM):
+        raise InputError(
+            "model: expected one that is not patched, got a patched one; call unpatch_model first"
+        )
+    family = rules.find_family(inner)
+    layers = inner.get_submodule(family.layers)
+    attentions = [layer.get_submodule(family.attention_path) for layer in layers]
+    _check_model(inner, family, attentions, soft_prompt)
+    found, skipped = _select(inner, family, layers, config)
+    classes = [rules.projection_class(name, module) for name, module in found.items()]
+    config = _resolve(config, found)
+    state = _build_state(inner, config, found, soft_prompt)
+
+    inner.requires_grad_(False)
+    for index, (module, projection) in enumerate(zip(found.values(), classes, strict=True)):
+        module.__class__ = projection
+        module.adopt(config)
+        module.gate_index = index
+    for layer, attention in zip(layers, attentions, strict=True):
+        attention.rellax_projections = [
+            module for module in layer.modules() if isinstance(module, Projection)
+        ]
+        attention.__class__ = patched_class(Attention, type(attention))
+    inner.__class__ = patched_class(CausalLM, type(inner))
+    inner.rellax = state
+    state.set_trainable(lora=True)
+    state.report = _report(inner, skipped)
+    return model
+
+
+def unpatch_model(model: Model) -> Model:
+    """Undo `patch_model`: classes, state dict, outputs and requires_grad flags as before; the same object.
+
+    Raises:
+        InputError: the model is not patched, or its modules were changed by something else since.
+    """
+    inner = hf_model(model)
+    if not isinstance(inner, CausalLM):
+        raise InputError(f"model: expected a patched model, got an unpatched {type(inner).__name__}")
+    _check_forward(inner)
+    swapped = [module for module in inner.modules() if isinstance(module, (CausalLM, Attention, Projection))]
+    for module in swapped:
+        if "rellax_base" not in vars(type(module)):
+            raise InputError(
+                f"model: expected the classes patch_model gave, got {type(module)}; undo that change first"
+            )
+    state = inner.rellax
+    for module in swapped:
+        if isinstance(module, Projection):
+            module.release()
+            del module.gate_index
+            vars(module).pop("handed", None)
+        elif isinstance(module, Attention):
+            del module.rellax_projections
+        else:
+            del module.rellax
+        module.__class__ = vars(type(module))["rellax_base"]
+    for name, parameter in inner.named_parameters():
+        parameter.requires_grad_(state.original_requires_grad[name])
+    return model
+
+
+def answer_logits(model: nn.Module, **batch: Any) -> Tensor:
+    """The logits (B, 2) of [No, Yes], fp32, at the last token of each instance; without gradients.
+
+    Padding on either side is told by `attention_mask`, packed batches by `cu_seqlens`. Labels play no part,
+    and no logits over the vocabulary are made. Call `model.eval()` before, as for any prediction.
+
+    Raises:
+        InputError: the batch does not fit the model, or the configuration has no `answer_ids`.
+    """
+    with torch.no_grad():
+        logits: Tensor = model(**batch, answer_only=True).answer_logits
+    return logits
+
+
+def hf_model(model: Any) -> Any:
+    """The transformers model inside a PEFT model, or the model itself."""
+    if "peft" in sys.modules:
+        from peft import PeftModel
+
+        if isinstance(model, PeftModel):
+            return model.get_base_model()
+    return model
+
+
+def _check_model(
+    model: Any, family: rules.Family, attentions: list[nn.Module], soft_prompt: SoftPromptConfig | None
+) -> None:
+    """Raise unless the parts that patching builds on are of the classes it knows."""
+    _check_forward(model)
+    embeddings, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
+    expected = [(attention, family.attention) for attention in attentions] + [(lm_head, "Linear")]
+    if soft_prompt is not None:
+        expected.append((embeddings, family.embedding))
+    for module, name in expected:
+        if type(module).__name__ != name:
+            raise InputError(f"model: expected {name} in {family.model}, got {type(module).__name__}")
+
+
+def _check_forward(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if "forward" in vars(module):
+            raise InputError(
+                f"model: expected each module's own forward, got one set on {name or 'the model itself'}; "
+                "take accelerate's hooks or wrappers off first (unwrap_model, remove_hook_from_module)"
+            )
+
+
+def _select(
+    model: nn.Module, family: rules.Family, layers: Any, config: CFLoRAConfig | None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The linear layers to adapt by name, and those to leave alone with the reason."""
+    linears = {
+        f"{family.layers}.{index}.{path}": layer.get_submodule(path)
+        for index, layer in enumerate(layers)
+        for path in family.projections
+    }
+    tuned = [name for name, module in model.named_modules() if rules.is_peft_layer(module)]
+    if tuned:
+        if stray := [name for name in tuned if name not in linears]:
+            raise InputError(f"model: expected PEFT's layers among the decoder's linear layers, got {stray}")
+        wanted, reason = set(tuned), "PEFT did not adapt it"
+    else:
+        targets = (config or CFLoRAConfig()).target_modules
+        known = [path.rsplit(".", 1)[-1] for path in family.projections]
+        if unknown := [target for target in targets if target not in known]:
+            raise InputError(
+                f"target_modules: expected names out of {known} in {family.model}, got {unknown}"
+            )
+        wanted, reason = (
+            {name for name in linears if name.rsplit(".", 1)[-1] in targets},
+            "not in target_modules",
+        )
+    found = {name: module for name, module in linears.items() if name in wanted}
+    return found, {name: reason for name in linears if name not in wanted}
+
+
+def _resolve(config: CFLoRAConfig | None, found: Mapping[str, Any]) -> CFLoRAConfig:
+    """The configuration, with what PEFT has laid down already."""
+    if not any(rules.is_peft_layer(module) for module in found.values()):
+        return config or CFLoRAConfig()
+    values = rules.peft_config(found)
+    if config is None:
+        return CFLoRAConfig(**values)
+    for name, value in values.items():
+        got = getattr(config, name)
+        if set(got) != set(value) if name == "target_modules" else got != value:
+            raise InputError(f"config.{name}: expected {value!r} as in the model's PEFT LoRA, got {got!r}")
+    return replace(config, **values)
+
+
+def _build_state(
+    model: Any, config: CFLoRAConfig, found: Mapping[str, Any], soft_prompt: SoftPromptConfig | None
+) -> RellaxState:
+    vocabulary, hidden_size = model.get_output_embeddings().weight.shape
+    if config.answer_ids is not None and max(config.answer_ids) >= vocabulary:
+        raise InputError(
+            f"answer_ids: expected ids below the vocabulary's {vocabulary}, got {config.answer_ids}"
+        )
+    weight = next(iter(found.values())).weight
+    place = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+    gate_bank = projector = None
+    if config.interaction != "none":
+        gate_bank = GateBank(
+            len(found), config.r, config.cond_dim, config.interaction, config.gate_init, **place
+        )
+    if soft_prompt is not None:
+        projector = SoftPrompt(soft_prompt.item_embeddings, hidden_size, soft_prompt.placeholder_ids, **place)
+    head = AnswerHead(config.answer_ids, config.loss, getattr(model.config, "final_logit_softcapping", None))
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    return RellaxState(config, found, gate_bank, projector, head, flags)
+
+
+def _report(model: Any, skipped: Mapping[str, str]) -> Report:
+    state: RellaxState = model.rellax
+    lora = sum(p.lora_a.numel() + p.lora_b.numel() for p in state.projections.values())
+    gates, soft_prompt = (
+        0 if part is None else sum(p.numel() for p in part.parameters())
+        for part in (state.gate_bank, state.soft_prompt)
+    )
+    return Report(
+        model=type(model).__name__,
+        patched=tuple(state.projections),
+        skipped=dict(skipped),
+        lora_parameters=lora,
+        gate_parameters=gates,
+        soft_prompt_parameters=soft_prompt,
+        base_parameters=sum(p.numel() for p in model.parameters()) - lora - gates - soft_prompt,
+    )

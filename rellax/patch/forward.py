@@ -1,0 +1,320 @@
+"""What patched modules do: mixins put in front of the class a module already has.
+
+One `ForwardContext` per call of the model travels as a keyword argument to every attention block, which hands
+the adapted projections of its decoder layer their gates just before they run: attention is the one block that
+gets the keywords, and the first to run in its layer, also when a checkpointed layer is computed again.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput, can_return_tuple
+
+from rellax.errors import InputError
+from rellax.nn.cflora import CFLoRA
+from rellax.patch.config import CFLoRAConfig
+from rellax.patch.state import RellaxState
+
+Handed = tuple[Tensor | None, Tensor | None]
+NOTHING: Handed = (None, None)
+
+
+@dataclass
+class ForwardContext:
+    """What one call of the model hands to its layers: each projection's gate (B, r, r), and the packing."""
+
+    gates: tuple[Tensor, ...] | None
+    cu_seqlens: Tensor | None
+
+    def hand(self, gate_index: int) -> Handed:
+        """(gate, cu_seqlens) of one projection; without gates all instances are treated alike."""
+        return NOTHING if self.gates is None else (self.gates[gate_index], self.cu_seqlens)
+
+
+@dataclass
+class AnswerOutput(ModelOutput):
+    """What a patched model returns for labels.
+
+    Attributes:
+        loss: () fp32.
+        answer_logits: (B, 2) fp32, [No, Yes] at each instance's first label, without gradient; NaN where it
+            has no label, None where the configuration has no answer_ids.
+        past_key_values, hidden_states, attentions: the decoder's.
+    """
+
+    loss: Tensor | None = None
+    answer_logits: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class Projection(CFLoRA):
+    """An adapted linear layer: takes what attention handed it, once."""
+
+    rellax_base: type[nn.Module]
+    gate_index: int
+    handed: Handed = NOTHING
+
+    def adopt(self, config: CFLoRAConfig) -> None:
+        """Called once, on a module whose class has just become this one: add what it lacks."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Take away what `adopt` added."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        gate, cu_seqlens = self.handed
+        self.handed = NOTHING
+        if cu_seqlens is None:
+            return super().forward(x, gate)
+        return super().forward(x.squeeze(0), gate, cu_seqlens=cu_seqlens).unsqueeze(0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A recomputation that ends early can leave a gate behind; it belongs to that call, not to a copy."""
+        return {**self.__dict__, "handed": NOTHING}
+
+
+class Attention(nn.Module):
+    """An attention block that hands the projections of its decoder layer their gates."""
+
+    rellax_projections: list[Projection]
+
+    def forward(self, *args: Any, rellax_context: ForwardContext | None = None, **kwargs: Any) -> Any:
+        for projection in self.rellax_projections:
+            projection.handed = (
+                NOTHING if rellax_context is None else rellax_context.hand(projection.gate_index)
+            )
+        return super().forward(*args, **kwargs)
+
+
+class CausalLM(nn.Module):
+    """A causal language model that takes instance embeddings, item ids, packed batches and answer labels."""
+
+    rellax: RellaxState
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        instance_embed: Tensor | None = None,
+        item_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        answer_only: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's own forward, with these additions.
+
+        With labels: an `AnswerOutput`, and no logits over the vocabulary. Without: the model's own output.
+
+        Args:
+            labels: like input_ids, -100 where nothing is supervised.
+            instance_embed: (B, cond_dim), the recommendation model's view of each instance; None: plain LoRA.
+            item_ids: (B, K) int64 padded with -1; packed: (1, n). The k-th placeholder takes the k-th id.
+            cu_seqlens: (B + 1,) int32: input_ids is (1, T), B instances one after another; `cu_seq_lens_q` is
+                the same.
+            answer_only: return only `answer_logits`, at the last token of each instance.
+            num_items_in_batch: what the sum of losses is divided by; None: the number of labels.
+
+        Raises:
+            InputError: an argument does not fit the others or the configuration.
+        """
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if tokens is None:
+            raise InputError("input_ids: expected token ids, got None (and no inputs_embeds)")
+        if cu_seqlens is None:
+            cu_seqlens = kwargs.get("cu_seq_lens_q")
+        if cu_seqlens is not None:
+            _check_packed(tokens, cu_seqlens, attention_mask, past_key_values, use_cache)
+            use_cache = False
+            if position_ids is None:
+                position_ids = _packed_positions(cu_seqlens, tokens.shape[1])
+
+        gates = self._rellax_gates(
+            instance_embed, tokens.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        )
+        handed = None if gates is None else gates.unbind(0)
+        inputs_embeds = self._rellax_embeds(input_ids, inputs_embeds, item_ids)
+        if self._rellax_checkpoints_reentrantly():
+            if inputs_embeds is None:
+                inputs_embeds = self.get_input_embeddings()(input_ids)
+            inputs_embeds, handed = _enter_reentrant(inputs_embeds, gates)
+
+        kwargs |= {
+            "input_ids": input_ids if inputs_embeds is None else None,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+            "rellax_context": ForwardContext(handed, cu_seqlens),
+        }
+        if labels is None and not answer_only:
+            return super().forward(**kwargs, logits_to_keep=logits_to_keep)
+        return self._rellax_answer(kwargs, None if answer_only else labels, cu_seqlens)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The model's own; item ids belong to the prompt, which is in the cache once that holds anything."""
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        cache = inputs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            inputs.pop("item_ids", None)
+        return inputs
+
+    def _rellax_gates(self, instance_embed: Tensor | None, instances: int) -> Tensor | None:
+        if instance_embed is None:
+            return None
+        if self.rellax.gate_bank is None:
+            raise InputError('instance_embed: expected None, the model was patched with interaction="none"')
+        if len(instance_embed) != instances:
+            raise InputError(f"instance_embed: expected B = {instances} rows, got {len(instance_embed)}")
+        return self.rellax.gate_bank(instance_embed)
+
+    def _rellax_embeds(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, item_ids: Tensor | None
+    ) -> Tensor | None:
+        soft_prompt = self.rellax.soft_prompt
+        if item_ids is None:
+            checked = soft_prompt is not None and input_ids is not None and not torch.compiler.is_compiling()
+            if checked and soft_prompt.is_placeholder(input_ids).any():
+                raise InputError("item_ids: expected the items of the placeholders in input_ids, got None")
+            return inputs_embeds
+        if soft_prompt is None:
+            raise InputError("item_ids: expected None, the model was patched without soft_prompt")
+        if input_ids is None or inputs_embeds is not None:
+            raise InputError("item_ids: expected input_ids alone beside them, got inputs_embeds")
+        table = self.get_input_embeddings()
+        return soft_prompt(input_ids, item_ids, table.weight, getattr(table, "embed_scale", None))
+
+    def _rellax_checkpoints_reentrantly(self) -> bool:
+        return torch.is_grad_enabled() and any(
+            layer.gradient_checkpointing
+            and layer.training
+            and getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True)
+            for layer in self.base_model.layers
+        )
+
+    def _rellax_answer(
+        self, inputs: dict[str, Any], labels: Tensor | None, cu_seqlens: Tensor | None
+    ) -> AnswerOutput:
+        """The decoder, then the answers alone: where the labels are, else at each instance's last token."""
+        denominator = inputs.pop("num_items_in_batch", None)
+        if inputs["use_cache"] is None and inputs["past_key_values"] is None:
+            inputs["use_cache"] = False  # nothing is generated after an answer
+        outputs = self.base_model(**inputs)
+        hidden, lm_head, head = (
+            outputs.last_hidden_state,
+            self.get_output_embeddings(),
+            self.rellax.answer_head,
+        )
+        loss = None
+        if labels is None:
+            last = _last_tokens(hidden, inputs["attention_mask"], cu_seqlens)
+            logits = head.logits(hidden, last, lm_head.weight, lm_head.bias)
+        else:
+            loss, logits = head(
+                hidden, labels, lm_head.weight, lm_head.bias, cu_seqlens=cu_seqlens, denominator=denominator
+            )
+        return AnswerOutput(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
+
+
+class _GateEntry(torch.autograd.Function):
+    """Identity on the input embeddings, and the way of the gates' gradients out of reentrant checkpoints.
+
+    A reentrant checkpoint runs a backward pass of its own for each segment, so a gate that reached it with
+    its graph would be back-propagated once per segment. Instead the layers get leaves, which gather gradients
+    in `.grad`; this node's backward is the last of the decoder's and passes them on to the gate bank.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, embeds: Tensor, gates: Tensor, leaves: tuple[Tensor, ...]) -> Tensor:
+        ctx.leaves = leaves
+        return embeds.view_as(embeds)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        if all(leaf.grad is None for leaf in ctx.leaves):
+            raise RuntimeError(
+                "rellax: no layer gave its gates a gradient; under reentrant gradient checkpointing "
+                'call loss.backward() without inputs, or checkpoint with {"use_reentrant": False}'
+            )
+        gates = torch.stack(
+            [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in ctx.leaves]
+        )
+        for leaf in ctx.leaves:
+            leaf.grad = None
+        return grad, gates, None
+
+
+def _enter_reentrant(embeds: Tensor, gates: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """The same values, fit for reentrant checkpoints: embeddings that require grad, and gates as leaves."""
+    if gates is not None and gates.requires_grad:
+        leaves = tuple(gate.detach().requires_grad_() for gate in gates)
+        return _GateEntry.apply(embeds, gates, leaves), leaves
+    if not embeds.requires_grad:
+        embeds = embeds.detach().requires_grad_()
+    return embeds, None if gates is None else gates.unbind(0)
+
+
+def _check_packed(
+    tokens: Tensor, cu_seqlens: Tensor, attention_mask: Any, past_key_values: Any, use_cache: bool | None
+) -> None:
+    if tokens.shape[0] != 1 or cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32:
+        raise InputError(
+            "cu_seqlens: expected (B + 1,) int32 beside input_ids of shape (1, T), "
+            f"got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)} beside {tuple(tokens.shape[:2])}"
+        )
+    if attention_mask is not None:
+        raise InputError("attention_mask: expected None for a packed batch, which has no padding")
+    if past_key_values is not None or use_cache:
+        raise InputError("use_cache: expected no key-value cache for a packed batch")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != tokens.shape[1] or any(a >= b for a, b in pairwise(ends)):
+            raise InputError(
+                f"cu_seqlens: expected offsets rising from 0 to T = {tokens.shape[1]}, got {ends}"
+            )
+
+
+def _packed_positions(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """Positions (1, T) that start at 0 in each instance: transformers finds the boundaries by them."""
+    token = torch.arange(tokens, device=cu_seqlens.device)
+    starts = cu_seqlens[:-1].long()
+    return (token - starts[torch.bucketize(token, starts, right=True) - 1])[None]
+
+
+def _last_tokens(hidden: Tensor, attention_mask: Any, cu_seqlens: Tensor | None) -> Tensor:
+    """Flat positions (B,) of each instance's last real token."""
+    if cu_seqlens is not None:
+        return cu_seqlens[1:].long() - 1
+    batch, length = hidden.shape[:2]
+    first = torch.arange(0, batch * length, length, device=hidden.device)
+    if attention_mask is None:
+        return first + length - 1
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        raise InputError("attention_mask: expected shape (B, L) to find the last tokens")
+    real = attention_mask[:, -length:] != 0
+    return first + torch.arange(length, device=hidden.device).where(real, 0).amax(1)
+
+
+@functools.cache
+def patched_class(mixin: type, base: type) -> type:
+    """`base` with `mixin` in front, under the same name: whatever asks a module for its class sees `base`."""
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (mixin, base), {**names, "rellax_base": base})

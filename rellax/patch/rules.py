@@ -1,0 +1,207 @@
+"""The one table of what can be patched: model families, and classes of linear layers.
+
+Rules are tried in order and the first match wins. To support another family, add a row.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from rellax.errors import InputError
+from rellax.nn.cflora import CFLoRALinear
+from rellax.patch.config import CFLoRAConfig
+from rellax.patch.forward import NOTHING, Projection
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the parts of a model are; class names are those of transformers.
+
+    Attributes:
+        model: the causal language model's class.
+        attention: the class of a decoder layer's attention block.
+        embedding: the class of the word embeddings; a scaled one has its factor in `embed_scale`.
+        layers: path from the model to its decoder layers.
+        attention_path: path from a decoder layer to its attention block.
+        projections: paths from a decoder layer to its linear layers; the last part is what a target names.
+    """
+
+    model: str
+    attention: str
+    embedding: str = "Embedding"
+    layers: str = "model.layers"
+    attention_path: str = "self_attn"
+    projections: tuple[str, ...] = (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    )
+
+
+FAMILIES = (
+    Family("LlamaForCausalLM", "LlamaAttention"),  # SmolLM2 and Vicuna too
+    Family("MistralForCausalLM", "MistralAttention"),
+    Family("Qwen2ForCausalLM", "Qwen2Attention"),
+    Family("Qwen3ForCausalLM", "Qwen3Attention"),
+    Family("GemmaForCausalLM", "GemmaAttention", "GemmaTextScaledWordEmbedding"),
+    Family("Gemma2ForCausalLM", "Gemma2Attention", "Gemma2TextScaledWordEmbedding"),
+    Family("Gemma3ForCausalLM", "Gemma3Attention", "Gemma3TextScaledWordEmbedding"),
+)
+
+
+def find_family(model: nn.Module) -> Family:
+    """The row for a model's class.
+
+    Raises:
+        InputError: no row fits; lists what is supported and what came.
+    """
+    got = type(model)
+    for family in FAMILIES:
+        if got.__name__ == family.model and got.__module__.startswith("transformers.models."):
+            return family
+    supported = ", ".join(family.model for family in FAMILIES)
+    raise InputError(
+        f"model: expected one of {supported} of transformers, got {got.__module__}.{got.__qualname__}"
+    )
+
+
+class PatchedLinear(Projection, CFLoRALinear):
+    """An `nn.Linear` that got A and B of its own."""
+
+    rellax_base = nn.Linear
+
+    def adopt(self, config: CFLoRAConfig) -> None:
+        self.add_lora(config.r, config.alpha, config.dropout)
+
+    def release(self) -> None:
+        self.remove_lora()
+
+
+@functools.cache
+def _patched_peft_linear() -> type[Projection]:
+    from peft.tuners import lora
+
+    class PatchedPeftLinear(Projection, lora.Linear):
+        """PEFT's LoRA layer, whose A, B, scaling and dropout of the active adapter are used in place."""
+
+        rellax_base = lora.Linear
+
+        def adopt(self, config: CFLoRAConfig) -> None:
+            pass
+
+        def release(self) -> None:
+            pass
+
+        @property
+        def lora_a(self) -> Tensor:
+            return self.lora_A[self.active_adapters[0]].weight
+
+        @property
+        def lora_b(self) -> Tensor:
+            return self.lora_B[self.active_adapters[0]].weight
+
+        @property
+        def scale(self) -> float:
+            return self.scaling[self.active_adapters[0]]
+
+        @property
+        def dropout(self) -> float:
+            return getattr(self.lora_dropout[self.active_adapters[0]], "p", 0.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.disable_adapters:
+                self.handed = NOTHING
+                return self.base_layer(x)
+            if self.merged:
+                raise InputError(
+                    "model: its LoRA was merged into the base weights after patching, unmerge it first"
+                )
+            return super().forward(x)
+
+    return PatchedPeftLinear
+
+
+def is_peft_layer(module: nn.Module) -> bool:
+    """Whether PEFT put this module in place of another."""
+    if "peft" not in sys.modules:
+        return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(module, BaseTunerLayer)
+
+
+def _plain_linear(name: str, module: Any) -> type[Projection] | None:
+    return PatchedLinear if type(module) is nn.Linear else None
+
+
+def _peft_linear(name: str, module: Any) -> type[Projection] | None:
+    if not is_peft_layer(module):
+        return None
+    projection = _patched_peft_linear()
+    if problem := _peft_problem(module, projection.rellax_base):
+        raise InputError(f"{name}: expected plain LoRA of PEFT on an nn.Linear, got {problem}")
+    return projection
+
+
+def _peft_problem(module: Any, supported: type) -> str:
+    if type(module) is not supported or type(module.base_layer) is not nn.Linear:
+        return f"{type(module).__qualname__} on {type(module.get_base_layer()).__qualname__}"
+    active = module.active_adapters
+    if len(active) != 1 or active[0] not in module.lora_A:
+        return f"active adapters {active} where one is expected"
+    if module.merged:
+        return "an adapter merged into the base weights"
+    if module.lora_variant.get(active[0]) is not None:
+        return f"the variant {type(module.lora_variant[active[0]]).__name__}"
+    if module.lora_bias[active[0]] or module.fan_in_fan_out:
+        return "lora_bias or fan_in_fan_out"
+    return ""
+
+
+LINEAR_RULES: tuple[Callable[[str, nn.Module], type[Projection] | None], ...] = (_peft_linear, _plain_linear)
+
+
+def projection_class(name: str, module: nn.Module) -> type[Projection]:
+    """The class that the linear layer `name` gets.
+
+    Raises:
+        InputError: no rule knows the layer's class.
+    """
+    for rule in LINEAR_RULES:
+        if found := rule(name, module):
+            return found
+    got = type(module)
+    raise InputError(
+        f"{name}: expected nn.Linear or peft's lora.Linear, got {got.__module__}.{got.__qualname__}"
+    )
+
+
+def peft_config(projections: Mapping[str, Any]) -> dict[str, Any]:
+    """r, alpha, dropout and target_modules of PEFT layers that are to be taken over.
+
+    Raises:
+        InputError: the layers differ, one gate bank cannot serve several ranks.
+    """
+    found = set()
+    for module in projections.values():
+        adapter = module.active_adapters[0]
+        r = module.r[adapter]
+        alpha = float(f"{module.scaling[adapter] * r:.12g}")  # rsLoRA scales by another power of r
+        found.add((r, alpha, getattr(module.lora_dropout[adapter], "p", 0.0)))
+    if len(found) != 1:
+        raise InputError(
+            f"model: expected one (r, alpha, dropout) in all of PEFT's layers, got {sorted(found)}"
+        )
+    r, alpha, dropout = found.pop()
+    targets = dict.fromkeys(name.rsplit(".", 1)[-1] for name in projections)
+    return {"r": r, "alpha": alpha, "dropout": dropout, "target_modules": tuple(targets)}

@@ -1,0 +1,92 @@
+"""What a patched model holds beside its own modules: `model.rellax`."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from rellax.errors import InputError
+from rellax.nn import AnswerHead, GateBank, SoftPrompt
+from rellax.nn.cflora import CFLoRA
+from rellax.patch.config import CFLoRAConfig
+
+
+@dataclass(frozen=True)
+class Report:
+    """What patching did: `patched` and `skipped` (with the reason) name linear layers of the decoder."""
+
+    model: str
+    patched: tuple[str, ...]
+    skipped: Mapping[str, str]
+    lora_parameters: int
+    gate_parameters: int
+    soft_prompt_parameters: int
+    base_parameters: int
+
+    def __str__(self) -> str:
+        parts = (self.lora_parameters, self.gate_parameters, self.soft_prompt_parameters)
+        lora, gates, soft_prompt = (f"{part:,}" for part in parts)
+        lines = [
+            f"{self.model}: {len(self.patched)} linear layers patched, {len(self.skipped)} skipped",
+            f"{sum(parts):,} new parameters (LoRA {lora}, gates {gates}, soft prompt {soft_prompt}) "
+            f"beside {self.base_parameters:,} frozen ones",
+        ]
+        rows = [("patched", name, "") for name in self.patched]
+        rows += [("skipped", name, f": {reason}") for name, reason in self.skipped.items()]
+        counts = Counter((word, re.sub(r"\.\d+\.", ".*.", name), reason) for word, name, reason in rows)
+        return "\n".join(
+            lines + [f"  {word} {n} x {name}{reason}" for (word, name, reason), n in counts.items()]
+        )
+
+
+class RellaxState(nn.Module):
+    """The new modules of a patched model, its configuration and report, and what unpatching needs.
+
+    The adapted layers are the model's own submodules, so here they are plain values of a dict.
+    """
+
+    report: Report
+    gate_bank: GateBank | None
+    soft_prompt: SoftPrompt | None
+
+    def __init__(
+        self,
+        config: CFLoRAConfig,
+        projections: Mapping[str, CFLoRA],
+        gate_bank: GateBank | None,
+        soft_prompt: SoftPrompt | None,
+        answer_head: AnswerHead,
+        original_requires_grad: Mapping[str, bool],
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.gate_bank = gate_bank
+        self.soft_prompt = soft_prompt
+        self.answer_head = answer_head
+        self.projections = dict(projections)
+        self.original_requires_grad = dict(original_requires_grad)
+
+    def set_trainable(
+        self, *, lora: bool | None = None, gates: bool | None = None, soft_prompt: bool | None = None
+    ) -> None:
+        """Choose what is trained: A and B, the gate bank, the soft prompt's projector; None: as it is.
+
+        Raises:
+            InputError: a part is to be trained that the model does not have.
+        """
+        if lora is not None:
+            for projection in self.projections.values():
+                projection.lora_a.requires_grad_(lora)
+                projection.lora_b.requires_grad_(lora)
+        for name, part, wanted in (
+            ("gates", self.gate_bank, gates),
+            ("soft_prompt", self.soft_prompt, soft_prompt),
+        ):
+            if part is not None and wanted is not None:
+                part.requires_grad_(wanted)
+            elif wanted:
+                raise InputError(f"{name}: expected False, the model was patched without")
