@@ -211,10 +211,13 @@ def test_the_number_of_threads_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e38], ids=str)
-def test_a_score_that_is_not_finite_is_an_error_wherever_it_ranks(backend: str, value: float) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_score_that_is_not_finite_is_an_error_wherever_it_ranks(
+    backend: str, dtype: torch.dtype, value: float
+) -> None:
     embeddings = torch.ones(4, 3)
-    embeddings[2] = -value
-    embeddings[1] = abs(value)
+    embeddings[1], embeddings[2] = value, -value
+    embeddings = embeddings.to(dtype)
     items, offsets = torch.tensor([0, 0, 0, 2, 0]), torch.tensor([0, 5])
     query = {"target": torch.tensor([3, 1]), "user": torch.tensor([0, 0]), "end": torch.tensor([3, 5])}
     with pytest.raises(InputError, match=r"embeddings: expected rows whose dot products.* in query 1"):

@@ -6,6 +6,8 @@ import inspect
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import sklearn.decomposition
 import torch
@@ -239,6 +241,16 @@ def test_a_missing_or_damaged_file_of_behaviours_is_named(tmp_path: Path) -> Non
     path = tmp_path / "retrieved.parquet"
     with pytest.raises(InputError, match=r"retrieved\.parquet: .* found no such file"):
         read_retrieved(path)
-    path.write_bytes(b"PAR1 and no more")
-    with pytest.raises(InputError, match=r"retrieved\.parquet: .* damaged"):
-        read_retrieved(path)
+    write_retrieved(path, np.arange(3), np.zeros((3, 2)), np.zeros((3, 2)))
+    whole = path.read_bytes()
+    footer = int.from_bytes(whole[-8:-4], "little")
+    for damaged in (whole[:-5], whole[: -8 - footer] + b"\xff" * footer + whole[-8:]):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"retrieved\.parquet: .* damaged"):
+            read_retrieved(path)
+
+
+def test_another_parquet_file_is_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"sample": [1, 2]}), tmp_path / "samples.parquet")
+    with pytest.raises(InputError, match=r"samples\.parquet: expected the columns .* got \['sample'\]"):
+        read_retrieved(tmp_path / "samples.parquet")

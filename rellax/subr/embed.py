@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def embed_items(
     texts: Sequence[str],
     model: PreTrainedModel,

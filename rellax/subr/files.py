@@ -113,7 +113,7 @@ def read_retrieved(path: str | Path) -> Retrieved:
         raise InputError(f"{path}: expected the behaviours of `rellax retrieve`, found no such file")
     try:
         table = pq.read_table(path)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: expected a Parquet file, got a damaged one ({error})") from None
     metadata = table.schema.metadata or {}
     if not table.schema.equals(_SCHEMA) or b"k" not in metadata:
@@ -145,4 +145,4 @@ def _padded(lists: pa.ListArray, k: int, fill: np.generic) -> np.ndarray:
 
 
 def _hash(item_ids: Sequence[str]) -> str:
-    return hashlib.sha256(json.dumps([str(item_id) for item_id in item_ids]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(list(item_ids)).encode()).hexdigest()
