@@ -118,10 +118,14 @@ def _check_history(embeddings: Tensor, items: Tensor, offsets: Tensor, k: int) -
     check_index("offsets", offsets, "(U + 1,)", embeddings.device)
     if k < 1:
         raise bad("k", "at least 1", k)
+    if offsets.shape[0] == 0:
+        raise bad("offsets", "shape (U + 1,), at least (1,)", offsets)
     if not can_read(offsets):
         return
-    if len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(items) or (offsets.diff() < 0).any():
-        raise bad("offsets", f"values that rise from 0 to the M = {len(items)} behaviours", offsets.tolist())
+    first, last, falls = int(offsets[0]), int(offsets[-1]), int((offsets.diff() < 0).sum())
+    if first != 0 or last != len(items) or falls:
+        expected = f"values that rise from 0 to the M = {len(items)} behaviours"
+        raise bad("offsets", expected, f"{first} to {last}, falling {falls} times")
     check_range("items", items, embeddings.shape[0], "row of embeddings")
 
 
