@@ -23,8 +23,8 @@ def prepare(
     """Write `source` as a data folder for `Dataset.load`, and return the contents of its dataset.json.
 
     Every behaviour with at least `min_history` earlier ones of its user is a sample, labelled 1 where the
-    rating is larger than `source.positive_above`. Samples stand in global (time, user, item) order and are cut
-    into train, valid and test in the proportions `split`. Ids compare as numbers where all of them are numbers.
+    rating is larger than `source.positive_above`. Samples stand in global (time, user, item) order, where ids
+    compare as numbers if all of them are numbers; they are cut in the proportions `split`.
 
     Raises:
         InputError: an id twice in a table, an interaction with an id in no table, a rating off the scale, or

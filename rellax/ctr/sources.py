@@ -83,7 +83,7 @@ def read_ml_100k(folder: str | Path) -> Source:
                 "time": pc.cast(_numbers(inter, interactions[3]), pa.int64(), safe=False),
             }
         ),
-        item_features=("genre", "genres", "year"),
+        item_features=("genres", "year"),
         user_features=("gender", "age_group", "occupation"),
         rating_scale=(1.0, 5.0),
         positive_above=3.0,
@@ -114,7 +114,6 @@ def _films(
                 "item_id": item_id,
                 "title": title,
                 "text": (f"{title} ({year})" if year else title) + (". " + ", ".join(names) if names else ""),
-                "genre": names[0] if names else "unknown",
                 "genres": "|".join(names) or "unknown",
                 "year": year or "unknown",
             }

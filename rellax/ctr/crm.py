@@ -1,0 +1,327 @@
+"""The conventional recommendation model (CRM): a FuxiCTR model, trained here, and what it hands out.
+
+Only the models are FuxiCTR's. Its data pipeline wants data sets of its own on disk, and its training loop wants
+that pipeline; a short loop over tensors replaces both.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rellax._files import atomic_folder, write_json
+from rellax.ctr.dataset import Dataset
+from rellax.ctr.metrics import evaluate
+from rellax.ctr.runs import environment, plot_curves
+from rellax.errors import InputError
+
+if TYPE_CHECKING:
+    from fuxictr.features import FeatureMap
+    from fuxictr.pytorch.models import BaseModel
+
+MODELS = ("DIN", "SIM", "ETA", "SDIM")
+OUTPUTS = "outputs.safetensors"
+_EVALUATIONS = 2  # on the validation split, per epoch
+_PREDICT_BATCH = 2048
+
+
+@dataclass(frozen=True)
+class CRMConfig:
+    """How a CRM is built and trained.
+
+    Attributes:
+        model: one of FuxiCTR's long-sequence models, DIN, SIM, ETA or SDIM.
+        shots: random samples of the training split to train on; None takes all.
+        max_len: most recent behaviours the model reads.
+        user_id: whether the user's id is a feature. Under a split by time most users of the later splits are
+            new, and the model is better off without a feature that says nothing about them.
+        embedding_dim: of every feature.
+        hidden: widths of the final MLP; the last one is d_u, the size of an instance embedding.
+        dropout: in the final MLP.
+        regularizer: weight of the L2 norm of the embeddings.
+        epochs, patience: training ends after `epochs`, or once the AUC on the validation split, taken twice
+            an epoch, has not beaten its best `patience` times; the best state is kept.
+        batch_size: None takes a 32nd of the training samples, but from 64 to 1024.
+    """
+
+    model: str = "DIN"
+    shots: int | None = None
+    seed: int = 0
+    max_len: int = 30
+    user_id: bool = False
+    embedding_dim: int = 16
+    hidden: tuple[int, ...] = (256, 128, 64)
+    dropout: float = 0.2
+    regularizer: float = 1e-5
+    epochs: int = 10
+    patience: int = 4
+    lr: float = 1e-3
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.model not in MODELS:
+            raise InputError(f"model: expected one of {', '.join(MODELS)}, got {self.model!r}")
+        if not self.hidden:
+            raise InputError("hidden: expected at least one width, got none")
+        if self.max_len < 4:
+            raise InputError(f"max_len: expected at least 4 behaviours, got {self.max_len}")
+
+
+@dataclass(frozen=True)
+class CRMOutputs:
+    """What a trained CRM knows of N items and S samples, all float32.
+
+    Attributes:
+        item_embeddings: (N, E), the embeddings of an item's id and features side by side.
+        instance_embeddings: (S, d_u), the last hidden layer before the logit.
+        probabilities: (S,), of label 1.
+    """
+
+    item_embeddings: Tensor
+    instance_embeddings: Tensor
+    probabilities: Tensor
+
+
+def train_crm(
+    dataset: Dataset, folder: str | Path, config: CRMConfig | None = None, *, device: str = "cpu"
+) -> dict[str, Any]:
+    """Train a CRM and write what it knows of all items and samples to `folder`.
+
+    The folder gets outputs.safetensors (see `CRMOutputs`), predictions.parquet (sample, label, probability;
+    all samples), metrics.json, config.json, environment.json and curves.png.
+
+    Returns:
+        Contents of metrics.json: `evaluate` for `valid` and `test`, `best_step`, and `valid_auc` by step.
+
+    Raises:
+        InputError: more shots than training samples, or a validation split of one class.
+    """
+    config = config or CRMConfig()
+    where = torch.device(device)
+    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+        torch.manual_seed(config.seed)
+        features = _Features(dataset, config, where)
+        model = _build(features, config, where)
+        log = _fit(model, features, dataset, config)
+    every = np.arange(len(dataset.samples))
+    outputs = CRMOutputs(features.item_embeddings(model), *_predict(model, features, every))
+    probabilities = outputs.probabilities.numpy()
+    metrics: dict[str, Any] = {
+        split: evaluate(
+            dataset.samples.label[rows := dataset.indices(split)],
+            probabilities[rows],
+            dataset.samples.user[rows],
+        )
+        for split in ("valid", "test")
+    }
+    metrics |= log
+    with atomic_folder(folder) as part:
+        save_file(vars(outputs), part / OUTPUTS)
+        columns = {"sample": every, "label": dataset.samples.label, "probability": probabilities}
+        pq.write_table(pa.table(columns), part / "predictions.parquet")
+        write_json(part / "metrics.json", metrics)
+        write_json(part / "config.json", asdict(config))
+        write_json(part / "environment.json", environment())
+        steps, values = zip(*log["valid_auc"], strict=True)
+        plot_curves(part / "curves.png", [("validation AUC", steps, values)])
+    return metrics
+
+
+def load_crm(folder: str | Path, dataset: Dataset) -> CRMOutputs:
+    """Read what `train_crm` wrote.
+
+    Raises:
+        InputError: the file is missing or damaged, or was made from another data set.
+    """
+    path = Path(folder) / OUTPUTS
+    if not path.is_file():
+        raise InputError(f"{path}: expected a file of `rellax crm`, found none")
+    try:
+        outputs = CRMOutputs(**load_file(path))
+    except (SafetensorError, TypeError) as error:
+        raise InputError(
+            f"{path}: expected the outputs of `rellax crm`, but it is damaged ({error})"
+        ) from None
+    found = len(outputs.item_embeddings), len(outputs.instance_embeddings)
+    expected = dataset.items.num_rows, len(dataset.samples)
+    if found != expected:
+        raise InputError(
+            f"{path}: expected {expected[0]} items and {expected[1]} samples as in {dataset.folder}, "
+            f"found {found[0]} and {found[1]}"
+        )
+    return outputs
+
+
+def _build(features: _Features, config: CRMConfig, device: torch.device) -> BaseModel:
+    module = importlib.import_module(f"model_zoo.LongCTR.{config.model}.{config.model}")
+    model: BaseModel = getattr(module, config.model)(
+        features.feature_map(config.embedding_dim),
+        gpu=-1 if device.type == "cpu" else device.index or 0,
+        embedding_dim=config.embedding_dim,
+        dnn_hidden_units=list(config.hidden),
+        net_dropout=config.dropout,
+        embedding_regularizer=config.regularizer,
+        learning_rate=config.lr,
+        optimizer="adam",
+        loss="binary_crossentropy",
+        # A two-stage model attends to the newer half of the behaviours, and to the half that it picks.
+        short_seq_len=config.max_len // 2,
+        topk=config.max_len // 2,
+        # For the training loop of FuxiCTR, which is not used, and still asked for.
+        metrics=["AUC"],
+        model_root="",
+        verbose=0,
+    )
+    return model
+
+
+def _fit(model: BaseModel, features: _Features, dataset: Dataset, config: CRMConfig) -> dict[str, Any]:
+    """Train `model` and leave it in the state with the best validation AUC."""
+    train = torch.from_numpy(dataset.choose("train", config.shots, config.seed))
+    valid = dataset.indices("valid")
+    labels = dataset.samples.label[valid]
+    if labels.min() == labels.max():
+        raise InputError(
+            f"{dataset.folder}: expected both labels in the validation split, found only {labels[0]}"
+        )
+    batch_size = config.batch_size or min(max(len(train) // 32, 64), 1024)
+    per_epoch = math.ceil(len(train) / batch_size)
+    curve: list[tuple[int, float]] = []
+    best_step, best_auc, best_state = 0, 0.0, model.state_dict()
+    with tqdm(total=config.epochs * per_epoch, desc=config.model, unit="batch") as bar:
+        for step, samples in enumerate(_batches(train, batch_size, config.epochs), start=1):
+            _step(model, features, samples)
+            bar.update()
+            if step % math.ceil(per_epoch / _EVALUATIONS):
+                continue
+            auc = float(roc_auc_score(labels, _predict(model, features, valid)[1]))
+            curve.append((step, auc))
+            bar.set_postfix(valid_auc=f"{auc:.4f}")
+            if auc > best_auc:
+                best_step, best_auc, best_state = step, auc, copy.deepcopy(model.state_dict())
+            elif sum(later > best_step for later, _ in curve) >= config.patience:
+                break
+    model.load_state_dict(best_state)
+    return {"best_step": best_step, "valid_auc": curve}
+
+
+def _batches(train: Tensor, batch_size: int, epochs: int) -> Iterator[Tensor]:
+    for _ in range(epochs):
+        yield from train[torch.randperm(len(train))].split(batch_size)
+
+
+def _step(model: BaseModel, features: _Features, samples: Tensor) -> None:
+    model.train()
+    loss = model.compute_loss(model(features.batch(samples)), features.labels[samples])
+    model.optimizer.zero_grad()
+    loss.backward()
+    model.optimizer.step()
+
+
+@torch.no_grad()
+def _predict(model: BaseModel, features: _Features, samples: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Last hidden layer (n, d_u) and probability (n,) of each sample, on the CPU."""
+    model.eval()
+    logit = [module for module in model.dnn.mlp if isinstance(module, nn.Linear)][-1]
+    hidden: list[Tensor] = []
+    hook = logit.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0].cpu()))
+    try:
+        chunks = torch.from_numpy(samples).split(_PREDICT_BATCH)
+        probabilities = [model(features.batch(chunk))["y_pred"].squeeze(1).cpu() for chunk in chunks]
+    finally:
+        hook.remove()
+    return torch.cat(hidden), torch.cat(probabilities)
+
+
+class _Features:
+    """The data set as a CRM's input: categorical codes, gathered per batch.
+
+    On the item side code 0 is padding. The rating is a feature of behaviours only: the target, which the
+    models read as one more item, has the code for "unknown" there.
+    """
+
+    def __init__(self, dataset: Dataset, config: CRMConfig, device: torch.device) -> None:
+        self.device = device
+        self.max_len = config.max_len
+        names, samples = dataset.meta["features"], dataset.samples
+        scale, ratings = np.unique(dataset.behaviour_ratings, return_inverse=True)
+        self.unknown_rating = len(scale) + 1
+        self.users = {name: self._tensor(_codes(dataset.users[name])) for name in names["user"]}
+        if config.user_id:
+            self.users["user"] = torch.arange(dataset.users.num_rows, device=device)
+        self.items = {"item": torch.arange(dataset.items.num_rows + 1, device=device)}
+        self.items |= {
+            name: self._tensor(np.append(0, _codes(dataset.items[name]) + 1)) for name in names["item"]
+        }
+        self.behaviour_items = self._tensor(dataset.behaviour_items) + 1
+        self.behaviour_ratings = self._tensor(ratings) + 1
+        self.sample_user = self._tensor(samples.user)
+        self.sample_item = self._tensor(samples.item) + 1
+        self.start = self._tensor(dataset.offsets[samples.user])
+        self.end = self.start + self._tensor(samples.position)
+        self.labels = self._tensor(samples.label).float().unsqueeze(1)
+
+    def batch(self, samples: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """What the models read: user features, item features of behaviours and target, and a mask.
+
+        User features are (B,), item features (B * (max_len + 1),): right-aligned behaviours, then the target.
+        The mask (B, max_len) is 1 where there is a behaviour.
+        """
+        samples = samples.to(self.device)
+        rows = self.end[samples, None] - self.max_len + torch.arange(self.max_len, device=self.device)
+        mask = rows >= self.start[samples, None]
+        rows = rows.clamp(min=0)
+        target = self.sample_item[samples, None]
+        items = torch.cat([self.behaviour_items[rows] * mask, target], dim=1).flatten()
+        unknown = torch.full_like(target, self.unknown_rating)
+        ratings = torch.cat([self.behaviour_ratings[rows] * mask, unknown], dim=1).flatten()
+        user_inputs = {name: codes[self.sample_user[samples]] for name, codes in self.users.items()}
+        item_inputs = {name: codes[items] for name, codes in self.items.items()}
+        return user_inputs, {**item_inputs, "rating": ratings}, mask.float()
+
+    def feature_map(self, embedding_dim: int) -> FeatureMap:
+        """The features in FuxiCTR's terms."""
+        from fuxictr.features import FeatureMap
+
+        feature_map = FeatureMap(dataset_id="", data_dir="")
+        feature_map.default_emb_dim = embedding_dim
+        item_sizes = {name: int(codes.max()) + 1 for name, codes in self.items.items()}
+        for name, codes in self.users.items():
+            feature_map.features[name] = _categorical("user", int(codes.max()) + 1)
+        for name, size in (item_sizes | {"rating": self.unknown_rating + 1}).items():
+            feature_map.features[name] = _categorical("item", size, padding_idx=0)
+        return feature_map
+
+    def item_embeddings(self, model: BaseModel) -> Tensor:
+        """(N, E): the embeddings of each item's id and features side by side."""
+        tables = model.embedding_layer.embedding_layer.embedding_layers
+        rows = [tables[name].weight.detach()[codes[1:]] for name, codes in self.items.items()]
+        return torch.cat(rows, dim=1).cpu()
+
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values.astype(np.int64)).to(self.device)
+
+
+def _codes(column: pa.ChunkedArray) -> np.ndarray:
+    """0, 1, 2, … for the distinct values of a column, in their order."""
+    return pc.rank(column, tiebreaker="dense").to_numpy().astype(np.int64) - 1
+
+
+def _categorical(source: str, vocab_size: int, **options: int) -> dict[str, Any]:
+    return {"source": source, "type": "categorical", "vocab_size": vocab_size, **options}
