@@ -1,7 +1,7 @@
 """The conventional recommendation model (CRM): a FuxiCTR model, trained here, and what it hands out.
 
-Only the models are FuxiCTR's. Its data pipeline wants data sets of its own on disk, and its training loop wants
-that pipeline; a short loop over tensors replaces both.
+Only the models are FuxiCTR's. Its data pipeline wants data sets of its own on disk, and its training loop
+wants that pipeline; a short loop over tensors replaces both.
 """
 
 from __future__ import annotations

@@ -163,17 +163,17 @@ def _people(
 
 
 def _read_tsv(path: Path, columns: tuple[str, ...]) -> pa.Table:
-    """The named columns of a tab-separated file, in that order, as strings."""
+    """The named columns of a tab-separated file, in that order, as strings; the first one is an id."""
     if not path.is_file():
         raise InputError(f"{path}: expected this file, found none")
-    header = path.open(encoding="utf-8").readline().rstrip("\r\n").split("\t")
+    with path.open(encoding="utf-8", errors="replace") as file:
+        header = file.readline().rstrip("\n").split("\t")
     missing = [column for column in columns if column not in header]
     if missing:
-        raise InputError(
-            f"{path}, line 1: expected a column {missing[0]!r}, found {', '.join(map(repr, header))}"
-        )
+        found = ", ".join(map(repr, header))
+        raise InputError(f"{path}, line 1: expected a column {missing[0]!r}, found {found}")
     try:
-        return pa.csv.read_csv(
+        table = pa.csv.read_csv(
             path,
             read_options=pa.csv.ReadOptions(use_threads=False),  # with one thread, errors name the line
             parse_options=pa.csv.ParseOptions(delimiter="\t", quote_char=False, ignore_empty_lines=False),
@@ -187,6 +187,10 @@ def _read_tsv(path: Path, columns: tuple[str, ...]) -> pa.Table:
         raise InputError(
             f"{path}: expected lines of {len(header)} tab-separated fields in UTF-8 ({error})"
         ) from None
+    blank = pc.index(table[0], "").as_py()
+    if blank >= 0:
+        raise InputError(f"{path}, line {blank + 2}: expected a value of {columns[0]!r}, found none")
+    return table
 
 
 def _numbers(path: Path, column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -1,0 +1,126 @@
+"""Metrics against sums over pairs, samples and bins, and bootstrap intervals against a plain loop."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from rellax.ctr.metrics import evaluate, paired_bootstrap
+from rellax.errors import InputError
+
+RNG = np.random.default_rng(0)
+LABELS = (RNG.random(301) < 0.4).astype(np.int8)
+# Two decimals: many ties.
+PROBABILITIES = np.round(np.clip(0.25 * LABELS + 0.75 * RNG.random(301), 0, 1), 2)
+USERS = RNG.integers(0, 23, 301)
+
+
+def pairwise_auc(labels: np.ndarray, p: np.ndarray) -> float:
+    pairs = [(a > b) + 0.5 * (a == b) for a in p[labels == 1] for b in p[labels == 0]]
+    return sum(pairs) / len(pairs)
+
+
+def test_values_equal_their_definitions() -> None:
+    result = evaluate(LABELS, PROBABILITIES, USERS, bootstrap=0)
+    assert result["samples"] == 301
+    assert result["positives"] == LABELS.sum()
+    assert result["auc"] == pytest.approx(pairwise_auc(LABELS, PROBABILITIES), abs=1e-12)
+    losses = [-math.log(p if y else 1 - p) for y, p in zip(LABELS, PROBABILITIES, strict=True)]
+    assert result["log_loss"] == pytest.approx(sum(losses) / 301, abs=1e-12)
+    assert result["acc"] == sum((p >= 0.5) == y for y, p in zip(LABELS, PROBABILITIES, strict=True)) / 301
+
+
+def test_ece_is_the_weighted_gap_per_bin() -> None:
+    expected = 0.0
+    for low in range(10):
+        inside = [(y, p) for y, p in zip(LABELS, PROBABILITIES, strict=True) if low == min(int(p * 10), 9)]
+        if inside:
+            expected += abs(sum(y for y, _ in inside) - sum(p for _, p in inside)) / 301
+    assert evaluate(LABELS, PROBABILITIES, bootstrap=0)["ece"] == pytest.approx(expected, abs=1e-12)
+    assert evaluate([0, 1], [0.0, 1.0], bootstrap=0)["ece"] == 0.0
+
+
+def test_gauc_weighs_users_with_both_classes() -> None:
+    total, weight = 0.0, 0
+    for user in set(USERS.tolist()):
+        mine = np.equal(USERS, user)
+        if 0 < LABELS[mine].sum() < mine.sum():
+            total += mine.sum() * pairwise_auc(LABELS[mine], PROBABILITIES[mine])
+            weight += mine.sum()
+    assert evaluate(LABELS, PROBABILITIES, USERS, bootstrap=0)["gauc"] == pytest.approx(
+        total / weight, abs=1e-12
+    )
+    assert evaluate([1, 0, 0], [0.9, 0.1, 0.5], [7, 8, 8], bootstrap=0)["gauc"] is None
+
+
+@pytest.mark.parametrize("key", ["auc", "log_loss", "acc"])
+def test_intervals_agree_with_a_plain_bootstrap(key: str) -> None:
+    rng, draws = np.random.default_rng(7), []
+    for _ in range(2000):
+        rows = rng.integers(0, 301, 301)
+        y, p = LABELS[rows], PROBABILITIES[rows].clip(1e-12, 1 - 1e-12)
+        draws.append(
+            {
+                "auc": lambda y=y, p=p: roc_auc_score(y, p),
+                "log_loss": lambda y=y, p=p: -np.mean(np.where(y == 1, np.log(p), np.log(1 - p))),
+                "acc": lambda y=y, p=p: np.mean((p >= 0.5) == y),
+            }[key]()
+        )
+    low, high = np.percentile(draws, [2.5, 97.5])
+    result = evaluate(LABELS, PROBABILITIES, bootstrap=2000)
+    assert result[f"{key}_interval"] == pytest.approx([low, high], abs=0.1 * (high - low))
+    assert result[f"{key}_interval"][0] < result[key] < result[f"{key}_interval"][1]
+
+
+def test_same_seed_same_intervals_and_json_ready() -> None:
+    first = evaluate(LABELS, PROBABILITIES, USERS, bootstrap=50, seed=3)
+    assert first == evaluate(LABELS, PROBABILITIES, USERS, bootstrap=50, seed=3)
+    assert first["auc_interval"] != evaluate(LABELS, PROBABILITIES, bootstrap=50, seed=4)["auc_interval"]
+    assert json.loads(json.dumps(first)) == first
+
+
+def test_one_class_has_no_auc() -> None:
+    result = evaluate(np.ones(5), np.linspace(0.1, 0.9, 5), np.arange(5), bootstrap=20)
+    assert result["auc"] is None
+    assert result["gauc"] is None
+    assert result["auc_interval"] is None
+    assert result["log_loss_interval"] is not None
+
+
+def test_paired_bootstrap_shares_its_resamplings() -> None:
+    same = paired_bootstrap(LABELS, PROBABILITIES, PROBABILITIES, bootstrap=100)
+    assert same == {"difference": 0.0, "interval": [0.0, 0.0], "share_above_zero": 0.0}
+    # Sure predictions barely changed: the difference is far steadier than either AUC.
+    nearly = np.where(np.arange(301) % 50 == 0, 0.5, PROBABILITIES)
+    result = paired_bootstrap(LABELS, PROBABILITIES, nearly, bootstrap=500)
+    low, high = evaluate(LABELS, PROBABILITIES, bootstrap=500)["auc_interval"]
+    assert result["interval"][1] - result["interval"][0] < 0.5 * (high - low)
+    expected = roc_auc_score(LABELS, PROBABILITIES) - roc_auc_score(LABELS, nearly)
+    assert result["difference"] == pytest.approx(expected, abs=1e-12)
+    swapped = paired_bootstrap(LABELS, nearly, PROBABILITIES, bootstrap=500)
+    assert swapped["interval"] == pytest.approx([-result["interval"][1], -result["interval"][0]])
+
+
+@pytest.mark.parametrize(
+    ("labels", "probabilities", "words"),
+    [
+        ([0, 1], [0.5], r"as many as labels.*\(1,\).*\(2,\)"),
+        ([], [], "at least one"),
+        ([0, 2], [0.5, 0.5], "0 and 1, got 2"),
+        ([0, 1], [0.5, 1.5], r"\[0, 1\], got 1.5 at 1"),
+        ([0, 1], [float("nan"), 0.5], "got nan at 0"),
+    ],
+    ids=["length", "empty", "label", "range", "nan"],
+)
+def test_bad_input(labels: list[int], probabilities: list[float], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        evaluate(labels, probabilities)
+
+
+def test_users_of_another_length() -> None:
+    with pytest.raises(InputError, match="users: expected as many"):
+        evaluate([0, 1], [0.5, 0.5], [1, 2, 3])
