@@ -1,0 +1,92 @@
+"""The only tolerances.
+
+An operator passes where its error against fp64 is at most twice that of an eager PyTorch formulation in the
+operator's own dtype, plus a few units in the last place of the largest value, so that a lucky rounding of the
+yardstick fails nobody. This holds for every output and every gradient.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FACTOR = 2.0
+ULPS = 2.0
+
+
+def check(
+    operator: Callable[..., Any], eager: Callable[..., Any], inputs: Mapping[str, Any], dtype: torch.dtype
+) -> None:
+    """Assert that `operator` computes what `eager` does, as exactly as `dtype` allows.
+
+    Args:
+        operator: the public function under test; its uninitialised memory holds NaN.
+        eager: an independent formulation with the same keywords, in plain differentiable PyTorch.
+        inputs: the keywords of both; tensors that require grad are differentiated.
+        dtype: the narrowest floating dtype among the inputs.
+    """
+    truth = _differentiate(eager, {name: _widen(value) for name, value in inputs.items()}, dtype)
+    yardstick = _differentiate(eager, inputs, dtype)
+    with poisoned_memory():
+        actual = _differentiate(operator, inputs, dtype)
+    assert actual.keys() == truth.keys()
+    for name in truth:
+        check_tensor(name, actual[name], yardstick[name], truth[name], dtype)
+
+
+def check_tensor(name: str, actual: Tensor, yardstick: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
+    """Assert that the largest error of `actual` is within the tolerance; `name` is for the message."""
+    assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
+    if truth.numel() == 0:
+        return
+    error = (actual.double() - truth).abs().max().item()
+    eager_error = (yardstick.double() - truth).abs().max().item()
+    allowed = FACTOR * eager_error + ULPS * torch.finfo(dtype).eps * truth.abs().max().item()
+    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g} (eager: {eager_error:.3g})"
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Within: torch.empty and its like are filled with NaN (integers: their largest value)."""
+    before = torch.get_deterministic_debug_mode()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
+
+
+def _differentiate(
+    function: Callable[..., Any], inputs: Mapping[str, Any], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """All outputs, and the gradients for random upstream gradients that are exact in `dtype`."""
+    inputs = {name: _leaf(value) for name, value in inputs.items()}
+    outputs = function(**inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    wanted = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.requires_grad}
+    roots = [output for output in outputs if output.requires_grad]
+    if wanted:
+        generator = torch.Generator().manual_seed(0)
+        upstream = [
+            torch.randn(root.shape, generator=generator, dtype=torch.float64).to(dtype).to(root)
+            for root in roots
+        ]
+        gradients = torch.autograd.grad(roots, list(wanted.values()), upstream, materialize_grads=True)
+        results |= {f"d {name}": gradient for name, gradient in zip(wanted, gradients, strict=True)}
+    return results
+
+
+def _leaf(value: Any) -> Any:
+    """A leaf of the same memory and strides: gradients are this run's own."""
+    return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+
+def _widen(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().double().requires_grad_(value.requires_grad)
+    return value

@@ -1,0 +1,212 @@
+"""``rellax::answer_loss`` against full logits and ``torch.nn.functional.cross_entropy``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rellax.errors import InputError
+from rellax.ops import answer_loss
+from rellax.reference import answer as reference
+from rellax.testing import oracle
+from rellax.testing.cases import ANSWER, DTYPES
+from rellax.testing.cases import answer as inputs_of
+
+
+def naive(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    positions: Tensor,
+    labels: Tensor,
+    choice_ids: Sequence[int] | None = None,
+    loss: str | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    denominator: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The logits of every token over the whole vocabulary, widened for the loss as in transformers."""
+    logits = F.linear(hidden, lm_head_weight, bias).flatten(0, -2)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits[positions]
+    answers = logits[:, list(choice_ids or ())]
+    if loss is None and choice_ids is not None:
+        labels = torch.tensor(
+            [-100 if label == -100 else choice_ids.index(label) for label in labels.tolist()]
+        )
+        logits = answers
+    total = denominator or max((labels != -100).sum().item(), 1)
+    return F.cross_entropy(logits, labels.to(logits.device), reduction="sum") / total, answers.detach()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ANSWER)
+def test_equals_cross_entropy_of_full_logits(case: str, dtype: torch.dtype) -> None:
+    inputs = inputs_of(dtype, **ANSWER[case])
+    oracle.check(answer_loss, naive, inputs, dtype)
+    loss, logits = answer_loss(**inputs)
+    assert loss.dtype == logits.dtype == torch.float32
+    assert not logits.requires_grad
+
+
+@pytest.mark.parametrize("case", ["vocab", "softcap", "choice-softcap-bias", "vocab-and-choice-logits"])
+def test_gradients_in_fp64(case: str) -> None:
+    inputs = inputs_of(torch.float64, **ANSWER[case])
+    names = [name for name in ("hidden", "lm_head_weight", "bias") if inputs[name] is not None]
+
+    def function(*tensors: Tensor) -> Tensor:
+        return answer_loss(**{**inputs, **dict(zip(names, tensors, strict=True))})[0]
+
+    assert torch.autograd.gradcheck(function, [inputs[name] for name in names])
+
+
+def test_choice_loss_is_binary_cross_entropy() -> None:
+    inputs = inputs_of(torch.float64, choice_ids=(5, 2), ignored=0.0)
+    loss, logits = answer_loss(**inputs)
+    yes = (inputs["labels"] == 2).double()
+    torch.testing.assert_close(
+        loss, F.binary_cross_entropy_with_logits(logits[:, 1] - logits[:, 0], yes), check_dtype=False
+    )
+
+
+def test_vocabulary_and_rows_in_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = inputs_of(torch.float64, **ANSWER["many-rows"], bias=True)
+    leaves = [inputs["hidden"], inputs["lm_head_weight"], inputs["bias"]]
+    whole = answer_loss(**inputs)[0]
+    monkeypatch.setattr(reference, "_BLOCK", 100)
+    blocks = answer_loss(**inputs)[0]
+    torch.testing.assert_close(blocks, whole)
+    torch.testing.assert_close(torch.autograd.grad(blocks, leaves), torch.autograd.grad(whole, leaves))
+
+
+def test_nothing_of_the_vocabularys_size_is_saved() -> None:
+    inputs = inputs_of(torch.float32, **ANSWER["many-rows"], train_head=False)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda x: x):
+        answer_loss(**inputs)
+    assert {tuple(tensor.shape) for tensor in saved if tensor.numel()} == {(129, 7), (129,)}
+
+
+@pytest.mark.parametrize("options", [{}, {"choice_ids": (5, 2)}])
+def test_ignored_rows_touch_nothing(options: dict[str, tuple[int, int]]) -> None:
+    """Not even where their hidden states are not finite, as those of padding may be."""
+    inputs = inputs_of(torch.float32, **options)
+    ignored = inputs["labels"] == -100
+    assert ignored.any()
+    hidden = inputs["hidden"].detach().clone()
+    hidden.view(-1, 9)[inputs["positions"][ignored]] = torch.nan
+    hidden.requires_grad_()
+    loss, _ = answer_loss(**{**inputs, "hidden": hidden})
+    expected, _ = answer_loss(**inputs)
+    assert torch.equal(loss, expected)
+    for gradient in torch.autograd.grad(loss, [hidden, inputs["lm_head_weight"]]):
+        assert gradient.isfinite().all()
+
+
+def test_without_labels_the_loss_is_zero() -> None:
+    inputs = inputs_of(torch.float32, ignored=1.0)
+    loss, _ = answer_loss(**inputs)
+    gradients = torch.autograd.grad(loss, [inputs["hidden"], inputs["lm_head_weight"]])
+    assert loss.item() == 0.0
+    assert all(not gradient.any() for gradient in gradients)
+
+
+def test_a_position_asked_twice_counts_twice() -> None:
+    inputs = inputs_of(torch.float64, n=1, ignored=0.0)
+    once, _ = answer_loss(
+        **inputs,
+    )
+    twice = {name: inputs[name].repeat(2) for name in ("positions", "labels")}
+    loss, _ = answer_loss(**{**inputs, **twice, "denominator": 1})
+    expected, actual = (torch.autograd.grad(value, inputs["hidden"])[0] for value in (2 * once, loss))
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("denominator", [4, 4.0, torch.tensor(4), torch.tensor(4.0)])
+def test_denominator_divides_the_sum(denominator: float | Tensor) -> None:
+    inputs = inputs_of(torch.float32)
+    supervised = (inputs["labels"] != -100).sum()
+    expected = answer_loss(**inputs)[0] * supervised / 4
+    torch.testing.assert_close(answer_loss(**{**inputs, "denominator": denominator})[0], expected)
+
+
+def test_logits_of_bf16_states_are_not_rounded_to_bf16() -> None:
+    inputs = inputs_of(torch.bfloat16, choice_ids=(5, 2))
+    rows = inputs["hidden"].flatten(0, 1)[inputs["positions"]].double()
+    exact = rows @ inputs["lm_head_weight"][[5, 2]].double().T
+    torch.testing.assert_close(answer_loss(**inputs)[1].double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_no_gradient_work_without_gradients() -> None:
+    inputs = inputs_of(torch.float32)
+    with torch.no_grad():
+        loss, _ = answer_loss(**inputs)
+    assert not loss.requires_grad
+    assert torch.equal(loss, answer_loss(**inputs)[0].detach())
+
+
+def test_autocast_changes_nothing() -> None:
+    inputs = inputs_of(torch.float32)
+    expected = answer_loss(**inputs)[0]
+    with torch.autocast(inputs["hidden"].device.type, torch.bfloat16):
+        loss, _ = answer_loss(**inputs)
+    assert torch.equal(loss, expected)
+
+
+def test_same_bits_every_time() -> None:
+    inputs = inputs_of(torch.float32, **ANSWER["many-rows"])
+    runs = []
+    for _ in range(2):
+        loss, _ = answer_loss(**inputs)
+        runs.append((loss, *torch.autograd.grad(loss, [inputs["hidden"], inputs["lm_head_weight"]])))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+WRONG = {
+    "hidden": torch.zeros(3, 7, 9, dtype=torch.int64),
+    "lm_head_weight": torch.zeros(29, 8),
+    "positions": torch.zeros(7),
+    "labels": torch.zeros(6, dtype=torch.int64),
+    "bias": torch.zeros(28),
+    "choice_ids": (3, 3),
+    "loss": "both",
+    "softcap": 0.0,
+    "denominator": 0,
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_errors_name_the_argument(name: str) -> None:
+    wrong = WRONG[name]
+    inputs = inputs_of(torch.float32)
+    inputs[name] = wrong.to(inputs["positions"].device) if isinstance(wrong, Tensor) else wrong
+    with pytest.raises(InputError, match=f"^{name}: expected "):
+        answer_loss(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "options"),
+    [
+        ("positions", 21, {}),
+        ("positions", -1, {}),
+        ("labels", 29, {}),
+        ("labels", -1, {}),
+        ("labels", 3, {"choice_ids": (5, 2)}),
+    ],
+)
+def test_errors_name_the_value_on_a_cpu(name: str, wrong: int, options: dict[str, tuple[int, int]]) -> None:
+    inputs = inputs_of(torch.float32, **options)
+    inputs = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    inputs[name][0] = wrong
+    with pytest.raises(InputError, match=f"^{name}: expected .*, got {wrong}"):
+        answer_loss(**inputs)
+
+
+def test_choice_needs_two_tokens() -> None:
+    with pytest.raises(InputError, match=r"^choice_ids: expected the two answer tokens"):
+        answer_loss(**{**inputs_of(torch.float32), "loss": "choice"})

@@ -1,0 +1,215 @@
+"""``rellax::cflora_linear`` against loops over instances and against its special cases."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rellax.errors import InputError
+from rellax.ops import cflora_linear
+from rellax.reference._numerics import keep_mask
+from rellax.testing import oracle
+from rellax.testing.cases import CFLORA, DTYPES, cflora
+
+
+def naive(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    cu_seqlens: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """One instance after another, in x's dtype."""
+    rows = x.flatten(0, -2)
+    lengths = [x.shape[1]] * x.shape[0] if cu_seqlens is None else cu_seqlens.diff().tolist()
+    keep = torch.ones_like(rows) if seed is None else keep_mask(seed, *rows.shape, dropout).to(x)
+    updates = [rows.new_empty(0, weight.shape[0])]
+    for b, part in enumerate((rows * keep / (1 - dropout)).split(lengths)):
+        z = part @ lora_a.to(x.dtype).T
+        if gate is not None:
+            z = z @ gate[b].to(x.dtype)
+        updates.append(scale * z @ lora_b.to(x.dtype).T)
+    return F.linear(x, weight, bias) + torch.cat(updates).view(*x.shape[:-1], weight.shape[0])
+
+
+def gradients(y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    return torch.autograd.grad(y, inputs, upstream)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CFLORA)
+def test_equals_a_loop_over_instances(case: str, dtype: torch.dtype) -> None:
+    oracle.check(cflora_linear, naive, cflora(dtype, **CFLORA[case]), dtype)
+
+
+@pytest.mark.parametrize("case", ["plain", "packed-empty-instances", "packed-dropout", "no-gate"])
+def test_gradients_in_fp64(case: str) -> None:
+    inputs = cflora(torch.float64, **{**CFLORA[case], "d_in": 5, "d_out": 3, "r": 2})
+    differentiated = [name for name, x in inputs.items() if isinstance(x, Tensor) and x.requires_grad]
+
+    def function(*tensors: Tensor) -> Tensor:
+        return cflora_linear(**{**inputs, **dict(zip(differentiated, tensors, strict=True))})
+
+    assert torch.autograd.gradcheck(function, [inputs[name] for name in differentiated])
+
+
+def test_identity_gate_is_plain_lora() -> None:
+    """And plain LoRA is what two linear layers beside the frozen one compute."""
+    inputs = cflora(torch.float64)
+    identity = torch.eye(4, dtype=torch.float64, device=inputs["x"].device).expand(2, 4, 4)
+    down, up = nn.Linear(33, 4, bias=False), nn.Linear(4, 9, bias=False)
+    down.weight, up.weight = nn.Parameter(inputs["lora_a"]), nn.Parameter(inputs["lora_b"])
+    expected = F.linear(inputs["x"], inputs["weight"], inputs["bias"]) + 2.0 * up(down(inputs["x"]))
+    for gate in (identity, None):
+        torch.testing.assert_close(cflora_linear(**{**inputs, "gate": gate}), expected)
+
+
+def test_diagonal_gate_scales_each_component() -> None:
+    inputs = cflora(torch.float64, gate="diagonal")
+    x, weights = inputs["x"], inputs["gate"].diagonal(dim1=1, dim2=2)
+    expected = F.linear(x, inputs["weight"], inputs["bias"])
+    for i in range(4):
+        component = torch.einsum("bld,d,o->blo", x, inputs["lora_a"][i], inputs["lora_b"][:, i])
+        expected = expected + 2.0 * weights[:, i, None, None] * component
+    torch.testing.assert_close(cflora_linear(**inputs), expected)
+
+
+def test_gate_is_on_the_right_of_a_row_vector() -> None:
+    """Down component 0 reaches up component 1 through G[0, 1]."""
+    x = torch.tensor([[[3.0]]])
+    gate = torch.tensor([[[0.0, 5.0], [0.0, 0.0]]])
+    lora_a, lora_b = torch.tensor([[1.0], [10.0]]), torch.tensor([[100.0, 7.0]])
+    y = cflora_linear(x, torch.zeros(1, 1), None, lora_a, lora_b, gate, 1.0)
+    assert y.item() == 3 * 1 * 5 * 7
+
+
+def test_packed_equals_padded() -> None:
+    lengths = [3, 0, 7, 5]
+    packed = cflora(torch.float64, lengths=lengths, packed=True)
+    token = torch.cat([torch.arange(length) + 7 * b for b, length in enumerate(lengths)])
+    x = torch.zeros(4 * 7, 33, dtype=torch.float64, device=token.device).to(packed["x"])
+    x = x.index_copy(0, token.to(x.device), packed["x"]).view(4, 7, 33)
+    padded = cflora_linear(**{**packed, "x": x, "cu_seqlens": None}).flatten(0, 1)[token]
+    y = cflora_linear(**packed)
+    torch.testing.assert_close(y, padded)
+    leaves = [packed[name] for name in ("x", "lora_a", "lora_b", "gate")]
+    torch.testing.assert_close(gradients(y, *leaves), gradients(padded, *leaves))
+
+
+def test_other_instances_do_not_change_an_instance() -> None:
+    inputs = cflora(torch.float32, lengths=[7, 7, 7])
+    alone = {**inputs, "x": inputs["x"][1:2], "gate": inputs["gate"][1:2]}
+    torch.testing.assert_close(cflora_linear(**inputs)[1:2], cflora_linear(**alone))
+
+
+def test_backward_drops_what_forward_dropped() -> None:
+    """With x = 1, W = 0 and A = B = 1, y_t counts the kept elements, and dx marks them."""
+    x = torch.ones(1, 50, 64, requires_grad=True)
+    y = cflora_linear(
+        x, torch.zeros(1, 64), None, torch.ones(1, 64), torch.ones(1, 1), None, 1.0, dropout=0.5
+    )
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert set(dx.unique().tolist()) == {0.0, 2.0}
+    torch.testing.assert_close(dx.sum(-1, keepdim=True), y.detach())
+
+
+def test_dropout_mask_is_random_and_follows_the_seed() -> None:
+    rows, columns, p = 512, 513, 0.3
+    mask = keep_mask(torch.tensor(5), rows, columns, p).double()
+    other = keep_mask(torch.tensor(5 + 2**40), rows, columns, p).double()
+    five_sigma = 5 * (p * (1 - p) / mask.numel()) ** 0.5
+    assert abs(mask.mean().item() - (1 - p)) < five_sigma
+    for a, b in ((mask, other), (mask[1:], mask[:-1]), (mask[:, 1:], mask[:, :-1])):
+        assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item()) < 0.01
+    for means in (mask.mean(0), mask.mean(1)):
+        assert (means - (1 - p)).abs().max() < 5 * (p * (1 - p) / 512) ** 0.5
+
+
+def test_dropout_draws_from_torchs_generator() -> None:
+    inputs = cflora(torch.float32, dropout=0.5) | {"seed": None}
+    torch.manual_seed(3)
+    first, second = cflora_linear(**inputs), cflora_linear(**inputs)
+    torch.manual_seed(3)
+    assert torch.equal(cflora_linear(**inputs), first)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("train_lora", [False, True])
+def test_frozen_lora_saves_nothing_of_the_size_of_x(train_lora: bool) -> None:
+    inputs = cflora(torch.float32, lengths=[64, 64], d_in=33, train_lora=train_lora)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda x: x):
+        cflora_linear(**inputs)
+    activations = [tensor for tensor in saved if tensor.shape[:-1].numel() >= 128]
+    assert any(tensor.shape[-1] == 33 for tensor in activations) == train_lora
+    assert all(tensor.shape[-1] in (4, 33) for tensor in activations)
+
+
+@pytest.mark.parametrize("case", ["plain", "packed", "dropout"])
+def test_same_bits_every_time(case: str) -> None:
+    inputs = cflora(torch.float32, **CFLORA[case])
+    leaves = [inputs[name] for name in ("x", "gate", "lora_a", "lora_b")]
+    first, second = cflora_linear(**inputs), cflora_linear(**inputs)
+    assert torch.equal(first, second)
+    for a, b in zip(gradients(first, *leaves), gradients(second, *leaves), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autocast_runs_as_if_in_bf16() -> None:
+    """x and W are narrowed; the gates stay fp32, where autocast alone would narrow their product too."""
+    inputs = cflora(torch.float32)
+    narrow = {name: inputs[name].bfloat16() for name in ("x", "weight", "bias")}
+    expected = cflora_linear(**{**inputs, **narrow})
+    with torch.autocast(inputs["x"].device.type, torch.bfloat16):
+        y = cflora_linear(**inputs)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, expected)
+    assert all(g.dtype == torch.float32 for g in gradients(y, inputs["x"], inputs["gate"]))
+
+
+WRONG = {
+    "x": torch.zeros(7, 33),
+    "weight": torch.zeros(9, 32),
+    "bias": torch.zeros(8),
+    "lora_a": torch.zeros(4, 32),
+    "lora_b": torch.zeros(9, 5),
+    "gate": torch.zeros(3, 4, 4),
+    "dropout": 1.0,
+    "seed": torch.zeros(()),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_errors_name_the_argument(name: str) -> None:
+    wrong = WRONG[name]
+    inputs = cflora(torch.float32) | {name: wrong}
+    if isinstance(wrong, Tensor):
+        inputs[name] = wrong.to(inputs["weight"].device)
+    with pytest.raises(InputError, match=f"^{name}: expected "):
+        cflora_linear(**inputs)
+
+
+@pytest.mark.parametrize("offsets", [[0, 9, 13], [0, 15, 14], [1, 14], [0, 7, 7, 14]])
+def test_wrong_offsets(offsets: list[int]) -> None:
+    inputs = cflora(torch.float32, lengths=[5, 9], packed=True)
+    inputs["cu_seqlens"] = torch.tensor(offsets, dtype=torch.int32)
+    with pytest.raises(InputError, match=r"^cu_seqlens: expected "):
+        cflora_linear(**inputs)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_frozen_tensors_must_not_require_gradients(name: str) -> None:
+    inputs = cflora(torch.float32)
+    inputs[name].requires_grad_()
+    with pytest.raises(InputError, match=f"^{name}: expected a frozen tensor"):
+        cflora_linear(**inputs)
+    with torch.no_grad():
+        cflora_linear(**inputs)
