@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -99,7 +101,8 @@ class PromptBuilder:
         self.placeholder = placeholder
         noun, (low, high) = dataset.meta["item_noun"], dataset.meta["rating_scale"]
         prefix, suffix = _frame(tokenizer)
-        self._prefix = _bos(tokenizer) + _encode(tokenizer, prefix, after="", special=True)
+        self._newline = _encode(tokenizer, "\n", after=".")
+        self._opening = _bos(tokenizer) + _encode(tokenizer, f"{prefix}User:", after="", special=True)
         self._header = self._line(f"{noun.capitalize()} ratings from {low:g} to {high:g}, oldest first:")
         self._question = _encode(
             tokenizer, f"Will the user rate it above {dataset.meta['positive_above']:g}? Answer Yes or No."
@@ -117,13 +120,13 @@ class PromptBuilder:
         Raises:
             InputError: a position not before the target, or a prompt too long even without behaviours.
         """
-        samples, history = self.dataset.samples, self.dataset.history(sample)
+        history = self.dataset.history(sample)
         end = history.stop - history.start
         for position in positions:
             if not 0 <= position < end:
                 raise InputError(f"positions: sample {sample} has behaviours 0 to {end - 1}, got {position}")
-        item = int(samples.item[sample])
-        head = self._prefix + self._profile_of(int(samples.user[sample])) + self._header
+        item = int(self.dataset.samples.item[sample])
+        head = self._opening + self._profile_of(int(self.dataset.samples.user[sample])) + self._header
         tail = self._target_of(item) + self._question
         room = self.max_tokens - len(head) - len(tail)
         if room < 0:
@@ -132,15 +135,11 @@ class PromptBuilder:
                 f"got {self.max_tokens}"
             )
         rows = [history.start + int(position) for position in positions[: self.k]]
-        lines = {row: self._behaviour_at(row) for row in rows}
-        while rows and sum(len(lines[row]) for row in rows) > room:
-            rows.pop()
-        rows.sort()
-        body = [token for row in rows for token in lines[row]]
-        item_ids = (
-            [*self.dataset.behaviour_items[rows].tolist(), item] if self.placeholder is not None else []
-        )
-        return Prompt(head + body + tail, item_ids, len(rows))
+        lengths = itertools.accumulate(len(self._behaviour_at(row)) for row in rows)
+        rows = sorted(rows[: sum(length <= room for length in lengths)])
+        body = [token for row in rows for token in self._behaviour_at(row)]
+        items = [*self.dataset.behaviour_items[rows].tolist(), item] if self.placeholder is not None else []
+        return Prompt(head + body + tail, items, len(rows))
 
     def render(self, sample: int, positions: Sequence[int]) -> str:
         """The prompt as text, exactly as the model reads it."""
@@ -153,22 +152,20 @@ class PromptBuilder:
         )
 
     def _profile(self, user: int) -> list[int]:
-        return self._line(f"User: {self.dataset.profiles[user]}")
+        return self._line(f" {self.dataset.profiles[user]}", after=":")
 
     def _behaviour(self, item: int, rating: float) -> list[int]:
         # The rating stands first: the title then starts with a space, as most words of a vocabulary do.
-        return self._line(f"{rating:g}: {self.dataset.titles[item]}", placeholder=True)
+        return self._line(f"{rating:g}: {self.dataset.titles[item]}", soft=True)
 
     def _target(self, item: int) -> list[int]:
-        return self._line(
-            f"New {self.dataset.meta['item_noun']}: {self.dataset.texts[item]}", placeholder=True
-        )
+        return self._line(f"New {self.dataset.meta['item_noun']}: {self.dataset.texts[item]}", soft=True)
 
-    def _line(self, text: str, placeholder: bool = False) -> list[int]:
-        soft = [self.placeholder] if placeholder and self.placeholder is not None else []
-        return (
-            _encode(self.tokenizer, " ".join(text.split())) + soft + _encode(self.tokenizer, "\n", after=".")
-        )
+    def _line(self, text: str, *, after: str = "\n", soft: bool = False) -> list[int]:
+        """One line, whatever white space `text` has; `soft` puts the placeholder at its end."""
+        placeholder = [self.placeholder] if soft and self.placeholder is not None else []
+        line = re.sub(r"\s+", " ", text)
+        return _encode(self.tokenizer, line, after=after) + placeholder + self._newline
 
 
 def _encode(
@@ -193,12 +190,15 @@ def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     if tokenizer.chat_template is None:
         return "", "\nAnswer:"
     user = {"role": "user", "content": _CONTENT}
-    text = _render(tokenizer, [user])
+    texts = [_render(tokenizer, [user])]
     with contextlib.suppress(jinja2.TemplateError):  # raised by templates that know no system role
-        text = min(text, _render(tokenizer, [{"role": "system", "content": ""}, user]), key=len)
-    prefix, found, suffix = text.partition(_CONTENT)
-    if not found:
-        raise InputError(f"tokenizer: expected a chat template that shows the user's message, got {text!r}")
+        texts.append(_render(tokenizer, [{"role": "system", "content": ""}, user]))
+    shown = [text for text in texts if _CONTENT in text]
+    if not shown:
+        raise InputError(
+            f"tokenizer: expected a chat template that shows the user's message, got {texts[0]!r}"
+        )
+    prefix, _, suffix = min(shown, key=len).partition(_CONTENT)
     return prefix, suffix
 
 
