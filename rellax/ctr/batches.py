@@ -1,0 +1,106 @@
+"""From prompts to padded tensors: examples, the order in which they are seen, and the batches of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_POOL = 8  # batches sorted by length together
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt.
+
+    Attributes:
+        sample: row of the sample in its table and in the instance embeddings.
+        label: 1 for Yes, 0 for No; -1 where it is not known.
+        input_ids: the prompt's tokens, up to where the answer begins.
+        item_ids: dense item of each placeholder, in order; empty without soft prompts.
+    """
+
+    sample: int
+    label: int
+    input_ids: Sequence[int]
+    item_ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Makes right-padded batches for a patched model.
+
+    Attributes:
+        pad_id: token to pad with.
+        answer_ids: tokens of (No, Yes).
+        instance_embeddings: (n, d_u) float32, a row per sample; None for a model without gates.
+        soft_prompt: whether the model takes item ids.
+    """
+
+    pad_id: int
+    answer_ids: tuple[int, int]
+    instance_embeddings: Tensor | None = None
+    soft_prompt: bool = False
+
+    def prompts(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """A batch to predict.
+
+        input_ids and attention_mask (B, L); where the model takes them also item_ids (B, K), padded with -1,
+        and instance_embed (B, d_u).
+        """
+        return self._batch(examples, [list(example.input_ids) for example in examples])
+
+    def supervised(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """A batch to train on: each prompt ends in its answer, the only token that `labels` (B, L) has."""
+        answers = [self.answer_ids[example.label] for example in examples]
+        rows = [[*example.input_ids, answer] for example, answer in zip(examples, answers, strict=True)]
+        batch = self._batch(examples, rows)
+        labels = torch.full_like(batch["input_ids"], -100)
+        last = torch.tensor([len(row) - 1 for row in rows])
+        labels[torch.arange(len(rows)), last] = torch.tensor(answers)
+        return batch | {"labels": labels}
+
+    def _batch(self, examples: Sequence[Example], rows: list[list[int]]) -> dict[str, Tensor]:
+        batch = {
+            "input_ids": _padded(rows, self.pad_id),
+            "attention_mask": _padded([[1] * len(row) for row in rows], 0),
+        }
+        if self.soft_prompt:
+            batch["item_ids"] = _padded([example.item_ids for example in examples], -1)
+        if self.instance_embeddings is not None:
+            batch["instance_embed"] = self.instance_embeddings[[example.sample for example in examples]]
+        return batch
+
+
+def epoch_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> list[np.ndarray]:
+    """The batches of an epoch: rows of `lengths`, each once, random, but of similar length within a batch.
+
+    Only neighbours in a random order are sorted by length, so that a batch stays a mixture. A pure function
+    of its arguments: a run that resumes sees the same batches.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    order, tokens = rng.permutation(len(lengths)), np.asarray(lengths)
+    batches: list[np.ndarray] = []
+    for start in range(0, len(order), batch_size * _POOL):
+        pool = order[start : start + batch_size * _POOL]
+        batches += _cut(pool[np.argsort(tokens[pool], kind="stable")], batch_size)
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def scoring_batches(lengths: Sequence[int], batch_size: int) -> list[np.ndarray]:
+    """Batches for prediction: longest prompts first, so that too large a batch fails at once."""
+    return _cut(np.argsort(-np.asarray(lengths), kind="stable"), batch_size)
+
+
+def _cut(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    batch = torch.full((len(rows), max(map(len, rows))), value, dtype=torch.int64)
+    for row, ids in zip(batch, rows, strict=True):
+        row[: len(ids)] = torch.tensor(ids, dtype=torch.int64)
+    return batch

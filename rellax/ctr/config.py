@@ -1,0 +1,193 @@
+"""What a training run is: one dataclass, checked once, written to the run folder and read back from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rellax._files import read_json
+from rellax.errors import InputError
+
+STAGES = ("1", "2", "joint")
+PROMPTS = ("recent", "retrieved", "mixture")
+INTERACTIONS = ("none", "diagonal", "full")
+LEARNING_RATES = {"1": 1e-3, "2": 3e-4, "joint": 1e-3}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run of the language model.
+
+    Folders:
+        data: of `rellax prepare`.
+        model: a Hugging Face model.
+        crm: of `rellax crm`; None where neither gates nor soft prompts are used.
+        retrieved: of `rellax retrieve`; None where all prompts are recent ones.
+        start: run folder of the stage-1 adapter that stage 2 begins with.
+
+    What is trained:
+        stage: "1" (A and B, no gates, no soft prompt), "2" (A and B frozen, gates and soft-prompt projector
+            trained) or "joint" (everything from scratch).
+        interaction: of the LoRA components, "none", "diagonal" or "full".
+        soft_prompt: a soft prompt after each behaviour and after the target.
+        r, alpha, dropout, target_modules: of LoRA; stage 2 takes them over from `start`.
+
+    Prompts:
+        prompts: "recent" (the K last behaviours), "retrieved" (the K nearest to the target) or "mixture"
+            (trained on each sample once with either, evaluated on retrieved prompts).
+        k, max_tokens: behaviours and tokens in a prompt, at most.
+        shots: random samples of the training split; None takes all.
+
+    Optimisation:
+        lr: peak of the linear schedule; None takes the stage's own.
+        warmup: fraction of all steps over which the rate rises.
+        clip: largest norm of the gradient.
+        loss: "choice" (the two answers) or "vocab" (all tokens).
+        validation_samples: random samples of the validation split; None takes all.
+        validate_every: steps between two validations; None validates after each epoch.
+        select: the validation metric that chooses the step whose adapter is kept, "auc" or "log_loss".
+        checkpoint_every: steps between two checkpoints.
+        dtype: of the frozen weights; "auto" is bfloat16 where the processor has it, else float32. What is
+            trained, and its optimiser state, are float32.
+    """
+
+    data: str
+    model: str
+    crm: str | None = None
+    retrieved: str | None = None
+    start: str | None = None
+
+    stage: str = "1"
+    interaction: str = "none"
+    soft_prompt: bool = False
+    r: int = 8
+    alpha: float = 16
+    dropout: float = 0.05
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+
+    prompts: str = "mixture"
+    k: int = 10
+    max_tokens: int = 512
+    shots: int | None = None
+
+    epochs: int = 1
+    lr: float | None = None
+    batch_size: int = 16
+    micro_batch_size: int = 8
+    warmup: float = 0.05
+    clip: float = 1.0
+    loss: str = "choice"
+    validation_samples: int | None = 500
+    validate_every: int | None = None
+    select: str = "auc"
+    checkpoint_every: int = 20
+    dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_values()
+        self._check_stage()
+        if self.prompts != "recent" and self.retrieved is None:
+            raise InputError(
+                f"retrieved: prompts={self.prompts!r} needs the folder of `rellax retrieve`, got None"
+            )
+        if self.uses_crm and self.crm is None:
+            raise InputError("crm: gates and soft prompts need the folder of `rellax crm`, got None")
+
+    @property
+    def peak_lr(self) -> float:
+        return LEARNING_RATES[self.stage] if self.lr is None else self.lr
+
+    @property
+    def uses_crm(self) -> bool:
+        return self.soft_prompt or self.interaction != "none"
+
+    @property
+    def evaluation_prompts(self) -> str:
+        return "recent" if self.prompts == "recent" else "retrieved"
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {**dataclasses.asdict(self), "target_modules": list(self.target_modules)}
+
+    def _check_values(self) -> None:
+        choices = {
+            "stage": STAGES,
+            "prompts": PROMPTS,
+            "interaction": INTERACTIONS,
+            "loss": ("choice", "vocab"),
+            "select": ("auc", "log_loss"),
+            "dtype": ("auto", "float32", "bfloat16"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("k", "max_tokens", "epochs", "batch_size", "micro_batch_size", "checkpoint_every", "r"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
+        for name in ("shots", "validation_samples", "validate_every", "lr"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise InputError(f"{name}: expected a positive number or None, got {value!r}")
+        for name in ("warmup", "dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise InputError(f"{name}: expected a fraction in [0, 1), got {getattr(self, name)!r}")
+
+    def _check_stage(self) -> None:
+        if self.stage == "1" and self.uses_crm:
+            raise InputError(
+                "stage: stage 1 trains plain LoRA, expected interaction='none' and no soft prompt, "
+                f"got interaction={self.interaction!r}, soft_prompt={self.soft_prompt}"
+            )
+        if self.stage != "1" and not self.uses_crm:
+            raise InputError(
+                f"stage: stage {self.stage} trains gates or the soft-prompt projector, "
+                "expected an interaction, a soft prompt or both, got neither"
+            )
+        if self.stage == "2" and self.start is None:
+            raise InputError(
+                "start: stage 2 needs the run folder of a stage-1 adapter, got None; without one B is zero "
+                "and frozen, so the gates would get no gradient"
+            )
+        if self.stage != "2" and self.start is not None:
+            raise InputError(
+                f"start: only stage 2 begins with another run's adapter, got stage {self.stage!r}"
+            )
+
+
+def read_config(run: str | Path) -> TrainConfig:
+    """The configuration in a run folder.
+
+    Raises:
+        InputError: there is none, or one of another kind of run.
+    """
+    path = Path(run) / "config.json"
+    values = read_json(path)
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    if not isinstance(values, dict) or not values.keys() >= set(names):
+        raise InputError(f"{path}: expected the configuration of `rellax train`, found another")
+    values = {name: values[name] for name in names}
+    return TrainConfig(**values | {"target_modules": tuple(values["target_modules"])})
+
+
+def inherited(config: TrainConfig) -> TrainConfig:
+    """`config` with the LoRA of the run it starts from.
+
+    Raises:
+        InputError: that run is no finished stage 1, or of another model.
+    """
+    if config.start is None:
+        return config
+    first = read_config(config.start)
+    if not (Path(config.start) / "metrics.json").exists():
+        raise InputError(f"start: expected a finished run, found one that was stopped in {config.start}")
+    if first.stage != "1":
+        raise InputError(
+            f"start: expected a run of stage 1, found one of stage {first.stage} in {config.start}"
+        )
+    if first.model != config.model:
+        raise InputError(f"start: expected an adapter of {config.model}, found one of {first.model}")
+    lora = {name: getattr(first, name) for name in ("r", "alpha", "dropout", "target_modules")}
+    return dataclasses.replace(config, **lora)

@@ -1,0 +1,155 @@
+"""Scoring: probabilities of a patched model, and the metrics of a run on a split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from tqdm import tqdm
+
+from rellax._files import atomic_file, atomic_folder, read_json, sha256_file, write_json
+from rellax.ctr import metrics, runs
+from rellax.ctr.batches import Collator, Example, scoring_batches
+from rellax.ctr.config import TrainConfig, read_config
+from rellax.ctr.llm import resolve_device
+from rellax.ctr.task import Task, input_hashes, load_inputs
+from rellax.errors import InputError
+from rellax.patch import answer_logits
+
+
+@torch.inference_mode()
+def predict_probabilities(
+    model: Any,
+    collator: Collator,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> np.ndarray:
+    """P(Yes) of each prompt by a patched model, (n,) float64: softmax over its [No, Yes] logits.
+
+    The model runs on the device it is on, in evaluation mode, and is left in that mode. Which prompts share
+    a batch, and so how they are padded, changes a probability by rounding alone.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    soft_prompt = model.rellax.soft_prompt
+    if soft_prompt is not None:
+        soft_prompt.cache_table()
+    probabilities = np.empty(len(examples))
+    with tqdm(total=len(examples), desc="score", unit="prompt", disable=not progress) as bar:
+        for rows in scoring_batches([len(example.input_ids) for example in examples], batch_size):
+            batch = collator.prompts([examples[row] for row in rows])
+            logits = answer_logits(model, **{name: tensor.to(device) for name, tensor in batch.items()})
+            probabilities[rows] = logits.double().softmax(dim=-1)[:, 1].cpu().numpy()
+            bar.update(len(rows))
+    return probabilities
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    split: str = "test",
+    samples: int | None = None,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    device: str = "auto",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Score a finished training run on a split and return the metrics.
+
+    Args:
+        run: folder of `rellax train`.
+        samples: random samples of the split, chosen by `seed`; None takes all.
+        folder: gets config.json, environment.json, metrics.json and predictions.parquet (sample, label,
+            probability); None is a folder named after the split in `run`. Where it holds this very result
+            already, that is only read.
+
+    Raises:
+        InputError: the run is not finished, its data have changed since, or `folder` holds another result.
+    """
+    run = Path(run)
+    config = read_config(run)
+    if not (run / "metrics.json").exists():
+        raise InputError(f"{run}: expected a finished training run; repeat its command to finish it")
+    if read_json(run / "config.json")["inputs"] != input_hashes(config):
+        raise InputError(f"{run}: expected the files it was trained with, but one has changed since")
+    folder = run / split if folder is None else folder
+    return _evaluate(config, run / "adapter", Path(folder), split, samples, seed, device, progress)
+
+
+def evaluate_zero_shot(
+    config: TrainConfig,
+    folder: str | Path,
+    *,
+    split: str = "test",
+    samples: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Score the language model as it is, with the prompts of `config`; else as `evaluate`."""
+    return _evaluate(config, None, Path(folder), split, samples, seed, device, progress)
+
+
+def write_predictions(
+    path: str | Path, samples: np.ndarray, labels: np.ndarray, probabilities: np.ndarray
+) -> None:
+    """Write predictions.parquet: sample int32, label int8, probability float64."""
+    table = pa.table(
+        {
+            "sample": samples.astype(np.int32),
+            "label": labels.astype(np.int8),
+            "probability": probabilities,
+        }
+    )
+    with atomic_file(path) as part:
+        pq.write_table(table, part)
+
+
+def read_predictions(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and probabilities of a predictions.parquet."""
+    table = pq.read_table(path)
+    return table["label"].to_numpy(), table["probability"].to_numpy()
+
+
+def _evaluate(
+    config: TrainConfig,
+    adapter: Path | None,
+    folder: Path,
+    split: str,
+    samples: int | None,
+    seed: int,
+    device: str,
+    progress: bool,
+) -> dict[str, Any]:
+    request = {
+        "run": config.to_json(),
+        "adapter": None if adapter is None else sha256_file(adapter / "adapter.safetensors"),
+        "inputs": input_hashes(config),
+        "split": split,
+        "samples": samples,
+        "seed": seed,
+    }
+    if runs.is_claimed(folder, request):
+        return read_json(folder / "metrics.json")
+    where = resolve_device(device)
+    inputs = load_inputs(config)
+    chosen = inputs.dataset.choose(split, samples, seed)
+    task = Task(config, inputs, adapter)
+    task.model.to(where)
+    examples = task.examples(chosen, config.evaluation_prompts)
+    probabilities = predict_probabilities(task.model, task.collator, examples, progress=progress)
+    labels, users = inputs.dataset.samples.label[chosen], inputs.dataset.samples.user[chosen]
+    result = {"split": split} | metrics.evaluate(labels, probabilities, users, seed=seed)
+    with atomic_folder(folder) as part:
+        write_predictions(part / "predictions.parquet", chosen, labels, probabilities)
+        write_json(part / "metrics.json", result)
+        write_json(part / "environment.json", runs.environment())
+        write_json(part / "config.json", request)
+    return result

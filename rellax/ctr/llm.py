@@ -1,0 +1,67 @@
+"""Loads the language model and its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from rellax.errors import InputError
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face model; `name` is a folder, or a name on the hub.
+
+    Raises:
+        InputError: there is none.
+    """
+    return _load(AutoTokenizer, name)
+
+
+def load_model(name: str | Path, *, dtype: str = "auto") -> Any:
+    """A Hugging Face causal language model on the CPU, in evaluation mode.
+
+    Args:
+        name: a folder, or a name on the hub.
+        dtype: "float32", "bfloat16", or "auto": bfloat16 where the hardware multiplies it, else float32.
+
+    Raises:
+        InputError: there is none, or its files are damaged.
+    """
+    if dtype == "auto":
+        dtype = "bfloat16" if has_bfloat16() else "float32"
+    return _load(AutoModelForCausalLM, name, dtype=getattr(torch, dtype))
+
+
+def has_bfloat16() -> bool:
+    """Whether the GPU, or the CPU where there is none, multiplies bfloat16 in hardware."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of "auto" (a GPU where there is one), "cpu" or "cuda".
+
+    Raises:
+        InputError: another name, or "cuda" where there is none.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device: expected auto, cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: expected one that is there, got 'cuda' without a CUDA device")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _load(auto_class: Any, name: str | Path, **options: Any) -> Any:
+    try:
+        return auto_class.from_pretrained(name, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"model: expected a folder with a causal language model, or its name on a hub that can be "
+            f"reached, got {str(name)!r} ({reason})"
+        ) from error

@@ -1,0 +1,136 @@
+"""What a run works on: the data, its prompts, and the patched language model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rellax._files import sha256_file
+from rellax.ctr import crm
+from rellax.ctr.batches import Collator, Example
+from rellax.ctr.config import TrainConfig
+from rellax.ctr.dataset import Dataset
+from rellax.ctr.llm import load_model, load_tokenizer
+from rellax.ctr.prompts import PromptBuilder, add_placeholder, answer_ids, recent
+from rellax.ctr.retrieval import read_positions
+from rellax.errors import InputError
+from rellax.patch import CFLoRAConfig, SoftPromptConfig, load_adapter, patch_model
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The data of a run.
+
+    Attributes:
+        dataset: N items and S samples.
+        retrieved: for each sample, positions in its user's history by falling similarity to the target.
+        item_embeddings: (N, E) float32, of the recommendation model.
+        instance_embeddings: (S, d_u) float32, of the recommendation model.
+    """
+
+    dataset: Dataset
+    retrieved: Sequence[Sequence[int]] | None = None
+    item_embeddings: Tensor | None = None
+    instance_embeddings: Tensor | None = None
+
+
+def load_inputs(config: TrainConfig) -> Inputs:
+    """Read the folders that `config` names.
+
+    Raises:
+        InputError: a file is missing, damaged, or was made from other data.
+    """
+    dataset = Dataset.load(config.data)
+    retrieved = None
+    if config.retrieved is not None:
+        retrieved = read_positions(config.retrieved, dataset, config.k)
+    if config.crm is None:
+        return Inputs(dataset, retrieved)
+    outputs = crm.load_crm(config.crm, dataset)
+    return Inputs(dataset, retrieved, outputs.item_embeddings, outputs.instance_embeddings)
+
+
+def input_hashes(config: TrainConfig) -> dict[str, str]:
+    """SHA-256 of each file that decides what a run of `config` computes, the language model's apart.
+
+    Raises:
+        InputError: a file is missing.
+    """
+    paths = [Path(config.data) / name for name in ("samples.parquet", "behaviours.parquet", "items.parquet")]
+    if config.retrieved is not None:
+        paths.append(Path(config.retrieved) / "retrieved.parquet")
+    if config.crm is not None:
+        paths.append(Path(config.crm) / "outputs.safetensors")
+    if config.start is not None:
+        paths.append(Path(config.start) / "adapter" / "adapter.safetensors")
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"{path}: expected this file, found none")
+    return {path.name: sha256_file(path) for path in paths}
+
+
+class Task:
+    """A language model patched for `config`, and what makes prompts and batches for it.
+
+    The model is on the CPU. Without an adapter, A, gates and projector are drawn from the configuration's seed
+    and B is zero, so that, but for soft prompts, it predicts what the unpatched model would.
+    """
+
+    def __init__(self, config: TrainConfig, inputs: Inputs, adapter: Path | None = None) -> None:
+        self.config, self.inputs = config, inputs
+        tokenizer = load_tokenizer(config.model)
+        answers = answer_ids(tokenizer)
+        placeholder = add_placeholder(tokenizer) if config.soft_prompt else None
+        self.prompts = PromptBuilder(
+            tokenizer, inputs.dataset, k=config.k, max_tokens=config.max_tokens, placeholder=placeholder
+        )
+        self.collator = Collator(
+            pad_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            answer_ids=answers,
+            instance_embeddings=inputs.instance_embeddings if config.interaction != "none" else None,
+            soft_prompt=placeholder is not None,
+        )
+        model = load_model(config.model, dtype=config.dtype)
+        if adapter is None:
+            self.model = self._patched(model, placeholder)
+        else:
+            self.model = load_adapter(model, adapter)
+
+    def examples(self, samples: Iterable[int], prompts: str) -> list[Example]:
+        """The prompts of `samples`: "recent", "retrieved", or a "mixture" of one of each."""
+        kinds = ("recent", "retrieved") if prompts == "mixture" else (prompts,)
+        return [self._example(int(sample), kind) for sample in samples for kind in kinds]
+
+    def _example(self, sample: int, kind: str) -> Example:
+        samples, retrieved = self.inputs.dataset.samples, self.inputs.retrieved
+        if kind == "recent":
+            positions: Sequence[int] = recent(int(samples.position[sample]), self.config.k)
+        else:
+            assert retrieved is not None, "TrainConfig asks for the folder wherever these prompts are used"
+            positions = retrieved[sample]
+        prompt = self.prompts.build(sample, positions)
+        return Example(sample, int(samples.label[sample]), prompt.input_ids, prompt.item_ids)
+
+    def _patched(self, model: Any, placeholder: int | None) -> Any:
+        config, embeddings = self.config, self.collator.instance_embeddings
+        torch.manual_seed(config.seed)
+        soft_prompt = None
+        if placeholder is not None:
+            assert self.inputs.item_embeddings is not None, "TrainConfig asks for a CRM with soft prompts"
+            soft_prompt = SoftPromptConfig(self.inputs.item_embeddings, (placeholder,))
+        lora = CFLoRAConfig(
+            r=config.r,
+            alpha=config.alpha,
+            dropout=config.dropout,
+            target_modules=config.target_modules,
+            cond_dim=CFLoRAConfig.cond_dim if embeddings is None else embeddings.shape[1],
+            interaction=config.interaction,
+            loss=config.loss,
+            answer_ids=self.collator.answer_ids,
+        )
+        return patch_model(model, lora, soft_prompt=soft_prompt)
