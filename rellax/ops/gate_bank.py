@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -56,7 +55,7 @@ def gate_bank(
 
 @_forward.register_fake
 def _forward_fake(u: Tensor, _ln_weight: Tensor, _ln_bias: Tensor, w1: Tensor, *_: Any) -> Tensor:
-    r = math.isqrt(w1.shape[1] // 2)
+    r = _rank(w1)
     dtype = torch.promote_types(torch.promote_types(u.dtype, w1.dtype), torch.float32)
     return u.new_empty((w1.shape[0], u.shape[0], r, r), dtype=dtype)
 
@@ -83,6 +82,14 @@ def _autograd(ctx: Any, dgate: Tensor) -> tuple[Tensor | None, ...]:
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
+def _rank(w1: Tensor) -> int:
+    """The least r with 2r² >= hidden units; counted, as torch.compile follows no square root of a size."""
+    r = 0
+    while 2 * r * r < w1.shape[1]:
+        r += 1
+    return r
+
+
 def _check(
     u: Tensor, ln_weight: Tensor, ln_bias: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
 ) -> None:
@@ -90,7 +97,7 @@ def _check(
     d_u = u.shape[1]
     check_tensor("w1", w1, (None, None, d_u), "(M, 2r², d_u)", u.device)
     M, hidden, _ = w1.shape
-    r = math.isqrt(hidden // 2)
+    r = _rank(w1)
     if r == 0 or hidden != 2 * r * r:
         raise bad("w1", "shape (M, 2r², d_u) for a whole number r", w1)
     if w2.dim() != 3 or w2.shape[1] not in (r, r * r):

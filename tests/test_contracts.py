@@ -1,0 +1,244 @@
+"""What holds for every operator: its contract with torch.library and torch.compile, its rooms, its backends."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rellax.ops
+from rellax.errors import InputError
+from rellax.ops import _register
+from rellax.ops._register import Backends
+from rellax.testing.cases import OPERATORS
+
+ROOT = Path(__file__).parent.parent
+CASES = [(operator, case) for operator, (_, table) in OPERATORS.items() for case in table]
+
+
+def inputs_of(operator: str, case: str) -> dict[str, Any]:
+    build, table = OPERATORS[operator]
+    inputs: dict[str, Any] = build(torch.float32, **table[case])
+    return inputs
+
+
+def run(function: Callable[..., Any], inputs: dict[str, Any]) -> list[Tensor]:
+    """Outputs, and the gradients of the sum of their squares."""
+    outputs = function(**inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    leaves = [x for x in inputs.values() if isinstance(x, Tensor) and x.requires_grad]
+    roots = [output.square().sum() for output in outputs if output.requires_grad]
+    return [*outputs, *(torch.autograd.grad(sum(roots), leaves) if leaves else ())]
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the calls of rellax's operators, forward and backward, as PyTorch's dispatcher sees them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op.namespace == "rellax":
+            self.calls.append((op, args))
+        return op(*args, **(kwargs or {}))
+
+
+def test_every_operator_has_cases() -> None:
+    assert set(OPERATORS) == set(rellax.ops.__all__)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_one_stem_in_every_room(operator: str) -> None:
+    stem = getattr(rellax.ops, operator).__module__.removeprefix("rellax.ops.")
+    for file in (f"rellax/reference/{stem}.py", f"tests/test_{stem}.py"):
+        assert (ROOT / file).is_file(), file
+
+
+@pytest.mark.parametrize(("operator", "case"), CASES)
+def test_opcheck(operator: str, case: str) -> None:
+    with Recorder() as recorder:
+        run(getattr(rellax.ops, operator), inputs_of(operator, case))
+    names = [op.name() for op, _ in recorder.calls]
+    differentiable = operator not in ("history_topk", "item_topk")
+    assert names == [f"rellax::{operator}"] + differentiable * [f"rellax::{operator}_backward"]
+    torch.library.opcheck(*recorder.calls[0])
+    for backward, args in recorder.calls[1:]:
+        torch.library.opcheck(backward, [x.detach() if isinstance(x, Tensor) else x for x in args])
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(("operator", "case"), CASES)
+def test_compiles_whole(operator: str, case: str, dynamic: bool) -> None:
+    torch._dynamo.reset()
+    function = getattr(rellax.ops, operator)
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    inputs = inputs_of(operator, case)
+    torch.manual_seed(0)
+    expected = run(function, inputs)
+    torch.manual_seed(0)
+    for actual, eager in zip(run(compiled, inputs), expected, strict=True):
+        assert torch.equal(actual, eager)
+
+
+def test_all_operators_in_one_graph_of_inductor() -> None:
+    """It generates code around the operators: the fakes must tell the real sizes, strides and dtypes."""
+    torch._dynamo.reset()
+    inputs = {operator: inputs_of(operator, next(iter(table))) for operator, (_, table) in OPERATORS.items()}
+    leaves = [
+        x for call in inputs.values() for x in call.values() if isinstance(x, Tensor) and x.requires_grad
+    ]
+
+    def total() -> Tensor:
+        value = torch.zeros((), device=leaves[0].device)
+        for operator, call in inputs.items():
+            outputs = getattr(rellax.ops, operator)(**call)
+            for output in outputs if isinstance(outputs, tuple) else (outputs,):
+                value = value + output.double().nan_to_num(neginf=0.0).sin().sum()
+        return value
+
+    expected, actual = total(), torch.compile(total, fullgraph=True)()
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual, leaves), torch.autograd.grad(expected, leaves))
+
+
+CPU, CUDA, OTHER = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
+
+
+def reference() -> None: ...
+
+
+def cpp() -> None: ...
+
+
+def backends(*names: str) -> Backends:
+    """An operator with kernels of these names; `math:sqrt` stands for the Triton kernel."""
+    return Backends(
+        "op",
+        reference,
+        cpp=cpp if "cpp" in names else None,
+        triton="math:sqrt" if "triton" in names else None,
+    )
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+    """The optional modules that seem to be there; a test may take some away before it asks for a backend."""
+    there = {"rellax._C", "triton"}
+    find_spec = importlib.util.find_spec
+
+    def find(name: str, package: str | None = None) -> object:
+        return name in there or None if name in ("rellax._C", "triton") else find_spec(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+    monkeypatch.delenv("RELLAX_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    cached = (_register.extension_built, _register.triton_installed)
+    for function in cached:
+        function.cache_clear()
+    yield there
+    for function in cached:
+        function.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("device", "kernels", "expected"),
+    [
+        (CPU, ("cpp", "triton"), "cpp"),
+        (CPU, ("triton",), "reference"),
+        (CUDA, ("cpp", "triton"), "triton"),
+        (CUDA, ("cpp",), "reference"),
+        (OTHER, ("cpp", "triton"), "reference"),
+    ],
+    ids=str,
+)
+def test_the_device_chooses(
+    installed: set[str], device: torch.device, kernels: tuple[str, ...], expected: str
+) -> None:
+    operator = backends(*kernels)
+    assert operator.backend(device) == expected
+    assert operator(device).__name__ == {"triton": "sqrt"}.get(expected, expected)
+
+
+def test_the_environment_chooses(installed: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = backends("cpp", "triton")
+    monkeypatch.setenv("RELLAX_BACKEND", "reference")
+    assert operator(CPU) is operator(CUDA) is operator(OTHER) is reference
+    monkeypatch.setenv("RELLAX_BACKEND", "cpp")
+    assert operator(CPU) is cpp
+    monkeypatch.setenv("RELLAX_BACKEND", "triton")
+    assert operator.backend(CUDA) == "triton"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert operator.backend(CPU) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kernels", "device", "missing", "message"),
+    [
+        ("fast", ("cpp", "triton"), CPU, None, "expected one of reference, cpp, triton, got 'fast'"),
+        ("cpp", ("triton",), CPU, None, "op cannot run on it, it has no C"),
+        ("cpp", ("cpp",), CUDA, None, "op cannot run on it, its tensors are on cuda"),
+        ("triton", ("cpp",), CUDA, None, "op cannot run on it, it has no Triton kernel"),
+        ("triton", ("triton",), CPU, None, "op cannot run on it, its tensors are on cpu"),
+        ("triton", ("triton",), CUDA, "triton", "op cannot run on it, Triton is not installed"),
+    ],
+)
+def test_a_backend_that_cannot_run_is_an_error(
+    installed: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+    wanted: str,
+    kernels: tuple[str, ...],
+    device: torch.device,
+    missing: str | None,
+    message: str,
+) -> None:
+    installed.discard(missing or "")
+    monkeypatch.setenv("RELLAX_BACKEND", wanted)
+    with pytest.raises(InputError, match=message):
+        backends(*kernels)(device)
+
+
+def test_a_missing_extension_is_said_once(installed: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    installed.discard("rellax._C")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert backends("cpp")(CPU) is backends("cpp")(CPU) is reference
+    assert len(caught) == 1
+    assert "the C++ extension is not built" in str(caught[0].message)
+    monkeypatch.setenv("RELLAX_BACKEND", "cpp")
+    with pytest.raises(InputError, match="the extension is not built"):
+        backends("cpp")(CPU)
+
+
+def test_the_environment_reaches_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RELLAX_BACKEND", "none")
+    for operator, (_, table) in OPERATORS.items():
+        with pytest.raises(InputError, match="RELLAX_BACKEND"):
+            getattr(rellax.ops, operator)(**inputs_of(operator, next(iter(table))))
+
+
+BARE = """
+import socket, sys
+sys.modules["triton"] = None
+socket.socket.connect = socket.getaddrinfo = None
+import torch
+from rellax.ops import gate_bank
+u, zeros = torch.ones(1, 3), torch.zeros(1, 3)
+w1, b1, w2, b2 = torch.zeros(1, 2, 3), torch.zeros(1, 2), torch.zeros(1, 1, 2), torch.ones(1, 1)
+gate = gate_bank(u, zeros, zeros, w1, b1, w2, b2)
+assert gate.item() == 1.0
+assert not torch.cuda.is_initialized()
+"""
+
+
+def test_works_without_triton_network_and_gpu() -> None:
+    subprocess.run([sys.executable, "-c", BARE], cwd=ROOT, check=True, timeout=120)
