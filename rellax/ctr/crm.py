@@ -121,26 +121,26 @@ def train_crm(
         log = _fit(model, features, dataset, config)
     every = np.arange(len(dataset.samples))
     outputs = CRMOutputs(features.item_embeddings(model), *_predict(model, features, every))
-    probabilities = outputs.probabilities.numpy()
-    metrics: dict[str, Any] = {
-        split: evaluate(
-            dataset.samples.label[rows := dataset.indices(split)],
-            probabilities[rows],
-            dataset.samples.user[rows],
-        )
-        for split in ("valid", "test")
-    }
-    metrics |= log
+    metrics = {split: _metrics(dataset, outputs, split) for split in ("valid", "test")} | log
     with atomic_folder(folder) as part:
         save_file(vars(outputs), part / OUTPUTS)
-        columns = {"sample": every, "label": dataset.samples.label, "probability": probabilities}
+        columns = {
+            "sample": every,
+            "label": dataset.samples.label,
+            "probability": outputs.probabilities.numpy(),
+        }
         pq.write_table(pa.table(columns), part / "predictions.parquet")
         write_json(part / "metrics.json", metrics)
         write_json(part / "config.json", asdict(config))
         write_json(part / "environment.json", environment())
-        steps, values = zip(*log["valid_auc"], strict=True)
-        plot_curves(part / "curves.png", [("validation AUC", steps, values)])
+        steps, aucs = zip(*log["valid_auc"], strict=True)
+        plot_curves(part / "curves.png", [("validation AUC", steps, aucs)])
     return metrics
+
+
+def _metrics(dataset: Dataset, outputs: CRMOutputs, split: str) -> dict[str, Any]:
+    rows, samples = dataset.indices(split), dataset.samples
+    return evaluate(samples.label[rows], outputs.probabilities[rows].numpy(), samples.user[rows])
 
 
 def load_crm(folder: str | Path, dataset: Dataset) -> CRMOutputs:

@@ -1,0 +1,196 @@
+"""CRM: learns a planted signal, sees nothing it must not, hands out its last hidden layer, repeats itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from raw_data import random_interactions, write_ml_100k
+from torch import nn
+
+from rellax.ctr import crm
+from rellax.ctr.crm import MODELS, CRMConfig, load_crm, train_crm
+from rellax.ctr.dataset import Dataset
+from rellax.ctr.prepare import prepare
+from rellax.ctr.sources import read_ml_100k
+from rellax.errors import InputError
+
+USERS, ITEMS = 50, 60
+CONFIG = CRMConfig(max_len=12, embedding_dim=8, hidden=(24, 7), epochs=20, patience=6, lr=5e-3, batch_size=64)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Users like films of one genre: earlier ratings and genres tell the label, the target alone cannot."""
+    folder = tmp_path_factory.mktemp("crm")
+    rows = random_interactions(USERS, ITEMS, per_user=45, seed=2)
+    prepare(read_ml_100k(write_ml_100k(folder / "raw", rows, USERS, ITEMS)), folder / "data")
+    return Dataset.load(folder / "data")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_learns_taste_from_earlier_ratings(dataset: Dataset, tmp_path: Path, model: str) -> None:
+    config = dataclasses.replace(CONFIG, model=model)
+    metrics = train_crm(dataset, tmp_path / "crm", config)
+    assert metrics["test"]["auc"] > 0.9
+    assert metrics["valid"]["auc"] == pytest.approx(max(auc for _, auc in metrics["valid_auc"]), abs=1e-9)
+
+    outputs = load_crm(tmp_path / "crm", dataset)
+    assert outputs.item_embeddings.shape == (ITEMS, 8 * 3)  # id, genres, year
+    assert outputs.instance_embeddings.shape == (len(dataset.samples), 7)
+    assert outputs.probabilities.shape == (len(dataset.samples),)
+    assert all(value.dtype == torch.float32 for value in vars(outputs).values())
+    rows = dataset.indices("test")
+    predicted = pq.read_table(tmp_path / "crm" / "predictions.parquet")
+    assert predicted["probability"].to_numpy()[rows] == pytest.approx(outputs.probabilities[rows].numpy())
+    assert metrics["test"]["acc"] == np.mean(
+        (outputs.probabilities[rows].numpy() >= 0.5) == dataset.samples.label[rows]
+    )
+    assert json.loads((tmp_path / "crm" / "config.json").read_text())["model"] == model
+    assert {path.name for path in (tmp_path / "crm").iterdir()} == {
+        "outputs.safetensors",
+        "predictions.parquet",
+        "metrics.json",
+        "config.json",
+        "environment.json",
+        "curves.png",
+    }
+
+
+def test_the_targets_own_rating_changes_nothing(dataset: Dataset, tmp_path: Path) -> None:
+    """Flip rating and label of those test samples that are in nobody's history: their users' last behaviours.
+
+    As training is deterministic and never reads the test split, everything stays the same to the last bit.
+    """
+    s = dataset.samples
+    is_last = s.position == np.diff(dataset.offsets)[s.user] - 1
+    flipped = np.flatnonzero(is_last & (s.split == "test"))
+    assert len(flipped) > USERS // 3
+    ratings, labels = dataset.behaviour_ratings.copy(), s.label.copy()
+    ratings[dataset.offsets[s.user[flipped]] + s.position[flipped]] = np.where(labels[flipped] == 1, 1, 5)
+    labels[flipped] = 1 - labels[flipped]
+    other = dataclasses.replace(
+        dataset, behaviour_ratings=ratings, samples=dataclasses.replace(s, label=labels)
+    )
+    config = dataclasses.replace(CONFIG, epochs=2)
+    first, second = train_crm(dataset, tmp_path / "a", config), train_crm(other, tmp_path / "b", config)
+    assert first["test"]["auc"] != second["test"]["auc"]
+    one, two = load_crm(tmp_path / "a", dataset), load_crm(tmp_path / "b", other)
+    assert torch.equal(one.probabilities, two.probabilities)
+    assert torch.equal(one.instance_embeddings, two.instance_embeddings)
+    assert torch.equal(one.item_embeddings, two.item_embeddings)
+
+
+def test_inputs_are_the_latest_behaviours_and_an_unrated_target(dataset: Dataset) -> None:
+    features = crm._Features(dataset, CONFIG, torch.device("cpu"))
+    samples = np.array([0, 100, 999, len(dataset.samples) - 1])
+    users, items, mask = features.batch(torch.from_numpy(samples))
+    items = {name: codes.view(len(samples), CONFIG.max_len + 1) for name, codes in items.items()}
+    assert set(users) == {"gender", "age_group", "occupation"}
+    assert set(items) == {"item", "genres", "year", "rating"}
+    for row, sample in enumerate(samples):
+        rows = dataset.history(sample)
+        seen = range(max(rows.start, rows.stop - CONFIG.max_len), rows.stop)
+        padding = [0] * (CONFIG.max_len - len(seen))
+        assert mask[row].tolist() == padding + [1] * len(seen)
+        target = int(dataset.samples.item[sample])
+        behaviours = [int(dataset.behaviour_items[i]) + 1 for i in seen]
+        assert items["item"][row].tolist() == [*padding, *behaviours, target + 1]
+        # Ratings 1 to 5 have the codes 1 to 5, and 6 is "unknown".
+        assert items["rating"][row].tolist() == [
+            *padding,
+            *dataset.behaviour_ratings[list(seen)].astype(int),
+            6,
+        ]
+        assert not items["genres"][row][: len(padding)].any()
+    genres = dataset.items["genres"].to_pylist()
+    codes = items["genres"][:, -1].tolist()
+    targets = [genres[item] for item in dataset.samples.item[samples]]
+    assert [a == b for a in codes for b in codes] == [a == b for a in targets for b in targets]
+
+
+def test_the_user_id_is_a_feature_on_demand(dataset: Dataset) -> None:
+    config = dataclasses.replace(CONFIG, user_id=True)
+    features = crm._Features(dataset, config, torch.device("cpu"))
+    users, _, _ = features.batch(torch.tensor([3, 500]))
+    assert users["user"].tolist() == dataset.samples.user[[3, 500]].tolist()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_instance_embeddings_are_the_last_hidden_layer(dataset: Dataset, name: str) -> None:
+    torch.manual_seed(0)
+    config = dataclasses.replace(CONFIG, model=name)
+    features = crm._Features(dataset, config, torch.device("cpu"))
+    model = crm._build(features, config, torch.device("cpu"))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    hidden, probabilities = crm._predict(model, features, np.arange(77))
+    logit = model.dnn.mlp[-2]
+    assert (logit.in_features, logit.out_features) == (7, 1)
+    assert torch.allclose(torch.sigmoid(logit(hidden)).squeeze(1), probabilities, atol=1e-6)
+    assert hidden.std() > 0.01
+    # No trace of the hook stays, and padding rows of other samples in the batch change nothing.
+    assert not logit._forward_pre_hooks
+    alone = crm._predict(model, features, np.arange(5, 6))[0]
+    assert torch.allclose(alone[0], hidden[5], atol=1e-6)
+
+
+def test_few_shots_and_the_global_generator_left_alone(dataset: Dataset, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    config = dataclasses.replace(CONFIG, shots=200, epochs=1, batch_size=None)
+    metrics = train_crm(dataset, tmp_path / "crm", config)
+    assert torch.equal(torch.rand(3), expected)
+    assert [step for step, _ in metrics["valid_auc"]] == [2, 4]  # 200 samples in batches of 64
+    with pytest.raises(InputError, match="got 99999"):
+        train_crm(dataset, tmp_path / "none", dataclasses.replace(CONFIG, shots=99999))
+    assert not (tmp_path / "none").exists()
+
+
+def test_patience_ends_training_and_the_best_state_is_kept(dataset: Dataset, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, epochs=30, patience=2)
+    metrics = train_crm(dataset, tmp_path / "crm", config)
+    steps, aucs = zip(*metrics["valid_auc"], strict=True)
+    assert metrics["best_step"] == steps[int(np.argmax(aucs))]
+    assert len(steps) - 1 - int(np.argmax(aucs)) == 2
+    assert metrics["valid"]["auc"] == pytest.approx(max(aucs), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"model": "GRU"}, "model: expected one of DIN, SIM, ETA, SDIM, got 'GRU'"),
+        ({"hidden": ()}, "hidden: expected at least one width"),
+        ({"max_len": 3}, "max_len: expected at least 4 behaviours, got 3"),
+    ],
+    ids=["model", "hidden", "max_len"],
+)
+def test_bad_config(options: dict, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        CRMConfig(**options)
+
+
+def test_one_class_in_the_validation_split(dataset: Dataset, tmp_path: Path) -> None:
+    labels = dataset.samples.label.copy()
+    labels[dataset.indices("valid")] = 1
+    other = dataclasses.replace(dataset, samples=dataclasses.replace(dataset.samples, label=labels))
+    with pytest.raises(InputError, match="both labels in the validation split, found only 1"):
+        train_crm(other, tmp_path / "crm", CONFIG)
+
+
+def test_bad_outputs(dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"outputs.safetensors: expected a file of `rellax crm`, found none"):
+        load_crm(tmp_path, dataset)
+    (tmp_path / "outputs.safetensors").write_bytes(b"\x00" * 20)
+    with pytest.raises(InputError, match="damaged"):
+        load_crm(tmp_path, dataset)
+    train_crm(dataset, tmp_path / "crm", dataclasses.replace(CONFIG, epochs=1))
+    short = dataclasses.replace(dataset, items=dataset.items.slice(0, 59))
+    with pytest.raises(InputError, match=r"expected 59 items and 2000 samples .* found 60 and 2000"):
+        load_crm(tmp_path / "crm", short)
