@@ -1,4 +1,4 @@
-"""What a training run is: one dataclass, checked once, written to the run folder and read back from it."""
+"""What a training run and a demo are: dataclasses, checked once. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -155,6 +155,36 @@ class TrainConfig:
             raise InputError(
                 f"start: only stage 2 begins with another run's adapter, got stage {self.stage!r}"
             )
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Sizes of the demo.
+
+    Attributes:
+        model: the language model; None is SmolLM2-135M-Instruct.
+        raw: folder with MovieLens-100K; None is the embedded one.
+        shots: training samples of the language model, and of the classical models' few-shot variants.
+        k: behaviours in a prompt.
+        test_samples, validation_samples: random samples of these splits.
+        epochs, lr: of stage 1.
+        epochs2, lr2: of stage 2.
+        few_shot_crm: gates and soft prompts come from the DIN trained on the same shots, not on all samples.
+    """
+
+    model: str | None = None
+    raw: str | None = None
+    shots: int = 256
+    k: int = 5
+    test_samples: int = 400
+    validation_samples: int = 100
+    batch_size: int = 16
+    epochs: int = 1
+    lr: float = 1e-3
+    epochs2: int = 1
+    lr2: float = 3e-4
+    few_shot_crm: bool = False
+    seed: int = 0
 
 
 def read_config(run: str | Path) -> TrainConfig:

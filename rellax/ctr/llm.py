@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from rellax.errors import InputError
 
@@ -57,6 +58,8 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _load(auto_class: Any, name: str | Path, **options: Any) -> Any:
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         return auto_class.from_pretrained(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
@@ -65,3 +68,6 @@ def _load(auto_class: Any, name: str | Path, **options: Any) -> Any:
             f"model: expected a folder with a causal language model, or its name on a hub that can be "
             f"reached, got {str(name)!r} ({reason})"
         ) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()

@@ -9,49 +9,63 @@ import numpy as np
 
 from rellax import subr
 from rellax._files import atomic_folder, read_json, write_json
+from rellax.ctr import runs
 from rellax.ctr.dataset import Dataset
-from rellax.ctr.llm import load_model, load_tokenizer
-from rellax.ctr.runs import environment
+from rellax.ctr.llm import load_model, load_tokenizer, resolve_device
 from rellax.errors import InputError
 
 _FILE = "retrieved.parquet"
 
 
-def embed(config: dict[str, Any], folder: str | Path, *, device: str = "cpu", progress: bool = True) -> None:
-    """Embed every item's text with a language model, and write unit rows to `folder`.
+def embed(
+    config: dict[str, Any],
+    folder: str | Path,
+    *,
+    device: str = "auto",
+    redo: bool = False,
+    progress: bool = True,
+) -> None:
+    """Embed every item's text with a language model, and write unit rows to `folder`, if not done yet.
 
     Args:
         config: `data` (folder of `rellax prepare`), `model`, `dim` (principal components that are kept).
         folder: gets embeddings.safetensors, config.json and environment.json.
+        redo: do it anew.
 
     Raises:
-        InputError: no data folder or model there.
+        InputError: no data folder or model there, or `folder` holds something else.
     """
+    if runs.is_claimed(folder, config, redo=redo):
+        return
+    where = resolve_device(device)
     dataset = Dataset.load(config["data"])
-    model, tokenizer = load_model(config["model"]).to(device), load_tokenizer(config["model"])
+    model, tokenizer = load_model(config["model"]).to(where), load_tokenizer(config["model"])
     states = subr.embed_items(dataset.items["text"].to_pylist(), model, tokenizer, progress=progress)
     with atomic_folder(folder) as part:
         item_ids = dataset.items["item_id"].to_pylist()
         subr.save_embeddings(part, subr.pca(states, config["dim"]), item_ids, Path(config["model"]).name)
-        write_json(part / "environment.json", environment())
+        write_json(part / "environment.json", runs.environment())
         write_json(part / "config.json", config)
 
 
-def retrieve(config: dict[str, Any], folder: str | Path) -> None:
-    """Find the behaviours nearest to the target of every sample, and write them to `folder`.
+def retrieve(config: dict[str, Any], folder: str | Path, *, redo: bool = False) -> None:
+    """Find the behaviours nearest to every sample's target, and write them to `folder`, if not done yet.
 
     Args:
         config: `data` (folder of `rellax prepare`), `embeddings` (of `rellax embed`), `k` (most a sample).
         folder: gets retrieved.parquet, config.json and environment.json.
+        redo: do it anew.
 
     Raises:
-        InputError: a folder is missing, or the embeddings belong to other items.
+        InputError: a folder is missing, the embeddings are of other items, or `folder` holds something else.
     """
+    if runs.is_claimed(folder, config, redo=redo):
+        return
     dataset = Dataset.load(config["data"])
     positions, scores = _nearest(dataset, config["embeddings"], config["k"])
     with atomic_folder(folder) as part:
         subr.write_retrieved(part / _FILE, np.arange(len(dataset.samples)), positions, scores)
-        write_json(part / "environment.json", environment())
+        write_json(part / "environment.json", runs.environment())
         write_json(part / "config.json", config)
 
 

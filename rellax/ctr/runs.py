@@ -30,14 +30,19 @@ _PACKAGES = (
 )
 
 
-def is_claimed(folder: str | Path, config: dict[str, Any]) -> bool:
-    """Whether a run folder holds `config`; False where it holds none.
+def is_claimed(folder: str | Path, config: dict[str, Any], *, redo: bool = False) -> bool:
+    """Whether a folder holds a run of `config`; False where it holds none, or that is to be done anew.
 
     Raises:
-        InputError: it holds another one.
+        InputError: it holds a run of another configuration, or something else.
     """
-    path = Path(folder) / "config.json"
+    folder = Path(folder)
+    path = folder / "config.json"
     if not path.exists():
+        if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+            raise InputError(f"{folder}: expected a new folder, or that of an earlier run, found other files")
+        return False
+    if redo:
         return False
     found, wanted = read_json(path), json.loads(json.dumps(config))
     for name in wanted | found:

@@ -64,10 +64,12 @@ def train(
     where = resolve_device(device)
     request = config.to_json() | {"inputs": input_hashes(config)}
     accelerator = Accelerator(cpu=where.type == "cpu", mixed_precision="no")
+    runs.is_claimed(folder, request, redo=redo)
+    accelerator.wait_for_everyone()
     if redo and accelerator.is_main_process:
         _clear(folder)
     accelerator.wait_for_everyone()
-    if not runs.is_claimed(folder, request) or not (folder / "metrics.json").exists():
+    if not (folder / "metrics.json").exists():
         _Trainer(config, folder, accelerator, progress).run(request)
     return read_json(folder / "metrics.json")
 
@@ -118,8 +120,8 @@ class _Trainer:
             self._load_checkpoint()
         log = None
         if self.accelerator.is_main_process:
-            write_json(self.folder / "environment.json", runs.environment())
             write_json(self.folder / "config.json", request)
+            write_json(self.folder / "environment.json", runs.environment())
             log = runs.Log(self.folder / "log.jsonl", up_to_step=self.step)
         bar = tqdm(total=self.steps, initial=self.step, desc="train", unit="step", disable=not self.progress)
         with bar:

@@ -1,0 +1,332 @@
+"""The command `rellax`. Commands import what they need when they run, so that --help is quick."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rellax.ctr.config import INTERACTIONS, PROMPTS, STAGES, DemoConfig, TrainConfig
+from rellax.errors import InputError
+
+_WORK = Path("runs/ml-100k")
+_CHOICES: dict[str, Sequence[str]] = {
+    "stage": STAGES,
+    "prompts": PROMPTS,
+    "interaction": INTERACTIONS,
+    "loss": ("choice", "vocab"),
+    "select": ("auc", "log_loss"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "device": ("auto", "cpu", "cuda"),
+}
+_TRAIN_HELP = {
+    "stage": "1: LoRA; 2: gates and soft-prompt projector over frozen LoRA; joint: all at once",
+    "interaction": "gates between the LoRA components",
+    "soft_prompt": "soft prompts after each behaviour and after the target",
+    "prompts": "the K most recent behaviours, the K retrieved ones, or each sample once with either",
+    "k": "behaviours in a prompt",
+    "max_tokens": "tokens in a prompt, at most",
+    "shots": "random training samples (default: all)",
+    "epochs": "passes over the training samples",
+    "lr": "peak learning rate (default: the stage's own)",
+    "batch_size": "prompts in a step",
+    "micro_batch_size": "prompts at once, at most",
+    "warmup": "fraction of the steps in which the learning rate rises",
+    "loss": "over the two answers or the whole vocabulary",
+    "r": "rank of LoRA",
+    "alpha": "LoRA is scaled by alpha / r",
+    "dropout": "of LoRA's input",
+    "target_modules": "linear layers to adapt",
+    "validation_samples": "random validation samples",
+    "validate_every": "steps between validations (default: an epoch)",
+    "select": "validation metric that chooses the step that is kept",
+    "checkpoint_every": "steps between checkpoints",
+    "dtype": "of the frozen weights; auto: bfloat16 where the hardware has it",
+    "seed": "of samples, their order, initial values and dropout",
+}
+_DEMO_HELP = {
+    "shots": "training samples",
+    "k": "behaviours in a prompt",
+    "test_samples": "random test samples",
+    "validation_samples": "random validation samples",
+    "batch_size": "prompts in a step",
+    "epochs": "of stage 1",
+    "lr": "of stage 1",
+    "epochs2": "of stage 2",
+    "lr2": "of stage 2",
+    "few_shot_crm": "gates and soft prompts from the DIN trained on the same shots",
+    "model": "folder or hub name of another language model (default: SmolLM2-135M-Instruct)",
+    "raw": "folder with MovieLens-100K (default: fetched)",
+    "seed": "of everything random",
+}
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Shows defaults that say something, and examples as they are written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, argparse.SUPPRESS):
+            return action.help
+        default = " ".join(action.default) if isinstance(action.default, tuple) else action.default
+        return f"{action.help} (default: {default})"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("rellax").setLevel(logging.INFO)
+    try:
+        if options.threads is not None:
+            _set_threads(options.threads)
+        options.run(options)
+    except InputError as error:
+        print(f"rellax: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nrellax: stopped; the same command goes on from where it was", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from rellax.ctr.assets import movielens_100k
+    from rellax.ctr.prepare import prepare
+    from rellax.ctr.sources import READERS
+
+    raw = movielens_100k() if options.raw is None else options.raw
+    counts = prepare(READERS[options.dataset](raw), options.work / "data")["counts"]
+    print(f"{options.work / 'data'}: {counts['samples']:,} samples of {counts['users']:,} users")
+
+
+def _crm(options: argparse.Namespace) -> None:
+    from rellax.ctr.crm import CRMConfig, train_crm
+    from rellax.ctr.dataset import Dataset
+    from rellax.ctr.llm import resolve_device
+    from rellax.ctr.runs import is_claimed
+
+    folder = options.work / options.name
+    config = CRMConfig(model=options.model, shots=options.shots, seed=options.seed)
+    if not is_claimed(folder, dataclasses.asdict(config), redo=options.redo):
+        device = str(resolve_device(options.device))
+        train_crm(Dataset.load(options.work / "data"), folder, config, device=device)
+    print(folder)
+
+
+def _embed(options: argparse.Namespace) -> None:
+    from rellax.ctr.retrieval import embed
+
+    config = {"data": str(options.work / "data"), "model": _model(options), "dim": options.dim}
+    embed(config, options.work / "embeddings", device=options.device, redo=options.redo)
+    print(options.work / "embeddings")
+
+
+def _retrieve(options: argparse.Namespace) -> None:
+    from rellax.ctr.retrieval import retrieve
+
+    folders = {name: str(options.work / name) for name in ("data", "embeddings")}
+    retrieve({**folders, "k": options.k}, options.work / "retrieved", redo=options.redo)
+    print(options.work / "retrieved")
+
+
+def _train(options: argparse.Namespace) -> None:
+    from rellax.ctr.train import train
+
+    folder = options.work / options.name
+    start = None if options.start is None else str(options.work / options.start)
+    result = train(_train_config(options, start=start), folder, device=options.device, redo=options.redo)
+    validation = result["validation"]
+    print(f"{folder}: step {result['best_step']} of {result['steps']}", end="")
+    print(f", validation AUC {validation['auc']:.4f}" if validation["auc"] is not None else "")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from rellax.ctr.evaluate import evaluate, evaluate_zero_shot
+
+    folder = options.work / options.name
+    sizes = {
+        "split": options.split,
+        "samples": options.samples,
+        "seed": options.seed,
+        "device": options.device,
+    }
+    if options.zero_shot:
+        result = evaluate_zero_shot(_train_config(options), folder / options.split, **sizes)
+    else:
+        result = evaluate(folder, **sizes)
+    for key in ("auc", "gauc", "log_loss", "acc", "ece"):
+        low_high = result.get(f"{key}_interval")
+        interval = "" if low_high is None else f"  [{low_high[0]:.4f}, {low_high[1]:.4f}]"
+        print(f"{key:9} " + ("-" if result[key] is None else f"{result[key]:.4f}{interval}"))
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from rellax.ctr.predict import predict
+
+    rows = predict(
+        options.work / options.name, options.table, options.out, data=options.data, device=options.device
+    )
+    print(f"{options.out}: {rows:,} rows")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from rellax.ctr.demo import demo
+
+    config = DemoConfig(**{name: getattr(options, name) for name in _DEMO_HELP})
+    print(demo(config, options.out, device=options.device))
+    print(f"\nThe report is {options.out / 'report.md'}")
+
+
+def _train_config(options: argparse.Namespace, **more: Any) -> TrainConfig:
+    values = {name: getattr(options, name) for name in _TRAIN_HELP if hasattr(options, name)} | more
+    prompts, gated = (
+        values["prompts"],
+        values.get("soft_prompt") or values.get("interaction", "none") != "none",
+    )
+    return TrainConfig(
+        data=str(options.work / "data"),
+        model=_model(options),
+        retrieved=str(options.work / "retrieved") if prompts != "recent" else None,
+        crm=str(options.work / options.crm) if gated else None,
+        **values,
+    )
+
+
+def _model(options: argparse.Namespace) -> str:
+    if options.model is not None:
+        return str(options.model)
+    from rellax.ctr.assets import smollm2_135m
+
+    return str(smollm2_135m())
+
+
+def _set_threads(threads: int) -> None:
+    import torch
+
+    if threads < 1:
+        raise InputError(f"threads: expected a positive number, got {threads}")
+    torch.set_num_threads(threads)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rellax",
+        description="Click-through-rate prediction with language models on long user histories.",
+    )
+    parser.add_argument("--version", action="version", version=f"rellax {metadata.version('rellax')}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    demo = _command(
+        commands, "demo", _demo, "run all of it and compare every variant", "rellax demo --shots 1024"
+    )
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything")
+    _add_fields(demo, DemoConfig, _DEMO_HELP)
+
+    prepare = _command(commands, "prepare", _prepare, "raw ratings to samples", "rellax prepare")
+    prepare.add_argument("--dataset", default="ml-100k", choices=["ml-100k"], help="format of the raw files")
+    prepare.add_argument("--raw", type=Path, help="folder with the raw files (default: fetched)")
+
+    crm = _command(
+        commands, "crm", _crm, "train the classical model", "rellax crm\nrellax crm sim --model SIM"
+    )
+    crm.add_argument("name", nargs="?", default="crm", help="run folder, in the work folder")
+    crm.add_argument("--model", default="DIN", help="DIN, SIM, ETA or SDIM")
+    crm.add_argument("--shots", type=int, help="random training samples (default: all)")
+    crm.add_argument("--seed", type=int, default=0, help="of samples, initial values and dropout")
+
+    embed = _command(commands, "embed", _embed, "item texts to embeddings", "rellax embed --dim 256")
+    embed.add_argument("--dim", type=int, default=512, help="principal components that are kept")
+
+    retrieve = _command(
+        commands, "retrieve", _retrieve, "nearest behaviours of all samples", "rellax retrieve"
+    )
+    retrieve.add_argument("--k", type=int, default=30, help="behaviours for a sample, at most")
+
+    train = _command(
+        commands,
+        "train",
+        _train,
+        "train the language model; a stopped run is resumed",
+        "rellax train rella --shots 1024\n"
+        "rellax train rellax --stage 2 --from rella --interaction full --soft-prompt --shots 1024",
+    )
+    train.add_argument("name", help="run folder, in the work folder")
+    train.add_argument("--from", dest="start", metavar="NAME", help="run of stage 1 that stage 2 starts from")
+    train.add_argument("--crm", default="crm", metavar="NAME", help="run of `rellax crm` that is used")
+    _add_fields(train, TrainConfig, _TRAIN_HELP)
+
+    evaluate = _command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "metrics of a training run, or of the untrained model",
+        "rellax evaluate rella --samples 1000\nrellax evaluate zero-shot --zero-shot --prompts recent",
+    )
+    evaluate.add_argument("name", help="run folder, in the work folder")
+    evaluate.add_argument("--split", default="test", choices=["train", "valid", "test"], help="what to score")
+    evaluate.add_argument("--samples", type=int, help="random samples of the split (default: all)")
+    evaluate.add_argument("--zero-shot", action="store_true", help="the model as it is, with these prompts:")
+    fields = ("prompts", "k", "max_tokens", "dtype", "seed")
+    _add_fields(evaluate, TrainConfig, {name: _TRAIN_HELP[name] for name in fields})
+
+    predict = _command(
+        commands,
+        "predict",
+        _predict,
+        "probabilities for a table of users and items",
+        "rellax predict rella new.csv --out scored.parquet",
+    )
+    predict.add_argument("name", help="run folder of `rellax train`, in the work folder")
+    predict.add_argument("table", type=Path, help="CSV or Parquet with user_id, item_id and maybe time")
+    predict.add_argument("--out", type=Path, required=True, help="CSV or Parquet to write")
+    predict.add_argument("--data", type=Path, help="folder of `rellax prepare` (default: the run's)")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, summary: str, examples: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog="examples:\n  " + examples.replace("\n", "\n  "),
+        formatter_class=_Formatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    if name not in ("prepare", "retrieve"):
+        parser.add_argument("--device", default="auto", choices=_CHOICES["device"], help="where models run")
+    if name in ("crm", "embed", "retrieve", "train"):
+        parser.add_argument("--redo", action="store_true", help="begin anew, in place of an earlier run")
+    if name != "demo":
+        parser.add_argument("--work", type=Path, default=_WORK, help="work folder, where all folders are")
+    if name in ("embed", "train", "evaluate"):
+        parser.add_argument("--model", help="folder or hub name (default: SmolLM2-135M-Instruct, fetched)")
+    return parser
+
+
+def _add_fields(parser: argparse.ArgumentParser, config: Any, helps: dict[str, str]) -> None:
+    """An option for each named field of a configuration, of its type and with its default."""
+    types = {"int": int, "float": float, "str": str}
+    for field in dataclasses.fields(config):
+        if field.name not in helps:
+            continue
+        option, text = f"--{field.name.replace('_', '-')}", helps[field.name]
+        annotation = str(field.type).removesuffix(" | None")
+        if annotation == "bool":
+            parser.add_argument(option, action="store_true", help=text)
+        elif annotation.startswith("tuple"):
+            parser.add_argument(option, nargs="+", default=field.default, metavar="NAME", help=text)
+        else:
+            choices = _CHOICES.get(field.name)
+            parser.add_argument(
+                option, type=types[annotation], default=field.default, choices=choices, help=text
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
