@@ -1,4 +1,4 @@
-"""What holds for every operator: its contract with torch.library and torch.compile, its rooms, its backends."""
+"""What holds for every operator: its contract with torch.library, torch.compile, its rooms, its backends."""
 
 from __future__ import annotations
 
