@@ -142,7 +142,7 @@ def test_logits_of_bf16_states_are_not_rounded_to_bf16() -> None:
     torch.testing.assert_close(answer_loss(**inputs)[1].double(), exact, rtol=1e-5, atol=1e-6)
 
 
-def test_no_gradient_work_without_gradients() -> None:
+def test_no_grad_gives_the_same_loss() -> None:
     inputs = inputs_of(torch.float32)
     with torch.no_grad():
         loss, _ = answer_loss(**inputs)

@@ -138,7 +138,7 @@ def _denominator(given: float | Tensor | None, labels: Tensor) -> Tensor:
     if given is None:
         return (labels != reference.IGNORED).sum().clamp(min=1)
     if not isinstance(given, Tensor):
-        given = torch.tensor(given, dtype=torch.float64)
+        given = torch.tensor(given, dtype=torch.float32)
     if given.dim() != 0:
         raise bad("denominator", "a number or a tensor ()", given)
     if can_read(given) and not given > 0:

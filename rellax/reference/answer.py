@@ -84,6 +84,8 @@ def _cross_entropy(
         logits = _logits(rows[part], weight, bias, softcap)
         lse = logits.logsumexp(1, keepdim=True)
         loss += ((lse - logits.gather(1, labels[part])) * share[part]).sum()
+        if not any(needs):
+            continue
         dlogits = (logits - lse).exp_()
         dlogits.scatter_add_(1, labels[part], -torch.ones_like(lse)).mul_(share[part])
         if softcap is not None:

@@ -101,17 +101,6 @@ ITEM_TOPK: Table = {
 }
 
 
-HISTORY_TOPK: Table = {
-    "every-behaviour": {},
-    "queries": {"queries": 7},
-}
-
-ITEM_TOPK: Table = {
-    "every-item": {},
-    "queries": {"queries": 7},
-}
-
-
 def device() -> torch.device:
     """Where tests run: on the GPU where there is one, unless Triton's interpreter is asked for."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -276,36 +265,6 @@ def item_topk(dtype: torch.dtype, *, items: int = 20, queries: int | None = None
     }
 
 
-def history_topk(
-    dtype: torch.dtype, *, lengths: Sequence[int] = (7, 0, 12), items: int = 20, queries: int | None = None
-) -> dict[str, Any]:
-    """Keywords of ``history_topk``; without `queries` every behaviour is a target."""
-    new = _Source()
-    offsets = torch.tensor([0, *itertools.accumulate(lengths)], device=device())
-    inputs = {
-        "embeddings": F.normalize(new.tensor(items, 9, dtype=torch.float32)).to(dtype),
-        "items": new.integers(items, sum(lengths)),
-        "offsets": offsets,
-        "k": 3,
-    }
-    if queries is None:
-        return inputs
-    user = new.integers(len(lengths), queries)
-    end = (new.uniform(queries) * (offsets.diff()[user] + 1)).long()
-    return {**inputs, "target": new.integers(items, queries), "user": user, "end": end}
-
-
-def item_topk(dtype: torch.dtype, *, items: int = 20, queries: int | None = None) -> dict[str, Any]:
-    """Keywords of ``item_topk``; without `queries` every item is one."""
-    new = _Source()
-    embeddings = F.normalize(new.tensor(items, 9, dtype=torch.float32)).to(dtype)
-    return {
-        "embeddings": embeddings,
-        "k": 3,
-        "queries": None if queries is None else new.integers(items, queries),
-    }
-
-
 class _Source:
     """Random tensors of a fixed seed, the same on every device."""
 
@@ -321,17 +280,6 @@ class _Source:
 
     def integers(self, limit: int, *shape: int) -> Tensor:
         return torch.randint(limit, shape, generator=self.generator).to(device())
-
-
-OPERATORS: dict[str, tuple[Callable[..., dict[str, Any]], Table]] = {
-    "answer_loss": (answer, ANSWER),
-    "cflora_linear": (cflora, CFLORA),
-    "gate_bank": (gate_bank, GATE_BANK),
-    "history_topk": (history_topk, HISTORY_TOPK),
-    "item_topk": (item_topk, ITEM_TOPK),
-    "soft_prompt": (soft_prompt, SOFT_PROMPT),
-}
-"""The builder and the table of every public operator."""
 
 
 OPERATORS: dict[str, tuple[Callable[..., dict[str, Any]], Table]] = {
