@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +16,12 @@ class CFLoRA:
     """The forward pass of a CFLoRA layer, whatever module stores its tensors.
 
     A class that mixes it in provides `weight` (d_out, d_in), `bias` (d_out,) or None, `lora_a` (r, d_in),
-    `lora_b` (d_out, r), `scale`, `dropout` and `training`.
+    `lora_b` (d_out, r), `scale`, `dropout` and `training`, as attributes or properties.
     """
 
-    weight: Tensor
-    bias: Tensor | None
-    lora_a: Tensor
-    lora_b: Tensor
-    scale: float
-    dropout: float
-    training: bool
-
-    def forward(self, x: Tensor, gate: Tensor | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self: Any, x: Tensor, gate: Tensor | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
         """y = x Wᵀ + bias + scale · (drop(x) Aᵀ G_b) Bᵀ.
 
         Args:

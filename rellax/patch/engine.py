@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,7 +15,7 @@ from rellax.errors import InputError
 from rellax.nn import AnswerHead, GateBank, SoftPrompt
 from rellax.patch import rules
 from rellax.patch.config import CFLoRAConfig, SoftPromptConfig
-from rellax.patch.forward import Attention, CausalLM, Projection, patched_class
+from rellax.patch.forward import Attention, CausalLM, Projection
 from rellax.patch.state import RellaxState, Report
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -65,8 +66,8 @@ def patch_model(
         attention.rellax_projections = [
             module for module in layer.modules() if isinstance(module, Projection)
         ]
-        attention.__class__ = patched_class(Attention, type(attention))
-    inner.__class__ = patched_class(CausalLM, type(inner))
+        _put_in_front(attention, Attention)
+    _put_in_front(inner, CausalLM)
     inner.rellax = state
     state.set_trainable(lora=True)
     state.report = _report(inner, skipped)
@@ -127,6 +128,18 @@ def hf_model(model: Any) -> Any:
         if isinstance(model, PeftModel):
             return model.get_base_model()
     return model
+
+
+def _put_in_front(module: nn.Module, mixin: Any) -> None:
+    base: Any = module.__class__
+    module.__class__ = _patched_class(mixin, base)
+
+
+@functools.cache
+def _patched_class(mixin: Any, base: Any) -> Any:
+    """`base` with `mixin` in front, under its own name: transformers' registries look classes up by name."""
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (mixin, base), {**names, "rellax_base": base})
 
 
 def _check_model(

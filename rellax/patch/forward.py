@@ -7,7 +7,6 @@ gets the keywords, and the first to run in its layer, also when a checkpointed l
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,7 +16,9 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput, can_return_tuple
 
 from rellax.errors import InputError
+from rellax.nn import SoftPrompt
 from rellax.nn.cflora import CFLoRA
+from rellax.patch import checkpoint
 from rellax.patch.config import CFLoRAConfig
 from rellax.patch.state import RellaxState
 
@@ -99,6 +100,9 @@ class CausalLM(nn.Module):
     """A causal language model that takes instance embeddings, item ids, packed batches and answer labels."""
 
     rellax: RellaxState
+    base_model: Any
+    get_input_embeddings: Any
+    get_output_embeddings: Any
 
     @can_return_tuple
     def forward(
@@ -144,15 +148,14 @@ class CausalLM(nn.Module):
             if position_ids is None:
                 position_ids = _packed_positions(cu_seqlens, tokens.shape[1])
 
-        gates = self._rellax_gates(
-            instance_embed, tokens.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-        )
-        handed = None if gates is None else gates.unbind(0)
+        instances = tokens.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        stacked = self._rellax_gates(instance_embed, instances)
+        gates = None if stacked is None else stacked.unbind(0)
         inputs_embeds = self._rellax_embeds(input_ids, inputs_embeds, item_ids)
-        if self._rellax_checkpoints_reentrantly():
+        if checkpoint.is_reentrant(self.base_model.layers):
             if inputs_embeds is None:
                 inputs_embeds = self.get_input_embeddings()(input_ids)
-            inputs_embeds, handed = _enter_reentrant(inputs_embeds, gates)
+            inputs_embeds, gates = checkpoint.enter(inputs_embeds, stacked)
 
         kwargs |= {
             "input_ids": input_ids if inputs_embeds is None else None,
@@ -161,7 +164,7 @@ class CausalLM(nn.Module):
             "past_key_values": past_key_values,
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
-            "rellax_context": ForwardContext(handed, cu_seqlens),
+            "rellax_context": ForwardContext(gates, cu_seqlens),
         }
         if labels is None and not answer_only:
             return super().forward(**kwargs, logits_to_keep=logits_to_keep)
@@ -171,7 +174,9 @@ class CausalLM(nn.Module):
         self, input_ids: Tensor, *, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """The model's own; item ids belong to the prompt, which is in the cache once that holds anything."""
-        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
         cache = inputs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             inputs.pop("item_ids", None)
@@ -182,18 +187,18 @@ class CausalLM(nn.Module):
             return None
         if self.rellax.gate_bank is None:
             raise InputError('instance_embed: expected None, the model was patched with interaction="none"')
-        if len(instance_embed) != instances:
-            raise InputError(f"instance_embed: expected B = {instances} rows, got {len(instance_embed)}")
-        return self.rellax.gate_bank(instance_embed)
+        gates: Tensor = self.rellax.gate_bank(instance_embed)
+        if gates.shape[1] != instances:
+            raise InputError(f"instance_embed: expected B = {instances} rows, got {gates.shape[1]}")
+        return gates
 
     def _rellax_embeds(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, item_ids: Tensor | None
     ) -> Tensor | None:
         soft_prompt = self.rellax.soft_prompt
         if item_ids is None:
-            checked = soft_prompt is not None and input_ids is not None and not torch.compiler.is_compiling()
-            if checked and soft_prompt.is_placeholder(input_ids).any():
-                raise InputError("item_ids: expected the items of the placeholders in input_ids, got None")
+            if soft_prompt is not None and input_ids is not None:
+                _check_no_placeholder(soft_prompt, input_ids)
             return inputs_embeds
         if soft_prompt is None:
             raise InputError("item_ids: expected None, the model was patched without soft_prompt")
@@ -201,14 +206,6 @@ class CausalLM(nn.Module):
             raise InputError("item_ids: expected input_ids alone beside them, got inputs_embeds")
         table = self.get_input_embeddings()
         return soft_prompt(input_ids, item_ids, table.weight, getattr(table, "embed_scale", None))
-
-    def _rellax_checkpoints_reentrantly(self) -> bool:
-        return torch.is_grad_enabled() and any(
-            layer.gradient_checkpointing
-            and layer.training
-            and getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True)
-            for layer in self.base_model.layers
-        )
 
     def _rellax_answer(
         self, inputs: dict[str, Any], labels: Tensor | None, cu_seqlens: Tensor | None
@@ -218,58 +215,21 @@ class CausalLM(nn.Module):
         if inputs["use_cache"] is None and inputs["past_key_values"] is None:
             inputs["use_cache"] = False  # nothing is generated after an answer
         outputs = self.base_model(**inputs)
-        hidden, lm_head, head = (
-            outputs.last_hidden_state,
-            self.get_output_embeddings(),
-            self.rellax.answer_head,
-        )
+        hidden, head = outputs.last_hidden_state, self.rellax.answer_head
+        lm_head = self.get_output_embeddings()
+        vocabulary = lm_head.weight, lm_head.bias
         loss = None
         if labels is None:
             last = _last_tokens(hidden, inputs["attention_mask"], cu_seqlens)
-            logits = head.logits(hidden, last, lm_head.weight, lm_head.bias)
+            logits = head.logits(hidden, last, *vocabulary)
         else:
-            loss, logits = head(
-                hidden, labels, lm_head.weight, lm_head.bias, cu_seqlens=cu_seqlens, denominator=denominator
-            )
+            loss, logits = head(hidden, labels, *vocabulary, cu_seqlens=cu_seqlens, denominator=denominator)
         return AnswerOutput(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
 
 
-class _GateEntry(torch.autograd.Function):
-    """Identity on the input embeddings, and the way of the gates' gradients out of reentrant checkpoints.
-
-    A reentrant checkpoint runs a backward pass of its own for each segment, so a gate that reached it with
-    its graph would be back-propagated once per segment. Instead the layers get leaves, which gather gradients
-    in `.grad`; this node's backward is the last of the decoder's and passes them on to the gate bank.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, embeds: Tensor, gates: Tensor, leaves: tuple[Tensor, ...]) -> Tensor:
-        ctx.leaves = leaves
-        return embeds.view_as(embeds)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        if all(leaf.grad is None for leaf in ctx.leaves):
-            raise RuntimeError(
-                "rellax: no layer gave its gates a gradient; under reentrant gradient checkpointing "
-                'call loss.backward() without inputs, or checkpoint with {"use_reentrant": False}'
-            )
-        gates = torch.stack(
-            [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in ctx.leaves]
-        )
-        for leaf in ctx.leaves:
-            leaf.grad = None
-        return grad, gates, None
-
-
-def _enter_reentrant(embeds: Tensor, gates: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-    """The same values, fit for reentrant checkpoints: embeddings that require grad, and gates as leaves."""
-    if gates is not None and gates.requires_grad:
-        leaves = tuple(gate.detach().requires_grad_() for gate in gates)
-        return _GateEntry.apply(embeds, gates, leaves), leaves
-    if not embeds.requires_grad:
-        embeds = embeds.detach().requires_grad_()
-    return embeds, None if gates is None else gates.unbind(0)
+def _check_no_placeholder(soft_prompt: SoftPrompt, input_ids: Tensor) -> None:
+    if not torch.compiler.is_compiling() and soft_prompt.is_placeholder(input_ids).any():
+        raise InputError("item_ids: expected the items of the placeholders in input_ids, got None")
 
 
 def _check_packed(
@@ -311,10 +271,3 @@ def _last_tokens(hidden: Tensor, attention_mask: Any, cu_seqlens: Tensor | None)
         raise InputError("attention_mask: expected shape (B, L) to find the last tokens")
     real = attention_mask[:, -length:] != 0
     return first + torch.arange(length, device=hidden.device).where(real, 0).amax(1)
-
-
-@functools.cache
-def patched_class(mixin: type, base: type) -> type:
-    """`base` with `mixin` in front, under the same name: whatever asks a module for its class sees `base`."""
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (mixin, base), {**names, "rellax_base": base})

@@ -104,11 +104,11 @@ def _patched_peft_linear() -> type[Projection]:
 
         @property
         def lora_a(self) -> Tensor:
-            return self.lora_A[self.active_adapters[0]].weight
+            return self.lora_A[self.active_adapters[0]].get_parameter("weight")
 
         @property
         def lora_b(self) -> Tensor:
-            return self.lora_B[self.active_adapters[0]].weight
+            return self.lora_B[self.active_adapters[0]].get_parameter("weight")
 
         @property
         def scale(self) -> float:
@@ -118,14 +118,12 @@ def _patched_peft_linear() -> type[Projection]:
         def dropout(self) -> float:
             return getattr(self.lora_dropout[self.active_adapters[0]], "p", 0.0)
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            if self.merged:
+                raise InputError("model: expected PEFT's adapter unmerged, it was merged after patching")
             if self.disable_adapters:
                 self.handed = NOTHING
                 return self.base_layer(x)
-            if self.merged:
-                raise InputError(
-                    "model: its LoRA was merged into the base weights after patching, unmerge it first"
-                )
             return super().forward(x)
 
     return PatchedPeftLinear
@@ -153,7 +151,7 @@ def _peft_linear(name: str, module: Any) -> type[Projection] | None:
     return projection
 
 
-def _peft_problem(module: Any, supported: type) -> str:
+def _peft_problem(module: Any, supported: Any) -> str:
     if type(module) is not supported or type(module.base_layer) is not nn.Linear:
         return f"{type(module).__qualname__} on {type(module.get_base_layer()).__qualname__}"
     active = module.active_adapters

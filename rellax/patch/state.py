@@ -6,12 +6,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from rellax.errors import InputError
 from rellax.nn import AnswerHead, GateBank, SoftPrompt
-from rellax.nn.cflora import CFLoRA
 from rellax.patch.config import CFLoRAConfig
 
 
@@ -56,7 +56,7 @@ class RellaxState(nn.Module):
     def __init__(
         self,
         config: CFLoRAConfig,
-        projections: Mapping[str, CFLoRA],
+        projections: Mapping[str, Any],
         gate_bank: GateBank | None,
         soft_prompt: SoftPrompt | None,
         answer_head: AnswerHead,
