@@ -25,7 +25,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rellax._files import atomic_folder, write_json
+from rellax._files import atomic_folder, read_json, write_json
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.metrics import evaluate
 from rellax.ctr.runs import environment, plot_curves
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 MODELS = ("DIN", "SIM", "ETA", "SDIM")
 OUTPUTS = "outputs.safetensors"
+WEIGHTS = "model.safetensors"
 _EVALUATIONS = 2  # on the validation split, per epoch
 _PREDICT_BATCH = 2048
 
@@ -103,8 +104,8 @@ def train_crm(
 ) -> dict[str, Any]:
     """Train a CRM and write what it knows of all items and samples to `folder`.
 
-    The folder gets outputs.safetensors (see `CRMOutputs`), predictions.parquet (sample, label, probability;
-    all samples), metrics.json, config.json, environment.json and curves.png.
+    The folder gets outputs.safetensors (see `CRMOutputs`), model.safetensors, predictions.parquet (sample,
+    label, probability; all samples), metrics.json, config.json, environment.json and curves.png.
 
     Returns:
         Contents of metrics.json: `evaluate` for `valid` and `test`, `best_step`, and `valid_auc` by step.
@@ -124,6 +125,7 @@ def train_crm(
     metrics = {split: _metrics(dataset, outputs, split) for split in ("valid", "test")} | log
     with atomic_folder(folder) as part:
         save_file(vars(outputs), part / OUTPUTS)
+        save_file(model.state_dict(), part / WEIGHTS)
         columns = {
             "sample": every,
             "label": dataset.samples.label,
@@ -166,6 +168,29 @@ def load_crm(folder: str | Path, dataset: Dataset) -> CRMOutputs:
             f"found {found[0]} and {found[1]}"
         )
     return outputs
+
+
+def instance_embeddings(folder: str | Path, dataset: Dataset) -> Tensor:
+    """The last hidden layer (S, d_u) of a trained CRM for the samples of `dataset`, which it need not know.
+
+    Raises:
+        InputError: a file is missing or damaged, or the CRM was trained on another data set.
+    """
+    path = Path(folder) / WEIGHTS
+    if not path.is_file():
+        raise InputError(f"{path}: expected a file of `rellax crm`, found none")
+    values = read_json(Path(folder) / "config.json")
+    config = CRMConfig(**values | {"hidden": tuple(values["hidden"])})
+    device = torch.device("cpu")
+    with torch.random.fork_rng(devices=[]):
+        features = _Features(dataset, config, device)
+        model = _build(features, config, device)
+    try:
+        model.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: expected the weights of a CRM for {dataset.folder} ({reason})") from None
+    return _predict(model, features, np.arange(len(dataset.samples)))[0]
 
 
 def _build(features: _Features, config: CRMConfig, device: torch.device) -> BaseModel:
