@@ -8,6 +8,9 @@ namespace rellax {
 
 #define RELLAX_DECLARE_LEVEL(level)     \
     namespace level {                   \
+    CfloraUpdateKernel cflora_forward;  \
+    CfloraUpdateKernel cflora_backward; \
+    CfloraOuterKernel cflora_outer;     \
     HistoryTopkKernel history_topk;     \
     }
 RELLAX_DECLARE_LEVEL(baseline)
@@ -17,19 +20,23 @@ RELLAX_DECLARE_LEVEL(avx512)
 
 namespace {
 
+#define RELLAX_KERNELS(level) \
+    level::cflora_forward, level::cflora_backward, level::cflora_outer, level::history_topk
+
 const Level kLevels[] = {
-    {"baseline", [] { return true; }, baseline::history_topk},
+    {"baseline", [] { return true; }, RELLAX_KERNELS(baseline)},
 #ifdef RELLAX_X86
-    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::history_topk},
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, RELLAX_KERNELS(avx2)},
     {"avx512",
      [] {
          return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                 __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
      },
-     avx512::history_topk},
+     RELLAX_KERNELS(avx512)},
 #endif
 };
+#undef RELLAX_KERNELS
 
 const Level& choose() {
     const std::vector<const Level*> supported = supported_levels();

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "cflora.h"
 #include "history_topk.h"
 
 namespace rellax {
@@ -11,6 +12,9 @@ namespace rellax {
 struct Level {
     const char* name;
     bool (*runs_here)();
+    CfloraUpdateKernel* cflora_forward;
+    CfloraUpdateKernel* cflora_backward;
+    CfloraOuterKernel* cflora_outer;
     HistoryTopkKernel* history_topk;
 };
 

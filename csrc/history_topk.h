@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-namespace rellax {
+#include "dtype.h"
 
-enum class Dtype { float32, bfloat16, float16 };
+namespace rellax {
 
 // Plain pointers and sizes: what an ISA-compiled kernel may see. All indices have been checked by the caller.
 struct HistoryTopk {

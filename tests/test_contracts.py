@@ -168,6 +168,17 @@ def test_the_device_chooses(
     assert backends(*kernels).backend(device) == expected
 
 
+def test_the_dtype_chooses(installed: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = Backends("op", plus_one, cpp=twice, cpp_dtypes=(torch.float32,))
+    assert narrow.backend(CPU, torch.float32) == "cpp"
+    assert narrow.backend(CPU, torch.float64) == "reference"
+    monkeypatch.setenv("RELLAX_BACKEND", "cpp")
+    with pytest.raises(
+        InputError, match=r"op cannot run on it, its C\+\+ kernel does not take torch.float64"
+    ):
+        narrow.backend(CPU, torch.float64)
+
+
 def test_the_environment_chooses(installed: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     probe = _register.operator("probe", plus_one, cpp=twice, triton="torch:neg")
     monkeypatch.setenv("TRITON_INTERPRET", "1")

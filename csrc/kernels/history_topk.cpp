@@ -2,55 +2,21 @@
 // used here: the linker keeps one copy of an inline function, and that could be the one for the newest machine.
 #include "history_topk.h"
 
+#include "vector.h"
+
 namespace rellax::RELLAX_LEVEL {
 namespace {
 
-// Native vector width in floats, and how many queries of one user share a pass over the candidates: as many as
-// their sums fit in registers.
+// How many queries of one user share a pass over the candidates: as many as their sums fit in registers.
 #if defined(__AVX512F__)
-constexpr int kWidth = 16, kBlock = 8;
+constexpr int kBlock = 8;
 #elif defined(__AVX2__)
-constexpr int kWidth = 8, kBlock = 4;
+constexpr int kBlock = 4;
 #else
-constexpr int kWidth = 4, kBlock = 2;
+constexpr int kBlock = 2;
 #endif
 constexpr int kVectors = kLanes / kWidth;
 static_assert(kBlock <= kMaxBlock);
-
-using Floats = float __attribute__((vector_size(kWidth * sizeof(float))));
-using Words = uint32_t __attribute__((vector_size(kWidth * sizeof(uint32_t))));
-using Halves = uint16_t __attribute__((vector_size(kWidth * sizeof(uint16_t))));
-
-struct BFloat16 {
-    uint16_t bits;
-};
-struct Float16 {
-    uint16_t bits;
-};
-
-inline Words load_halves(const void* source) {
-    Halves halves;
-    __builtin_memcpy(&halves, source, sizeof halves);
-    return __builtin_convertvector(halves, Words);
-}
-
-inline Floats load(const float* source) {
-    Floats floats;
-    __builtin_memcpy(&floats, source, sizeof floats);
-    return floats;
-}
-
-inline Floats load(const BFloat16* source) { return (Floats)(load_halves(source) << 16); }
-
-// Exponent and mantissa move into fp32's places; a product by a power of two corrects the bias, exactly and for
-// subnormal numbers too. Infinity and NaN keep a full exponent.
-inline Floats load(const Float16* source) {
-    const Words halves = load_halves(source);
-    const Words magnitude = (halves & 0x7fffu) << 13;
-    const Floats finite = (Floats)magnitude * 0x1p112f;
-    const Words special = (Words)(magnitude >= (0x7c00u << 13)) & 0x7f800000u;
-    return (Floats)((Words)finite | special | (halves & 0x8000u) << 16);
-}
 
 // Sums of `kRows` targets against one candidate: lane l of a sum takes the elements l, l + kLanes, ...
 template <int kRows>
@@ -99,8 +65,7 @@ void widen(const T* row, int64_t dim, float* out) {
         const bool whole = d + kLanes <= dim;
         if (!whole) __builtin_memcpy(rest, row + d, (dim - d) * sizeof(T));
         for (int lane = 0; lane < kLanes; lane += kWidth) {
-            const Floats values = load((whole ? row + d : rest) + lane);
-            __builtin_memcpy(out + d + lane, &values, sizeof values);
+            store(out + d + lane, load((whole ? row + d : rest) + lane));
         }
     }
 }

@@ -53,6 +53,7 @@ class Backends:
         name: the operator's name, for messages.
         reference: plain PyTorch.
         cpp: calls ``rellax._C``; None where the operator has no C++ kernel.
+        cpp_dtypes: the dtypes of the first tensor that `cpp` takes; None is any.
         triton: "module:function", imported at first use; None where the operator has no Triton kernel.
     """
 
@@ -62,15 +63,17 @@ class Backends:
         reference: Callable[..., Any],
         *,
         cpp: Callable[..., Any] | None = None,
+        cpp_dtypes: tuple[torch.dtype, ...] | None = None,
         triton: str | None = None,
     ) -> None:
         self.name = name
         self._reference = reference
         self._cpp = cpp
+        self._cpp_dtypes = cpp_dtypes
         self._triton = triton
 
-    def backend(self, device: torch.device) -> str:
-        """The name of the backend that runs for tensors on `device`.
+    def backend(self, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+        """The name of the backend that runs for a first tensor of that device and dtype.
 
         Raises:
             InputError: ``RELLAX_BACKEND`` is unknown, or names a backend that cannot run here.
@@ -79,21 +82,26 @@ class Backends:
         if wanted == "":
             if device.type == "cuda" and self._triton and triton_installed():
                 return "triton"
-            if device.type == "cpu" and self._cpp and extension_built():
+            if device.type == "cpu" and self._takes(dtype) and extension_built():
                 return "cpp"
             return "reference"
         if wanted not in BACKENDS:
             raise InputError(f"RELLAX_BACKEND: expected one of {', '.join(BACKENDS)}, got {wanted!r}")
-        if reason := self._why_not(wanted, device):
+        if reason := self._why_not(wanted, device, dtype):
             raise InputError(f"RELLAX_BACKEND={wanted}: {self.name} cannot run on it, {reason}")
         return wanted
 
-    def _why_not(self, backend: str, device: torch.device) -> str:
+    def _takes(self, dtype: torch.dtype) -> bool:
+        return self._cpp is not None and (self._cpp_dtypes is None or dtype in self._cpp_dtypes)
+
+    def _why_not(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
         if backend == "cpp":
             if self._cpp is None:
                 return "it has no C++ kernel"
             if device.type != "cpu":
                 return f"its tensors are on {device}"
+            if not self._takes(dtype):
+                return f"its C++ kernel does not take {dtype}"
             return "" if extension_built() else "the extension is not built"
         if backend == "triton":
             if self._triton is None:
@@ -104,9 +112,9 @@ class Backends:
                 return f"its tensors are on {device}"
         return ""
 
-    def __call__(self, device: torch.device) -> Callable[..., Any]:
-        """The implementation that runs for tensors on `device`."""
-        backend = self.backend(device)
+    def __call__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Callable[..., Any]:
+        """The implementation that runs for a first tensor of that device and dtype."""
+        backend = self.backend(device, dtype)
         if backend == "reference":
             return self._reference
         if backend == "cpp":
@@ -121,6 +129,7 @@ def operator(
     reference: Callable[..., Any],
     *,
     cpp: Callable[..., Any] | None = None,
+    cpp_dtypes: tuple[torch.dtype, ...] | None = None,
     triton: str | None = None,
 ) -> torch.library.CustomOpDef:
     """Define ``rellax::<name>`` with `reference`'s signature as its schema (arguments: :class:`Backends`).
@@ -128,11 +137,11 @@ def operator(
     The device of the operator's first argument, a tensor, decides where it runs. Autocast is off inside, on
     every backend alike: which dtype a product runs in is part of the operator's contract.
     """
-    backends = Backends(name, reference, cpp=cpp, triton=triton)
+    backends = Backends(name, reference, cpp=cpp, cpp_dtypes=cpp_dtypes, triton=triton)
 
     def run(*args: Any) -> Any:
         device = args[0].device
-        implementation = backends(device)
+        implementation = backends(device, args[0].dtype)
         if not torch.is_autocast_enabled(device.type):
             return implementation(*args)
         with torch.autocast(device.type, enabled=False):

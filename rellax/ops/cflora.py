@@ -7,12 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rellax.ops import _cflora_cpp as cpp
 from rellax.ops._check import bad, check_cu_seqlens, check_tensor
 from rellax.ops._register import operator
 from rellax.reference import cflora as reference
 
-_forward = operator("cflora_linear", reference.cflora_fwd)
-_backward = operator("cflora_linear_backward", reference.cflora_bwd)
+_CPP_DTYPES = (torch.float32, torch.bfloat16)
+_forward = operator("cflora_linear", reference.cflora_fwd, cpp=cpp.cflora_fwd, cpp_dtypes=_CPP_DTYPES)
+_backward = operator(
+    "cflora_linear_backward", reference.cflora_bwd, cpp=cpp.cflora_bwd, cpp_dtypes=_CPP_DTYPES
+)
 
 
 def cflora_linear(

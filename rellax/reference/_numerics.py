@@ -31,10 +31,19 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
         p: probability of dropping, in [0, 1).
     """
     low = (seed & 0xFFFFFFFF).to(torch.int32)
-    high = ((seed >> 32) & 0xFFFFFFFF).to(torch.int32)
     row = _mix(_mix(torch.arange(rows, dtype=torch.int32, device=seed.device)) ^ low)
-    column = _mix(_mix(torch.arange(columns, dtype=torch.int32, device=seed.device)) + high)
-    return _mix(row[:, None] ^ column[None, :]) >= round(p * 2**32) - 2**31
+    return _mix(row[:, None] ^ column_hashes(seed, columns)) >= keep_threshold(p)
+
+
+def column_hashes(seed: Tensor, columns: int) -> Tensor:
+    """(columns,) int32: what `keep_mask` takes of a column, with the seed's high half in it."""
+    high = ((seed >> 32) & 0xFFFFFFFF).to(torch.int32)
+    return _mix(_mix(torch.arange(columns, dtype=torch.int32, device=seed.device)) + high)
+
+
+def keep_threshold(p: float) -> int:
+    """The least signed 32-bit hash that is kept."""
+    return round(p * 2**32) - 2**31
 
 
 def _mix(h: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Inputs and tolerances of the tests."""

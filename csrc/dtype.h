@@ -1,0 +1,7 @@
+#pragma once
+
+namespace rellax {
+
+enum class Dtype { float32, bfloat16, float16 };
+
+}  // namespace rellax

@@ -1,0 +1,91 @@
+// Vectors of floats at the width of the ISA level that is being compiled, and loads and stores of each dtype.
+// Included by the kernels inside their level's compilation only, in that level's namespace.
+#pragma once
+
+#include <cstdint>
+
+namespace rellax::RELLAX_LEVEL {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+using Floats = float __attribute__((vector_size(kWidth * sizeof(float))));
+using Words = uint32_t __attribute__((vector_size(kWidth * sizeof(uint32_t))));
+using Integers = int32_t __attribute__((vector_size(kWidth * sizeof(int32_t))));
+using Halves = uint16_t __attribute__((vector_size(kWidth * sizeof(uint16_t))));
+
+struct BFloat16 {
+    uint16_t bits;
+};
+struct Float16 {
+    uint16_t bits;
+};
+
+inline Words load_halves(const void* source) {
+    Halves halves;
+    __builtin_memcpy(&halves, source, sizeof halves);
+    return __builtin_convertvector(halves, Words);
+}
+
+inline Floats load(const float* source) {
+    Floats floats;
+    __builtin_memcpy(&floats, source, sizeof floats);
+    return floats;
+}
+
+inline Floats load(const BFloat16* source) { return (Floats)(load_halves(source) << 16); }
+
+// Exponent and mantissa move into fp32's places; a product by a power of two corrects the bias, exactly and for
+// subnormal numbers too. Infinity and NaN keep a full exponent.
+inline Floats load(const Float16* source) {
+    const Words halves = load_halves(source);
+    const Words magnitude = (halves & 0x7fffu) << 13;
+    const Floats finite = (Floats)magnitude * 0x1p112f;
+    const Words special = (Words)(magnitude >= (0x7c00u << 13)) & 0x7f800000u;
+    return (Floats)((Words)finite | special | (halves & 0x8000u) << 16);
+}
+
+inline void store(float* target, Floats values) { __builtin_memcpy(target, &values, sizeof values); }
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+inline void store(BFloat16* target, Floats values) {
+    const Words bits = (Words)values;
+    const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Words nan = (Words)(values != values);
+    const Halves halves = __builtin_convertvector((rounded & ~nan) | (0x7fc0u & nan), Halves);
+    __builtin_memcpy(target, &halves, sizeof halves);
+}
+
+// The first `count` < kWidth elements alone; the others load as zero.
+template <class T>
+inline Floats load_some(const T* source, int64_t count) {
+    T padded[kWidth] = {};
+    __builtin_memcpy(padded, source, count * sizeof(T));
+    return load(padded);
+}
+
+template <class T>
+inline void store_some(T* target, Floats values, int64_t count) {
+    T padded[kWidth];
+    store(padded, values);
+    __builtin_memcpy(target, padded, count * sizeof(T));
+}
+
+// The elements added up as a binary tree.
+inline float sum(Floats values) {
+    float lanes[kWidth];
+    __builtin_memcpy(lanes, &values, sizeof lanes);
+    for (int half = kWidth / 2; half > 0; half /= 2) {
+        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    }
+    return lanes[0];
+}
+
+}  // namespace
+}  // namespace rellax::RELLAX_LEVEL
