@@ -54,6 +54,7 @@ def test_learns_taste_from_earlier_ratings(dataset: Dataset, tmp_path: Path, mod
     assert json.loads((tmp_path / "crm" / "config.json").read_text())["model"] == model
     assert {path.name for path in (tmp_path / "crm").iterdir()} == {
         "outputs.safetensors",
+        "model.safetensors",
         "predictions.parquet",
         "metrics.json",
         "config.json",
@@ -138,6 +139,25 @@ def test_instance_embeddings_are_the_last_hidden_layer(dataset: Dataset, name: s
     assert not logit._forward_pre_hooks
     alone = crm._predict(model, features, np.arange(5, 6))[0]
     assert torch.allclose(alone[0], hidden[5], atol=1e-6)
+
+
+def test_instance_embeddings_of_new_samples(dataset: Dataset, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, epochs=1)
+    train_crm(dataset, tmp_path / "crm", config)
+    known = load_crm(tmp_path / "crm", dataset).instance_embeddings
+    rows = np.array([3, 500, 7])
+    taken = {name: values[rows] for name, values in vars(dataset.samples).items()}
+    taken["label"] = np.full(3, -1, dtype=np.int8)
+    new = dataclasses.replace(dataset, samples=dataclasses.replace(dataset.samples, **taken))
+    found = crm.instance_embeddings(tmp_path / "crm", new)
+    assert torch.allclose(found, known[rows], atol=1e-6)
+    assert not torch.allclose(found[0], found[1], atol=1e-2)
+
+    (tmp_path / "crm" / "model.safetensors").write_bytes(b"\x00" * 20)
+    with pytest.raises(InputError, match=r"model.safetensors: expected the weights of a CRM"):
+        crm.instance_embeddings(tmp_path / "crm", new)
+    with pytest.raises(InputError, match="expected a file of `rellax crm`, found none"):
+        crm.instance_embeddings(tmp_path, new)
 
 
 def test_few_shots_and_the_global_generator_left_alone(dataset: Dataset, tmp_path: Path) -> None:

@@ -31,41 +31,23 @@ def prepare(
             a split without samples.
     """
     items, users = _dense(source.items, "item"), _dense(source.users, "user")
-    user = _lookup(source, "user", users)
-    item = _lookup(source, "item", items)
-    rating = _ratings(source)
-    time = source.interactions["time"].to_numpy()
-
-    order = np.lexsort((item, time, user))
-    user, item, rating, time = user[order], item[order], rating[order], time[order]
-    position = np.arange(len(user)) - np.searchsorted(user, user)
-
-    chosen = np.flatnonzero(position >= min_history)
-    chosen = chosen[np.lexsort((item[chosen], user[chosen], time[chosen]))]
-    label = rating[chosen] > source.positive_above
-    parts = _split(source, len(chosen), min_history, split)
-
-    samples = {
-        "sample": np.arange(len(chosen), dtype=np.int32),
-        "user": user[chosen],
-        "item": item[chosen],
-        "position": position[chosen].astype(np.int32),
-        "label": label.astype(np.int8),
-        "time": time[chosen],
-        "split": parts,
-    }
+    behaviours = _behaviours(source, users, items)
+    samples = _samples(source, behaviours, min_history, split)
+    label, part_of = samples["label"], samples["split"]
     counts: dict[str, Any] = {
         "items": items.num_rows,
         "users": users.num_rows,
-        "behaviours": len(user),
-        "samples": len(chosen),
+        "behaviours": len(behaviours["user"]),
+        "samples": len(label),
     }
     meta = {
         "name": source.name,
         "item_noun": source.item_noun,
         "source_sha256": {path.name: sha256_file(path) for path in source.files},
-        "counts": counts | {name: _split_counts(label[parts == name]) for name in SPLITS},
-        "dropped": {f"behaviours with fewer than {min_history} earlier ones": len(user) - len(chosen)},
+        "counts": counts | {name: _split_counts(label[part_of == name]) for name in SPLITS},
+        "dropped": {
+            f"behaviours with fewer than {min_history} earlier ones": counts["behaviours"] - counts["samples"]
+        },
         "odd": source.odd,
         "min_history": min_history,
         "positive_above": source.positive_above,
@@ -75,11 +57,41 @@ def prepare(
     with atomic_folder(folder) as part:
         pq.write_table(items, part / "items.parquet")
         pq.write_table(users, part / "users.parquet")
-        behaviours = {"user": user, "item": item, "rating": rating, "time": time}
         pq.write_table(pa.table(behaviours), part / "behaviours.parquet")
         pq.write_table(pa.table(samples), part / "samples.parquet")
         write_json(part / "dataset.json", meta)
     return meta
+
+
+def _behaviours(source: Source, users: pa.Table, items: pa.Table) -> dict[str, np.ndarray]:
+    """Columns of all interactions with dense ids, in (user, time, item) order."""
+    columns = {
+        "user": _lookup(source, "user", users),
+        "item": _lookup(source, "item", items),
+        "rating": _ratings(source),
+        "time": source.interactions["time"].to_numpy(),
+    }
+    order = np.lexsort((columns["item"], columns["time"], columns["user"]))
+    return {name: values[order] for name, values in columns.items()}
+
+
+def _samples(
+    source: Source, behaviours: dict[str, np.ndarray], min_history: int, split: tuple[int, int, int]
+) -> dict[str, np.ndarray]:
+    """Columns of the behaviours with enough history, in (time, user, item) order."""
+    user, item, time = behaviours["user"], behaviours["item"], behaviours["time"]
+    position = np.arange(len(user)) - np.searchsorted(user, user)
+    rows = np.flatnonzero(position >= min_history)
+    rows = rows[np.lexsort((item[rows], user[rows], time[rows]))]
+    return {
+        "sample": np.arange(len(rows), dtype=np.int32),
+        "user": user[rows],
+        "item": item[rows],
+        "position": position[rows].astype(np.int32),
+        "label": (behaviours["rating"][rows] > source.positive_above).astype(np.int8),
+        "time": time[rows],
+        "split": _split(source, len(rows), min_history, split),
+    }
 
 
 def _dense(table: pa.Table, kind: str) -> pa.Table:

@@ -57,11 +57,12 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
         InputError: an answer is not one token of its own.
     """
     suffix = _frame(tokenizer)[1]
-    before = _encode(tokenizer, suffix, special=True)
+    encode = functools.partial(_encode, tokenizer, after=".", special=True)
+    before = encode(suffix)
     bare = suffix[-1:].isspace() or before[-1] in tokenizer.get_added_vocab().values()
     ids = []
     for answer in ANSWERS:
-        both = _encode(tokenizer, suffix + ("" if bare else " ") + answer, special=True)
+        both = encode(suffix + ("" if bare else " ") + answer)
         if both[:-1] != before:
             raise InputError(
                 f"tokenizer: expected the answer {answer!r} to be one token, "
@@ -177,7 +178,7 @@ def _encode(
     """
     options = {"add_special_tokens": False, "split_special_tokens": not special}
     before, both = (tokenizer.encode(part, **options) for part in (after, after + text))
-    if both[: len(before)] != before:
+    if both[: len(before)] != before:  # the seam was merged: `text` starts with white space, as `after` ends
         return tokenizer.encode(text, **options)
     return both[len(before) :]
 
