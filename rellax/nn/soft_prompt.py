@@ -83,9 +83,10 @@ class SoftPrompt(nn.Module):
 
     @torch.no_grad()
     def cache_table(self) -> None:
-        """Project all N items once; forward reads this table where it needs no gradient.
+        """Project all N items once; forward reads this table (N, d) while gradients are off.
 
-        The table (N, d) is dropped when training resumes and when a weight or the item table changes.
+        It is dropped when training resumes and when a weight or an item embedding changes. ``torch.compile``
+        makes no use of it.
         """
         self._table = self.projector(self.item_embeddings)
         self._table_of = self._versions()
@@ -118,15 +119,15 @@ class SoftPrompt(nn.Module):
     def _project(self, item_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Soft rows (S, d), and which of them each entry of `item_ids` takes; each item is projected once."""
         items = item_ids.long().clamp(min=0)
-        if (table := self._cached_table()) is not None:
-            return table, items
         if (
             torch.compiler.is_compiling()
-        ):  # the number of distinct items would be a shape that depends on data
-            distinct, row_of_item = items.flatten(), torch.arange(items.numel(), device=items.device)
-        else:
-            distinct, row_of_item = items.unique(return_inverse=True)
-        return self.projector(self.item_embeddings[distinct]), row_of_item.view_as(items)
+        ):  # how many items are distinct is not known then, nor a weight's version
+            rows = self.projector(self.item_embeddings[items.flatten()])
+            return rows, torch.arange(items.numel(), device=items.device).view_as(items)
+        if (table := self._cached_table()) is not None:
+            return table, items
+        distinct, row_of_item = items.unique(return_inverse=True)
+        return self.projector(self.item_embeddings[distinct]), row_of_item
 
     def _check(self, placeholder: Tensor, item_ids: Tensor) -> None:
         given = item_ids >= 0

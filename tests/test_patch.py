@@ -1,0 +1,520 @@
+"""Patched models against transformers models with the adapted weights written out, instance by instance."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import tiny_models as tiny
+import torch
+import torch.nn.functional as F
+from tiny_models import FAMILIES, LAYOUTS, NO, YES, Truth
+from torch.testing import assert_close
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+from rellax.errors import InputError
+from rellax.patch import CFLoRAConfig, answer_logits, patch_model, unpatch_model
+
+CHECKPOINTS = ("none", "non-reentrant", "reentrant")
+
+
+def close(actual: Any, expected: Any) -> None:
+    """Equal to rounding: even for fp64 weights transformers computes norms and rotations in fp32."""
+    assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def pair(family: str = "llama", **options: Any) -> tuple[Any, Truth]:
+    """A patched model, and the truth about it."""
+    base = tiny.base_model(family)
+    truth_base = copy.deepcopy(base)
+    model = tiny.patched(base, **options)
+    return model, Truth(truth_base, model)
+
+
+def set_checkpointing(model: Any, kind: str) -> None:
+    if kind != "none":
+        model.activation_checkpointing_enable({"use_reentrant": kind == "reentrant"})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_logits_and_gradients_are_those_of_written_out_weights(family: str, layout: str) -> None:
+    model, truth = pair(family)
+    made = tiny.instances()
+    out = model(**tiny.batch(made, layout))
+    loss = truth.choice_loss(made)
+    close(out.loss, loss)
+    close(out.answer_logits, truth.choice_logits(made).detach())
+    close(tiny.gradients(model, out.loss), tiny.true_gradients(model, loss))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prediction_without_labels(family: str, layout: str) -> None:
+    model, truth = pair(family)
+    model.eval()
+    made = tiny.instances()
+    arguments = tiny.batch(made, layout, answers=False)
+    close(answer_logits(model, **arguments), truth.choice_logits(made).detach())
+    full = model(**arguments).logits.detach()
+    rows = full[0].split([n - 1 for n in tiny.LENGTHS]) if layout == "packed" else full
+    for row, one in zip(rows, made, strict=True):
+        real = row[-len(one.tokens) + 1 :] if layout != "right" else row[: len(one.tokens) - 1]
+        close(real, truth.logits(one)[:-1].detach())
+
+
+@pytest.mark.parametrize("interaction", ["full", "diagonal"])
+@pytest.mark.parametrize("loss", ["choice", "vocab"])
+def test_interactions_and_losses(interaction: str, loss: str) -> None:
+    model, truth = pair(interaction=interaction, loss=loss)
+    made = tiny.instances()
+    arguments = tiny.batch(made)
+    if loss == "vocab":  # a second label before the answer, and one on a first token, which nothing predicts
+        arguments["labels"][1, 5], arguments["labels"][2, 0] = 33, 21
+    out = model(**arguments)
+    if loss == "choice":
+        expected = truth.choice_loss(made)
+    else:
+        rows = [truth.logits(one)[-2] for one in made] + [truth.logits(made[1])[4]]
+        expected = F.cross_entropy(torch.stack(rows), torch.tensor([*(one.tokens[-1] for one in made), 33]))
+        first_label = [(0, -2), (1, 4), (2, -2)]
+        choice = torch.stack([truth.logits(made[b])[t, [NO, YES]] for b, t in first_label]).detach()
+        close(out.answer_logits, choice)
+    close(out.loss, expected)
+    close(tiny.gradients(model, out.loss), tiny.true_gradients(model, expected))
+
+
+def test_num_items_in_batch_divides_the_sum() -> None:
+    model, truth = pair()
+    made = tiny.instances()
+    for given in (7, torch.tensor(7)):
+        loss = model(**tiny.batch(made), num_items_in_batch=given).loss
+        close(loss, truth.choice_loss(made) * len(made) / 7)
+
+
+def test_without_instance_embed_it_is_plain_lora() -> None:
+    model, truth = pair()
+    made = tiny.instances()
+    arguments = tiny.batch(made) | {"instance_embed": None}
+    close(model(**arguments).loss, truth.choice_loss(made, gated=False))
+
+
+def test_patching_alone_changes_no_output() -> None:
+    base = tiny.base_model()
+    ids = tiny.batch(tiny.instances(placeholders=False))["input_ids"]
+    before = base(ids).logits
+    patch_model(base, tiny.config(gate_init="identity"))
+    assert torch.equal(base(ids, instance_embed=torch.randn(3, tiny.COND)).logits, before)
+
+
+# ---- forward and backward in other orders
+
+
+@pytest.mark.parametrize("layout", ["left", "packed"])
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_checkpointing_changes_no_gradient(family: str, kind: str, layout: str) -> None:
+    model, truth = pair(family)
+    set_checkpointing(model, kind)
+    made = tiny.instances()
+    out = model(**tiny.batch(made, layout))
+    expected = tiny.true_gradients(model, truth.choice_loss(made))
+    close(tiny.gradients(model, out.loss), expected)
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS[1:])
+def test_checkpointing_repeats_dropout(kind: str) -> None:
+    model, _ = pair(dropout=0.4)
+    arguments = tiny.batch(tiny.instances())
+    torch.manual_seed(9)
+    expected = tiny.gradients(model, model(**arguments).loss)
+    set_checkpointing(model, kind)
+    torch.manual_seed(9)
+    close(tiny.gradients(model, model(**arguments).loss), expected)
+
+
+@pytest.mark.parametrize("soft_prompt", [True, False])
+@pytest.mark.parametrize("gates", [True, False])
+@pytest.mark.parametrize("lora", [True, False])
+def test_reentrant_checkpointing_with_frozen_parts(lora: bool, gates: bool, soft_prompt: bool) -> None:
+    if not (lora or gates or soft_prompt):
+        pytest.skip("nothing to train")
+    model, truth = pair(soft_prompt=soft_prompt)
+    model.rellax.set_trainable(lora=lora, gates=gates, soft_prompt=soft_prompt or None)
+    set_checkpointing(model, "reentrant")
+    made = tiny.instances(placeholders=soft_prompt)
+    loss = model(**tiny.batch(made)).loss
+    expected = tiny.true_gradients(model, truth.choice_loss(made))
+    close(tiny.gradients(model, loss), expected)
+
+
+def test_reentrant_checkpointing_of_every_second_layer() -> None:
+    model, truth = pair()
+    model.activation_checkpointing_enable({"use_reentrant": True}, every_n_layers=2)
+    made = tiny.instances()
+    expected = tiny.true_gradients(model, truth.choice_loss(made))
+    close(tiny.gradients(model, model(**tiny.batch(made)).loss), expected)
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_two_forwards_before_one_backward(kind: str) -> None:
+    model, truth = pair()
+    set_checkpointing(model, kind)
+    first, second = tiny.instances(seed=3), tiny.instances(seed=4)
+    loss = model(**tiny.batch(first)).loss + 2 * model(**tiny.batch(second, "packed")).loss
+    expected = truth.choice_loss(first) + 2 * truth.choice_loss(second)
+    close(tiny.gradients(model, loss), tiny.true_gradients(model, expected))
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_other_users_in_flight(kind: str) -> None:
+    """A backward pass that recomputes its layers after the model has seen other users, and other shapes."""
+    model, truth = pair()
+    set_checkpointing(model, kind)
+    first, second = tiny.instances(seed=3), tiny.instances(seed=4)
+    loss = model(**tiny.batch(first)).loss
+    other = model(**tiny.batch(second, "packed")).loss
+    answer_logits(model, **tiny.batch(second[:1], answers=False))
+    close(tiny.gradients(model, loss), tiny.true_gradients(model, truth.choice_loss(first)))
+    close(tiny.gradients(model, other), tiny.true_gradients(model, truth.choice_loss(second)))
+
+
+def test_lost_gate_gradients_are_an_error() -> None:
+    model, _ = pair()
+    set_checkpointing(model, "reentrant")
+    made = tiny.instances()
+    embeds = model.get_input_embeddings()(tiny.batch(made)["input_ids"].clamp(max=9)).requires_grad_()
+    from rellax.patch import checkpoint
+
+    gates = model.rellax.gate_bank(torch.stack([one.embed for one in made]))
+    entered, _ = checkpoint.enter(embeds, gates)
+    with pytest.raises(RuntimeError, match="no layer gave its gates a gradient"):
+        entered.sum().backward()
+
+
+def test_gates_feel_the_loss_at_the_identity() -> None:
+    """The identity's W2 and b2 get gradients while B is not zero, and none at all while it is."""
+    model, _ = pair(gate_init="identity")
+    bank, arguments = model.rellax.gate_bank, tiny.batch(tiny.instances())
+    bank.reset_parameters()
+    tiny.gradients(model, model(**arguments).loss)
+    assert (bank.w2.grad.abs().amax((1, 2)) > 0).all()
+    assert (bank.b2.grad.abs().amax(1) > 0).all()
+    for projection in model.rellax.projections.values():
+        projection.lora_b.data.zero_()
+    tiny.gradients(model, model(**arguments).loss)
+    assert not bank.w2.grad.any()
+
+
+# ---- generation, precision, compilation, copies
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_with_a_cache_equals_generation_without(family: str, beams: int) -> None:
+    model, truth = pair(family)
+    model.eval()
+    made = tiny.instances()
+    arguments = tiny.batch(made, "left", answers=False)
+    options = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "num_beams": beams,
+        "eos_token_id": None,
+        "suppress_tokens": [tiny.PLACEHOLDERS[0]],
+    }
+    cached = model.generate(**arguments, **options)
+    assert torch.equal(cached, model.generate(**arguments, **options, use_cache=False))
+    if beams == 1:  # each token is the truth's choice after the ones before
+        for row, one in zip(cached, made, strict=True):
+            prompt = one.tokens[:-1]
+            for token in row[-6:]:
+                logits = truth.logits(tiny.Instance(prompt, one.items, one.embed))[-1]
+                logits[tiny.PLACEHOLDERS[0]] = -torch.inf
+                assert int(logits.argmax()) == int(token)
+                prompt = torch.cat([prompt, token[None]])
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_half_precision_is_as_exact_as_written_out_weights(weights: torch.dtype) -> None:
+    """fp32 weights under autocast, and bf16 weights with fp32 adapters; the yardstick is the eager error."""
+    base = tiny.base_model(dtype=weights)
+    exact_base = copy.deepcopy(base).double()
+    model, exact = tiny.patched(copy.deepcopy(base)), tiny.patched(copy.deepcopy(exact_base))
+    exact.load_state_dict(model.state_dict())
+    made = tiny.instances()
+    true_loss = Truth(exact_base, exact).choice_loss(made)
+    with torch.autocast("cpu", torch.bfloat16, enabled=weights == torch.float32):
+        loss = model(**tiny.batch(made)).loss
+        eager_loss = Truth(base, model).choice_loss(made)
+    assert loss.dtype == torch.float32
+    ours, eager = tiny.gradients(model, loss), tiny.true_gradients(model, eager_loss)
+    true = tiny.true_gradients(exact, true_loss)
+    assert {gradient.dtype for gradient in ours.values()} == {torch.float32}
+    error, eager_error = (sum((got[n] - true[n]).norm() ** 2 for n in true) ** 0.5 for got in (ours, eager))
+    assert error <= 2 * eager_error
+    assert abs(loss - true_loss) <= 2 * abs(eager_loss - true_loss) + 1e-2
+
+
+@pytest.mark.parametrize("layout", ["right", "packed"])
+def test_compiled_it_is_one_graph_with_the_same_gradients(layout: str) -> None:
+    model, truth = pair()
+    made = tiny.instances()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    loss = compiled(**tiny.batch(made, layout)).loss
+    close(tiny.gradients(model, loss), tiny.true_gradients(model, truth.choice_loss(made)))
+    model.eval()
+    model.rellax.soft_prompt.cache_table()
+    with torch.no_grad():
+        logits = compiled(**tiny.batch(made, layout, answers=False), answer_only=True).answer_logits
+    close(logits, truth.choice_logits(made).detach())
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS[1:])
+def test_compiled_with_checkpoints(kind: str) -> None:
+    model, truth = pair()
+    set_checkpointing(model, kind)
+    made = tiny.instances()
+    loss = torch.compile(model, backend="aot_eager")(**tiny.batch(made)).loss
+    close(tiny.gradients(model, loss), tiny.true_gradients(model, truth.choice_loss(made)))
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_a_deepcopy_works_on_its_own(kind: str) -> None:
+    model, truth = pair()
+    set_checkpointing(model, kind)
+    made = tiny.instances()
+    loss = model(**tiny.batch(made)).loss  # a copy in the middle of a step, and after one
+    copy.deepcopy(model)
+    expected = tiny.gradients(model, loss)
+    twin = copy.deepcopy(model)
+    tiny.randomise(twin, seed=8)
+    close(tiny.gradients(model, model(**tiny.batch(made)).loss), expected)
+    twin_truth = Truth(truth.base, twin)
+    loss = twin_truth.choice_loss(made)
+    close(tiny.gradients(twin, twin(**tiny.batch(made)).loss), tiny.true_gradients(twin, loss))
+    del model
+    unpatch_model(twin)
+    ids = tiny.batch(tiny.instances(placeholders=False))["input_ids"]
+    assert torch.equal(twin.eval()(ids).logits, truth.base.eval()(ids).logits)
+
+
+# ---- patching and unpatching
+
+
+def snapshot(model: Any) -> dict[str, Any]:
+    """Everything unpatching has to restore, short of the tensors' values."""
+    return {
+        "classes": [type(module) for module in model.modules()],
+        "attributes": [sorted(vars(module)) for module in model.modules()],
+        "keys": list(model.state_dict()),
+        "storage": [tensor.data_ptr() for tensor in model.state_dict().values()],
+        "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
+        "modules": [name for name, _ in model.named_modules()],
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unpatching_gives_the_original_back(family: str) -> None:
+    model = tiny.base_model(family)
+    model.get_input_embeddings().weight.requires_grad_(False)
+    ids = tiny.batch(tiny.instances(placeholders=False))["input_ids"]
+    before, outputs = snapshot(model), model(ids).logits
+    values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tiny.patched(model)
+    tiny.gradients(model, model(**tiny.batch(tiny.instances())).loss)
+    assert unpatch_model(model) is model
+    assert snapshot(model) == before
+    assert torch.equal(model(ids).logits, outputs)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, values[name])
+    assert patch_model(model) is model  # and it can be patched again
+
+
+def test_nothing_but_the_instance_is_touched() -> None:
+    forwards = LlamaForCausalLM.forward, LlamaAttention.forward, torch.nn.Linear.forward
+    other = tiny.base_model()
+    ids = tiny.batch(tiny.instances(placeholders=False))["input_ids"]
+    before = other(ids).logits
+    model, _ = pair()
+    assert (LlamaForCausalLM.forward, LlamaAttention.forward, torch.nn.Linear.forward) == forwards
+    assert torch.equal(other(ids).logits, before)
+    assert isinstance(model, LlamaForCausalLM)
+    assert (type(model).__name__, type(model).__module__) == (
+        LlamaForCausalLM.__name__,
+        LlamaForCausalLM.__module__,
+    )
+
+
+def test_parameter_names_and_what_is_trainable() -> None:
+    names = set(dict(tiny.base_model().named_parameters()))
+    model, _ = pair()
+    added = set(dict(model.named_parameters())) - names
+    assert names < set(dict(model.named_parameters()))
+    lora = {f"{name}.lora_{ab}" for name in model.rellax.report.patched for ab in "ab"}
+    assert (
+        added == set(tiny.trainable(model)) == lora | {name for name in added if name.startswith("rellax.")}
+    )
+    model.rellax.set_trainable(lora=False)
+    assert set(tiny.trainable(model)) == added - lora
+    model.rellax.set_trainable(lora=True, gates=False, soft_prompt=False)
+    assert set(tiny.trainable(model)) == lora
+    model.rellax.set_trainable(gates=True)
+    assert set(tiny.trainable(model)) == lora | {name for name in added if "gate_bank" in name}
+
+
+def test_report() -> None:
+    model, _ = pair()
+    report = model.rellax.report
+    assert report.patched[:3] == tuple(
+        f"model.layers.0.{path}" for path in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+    )
+    assert len(report.patched) == 6
+    assert report.skipped["model.layers.1.mlp.up_proj"] == "not in target_modules"
+    counted = report.lora_parameters, report.gate_parameters, report.soft_prompt_parameters
+    assert sum(counted) == sum(p.numel() for p in tiny.trainable(model).values())
+    assert sum(counted) + report.base_parameters == sum(p.numel() for p in model.parameters())
+    assert "skipped 2 x model.layers.*.mlp.up_proj: not in target_modules" in str(report)
+
+
+def _gpt2() -> Any:
+    return GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=20))
+
+
+def _strange_linear() -> Any:
+    model = tiny.base_model()
+    model.model.layers[1].self_attn.q_proj.__class__ = type("Linear8bitLt", (torch.nn.Linear,), {})
+    return model
+
+
+def _hooked() -> Any:
+    model = tiny.base_model()
+    model.model.layers[0].mlp.forward = model.model.layers[0].mlp.forward
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (_gpt2, {}, "expected one of LlamaForCausalLM, .*Gemma3ForCausalLM.* got .*GPT2LMHeadModel"),
+        (_strange_linear, {}, "model.layers.1.self_attn.q_proj: expected nn.Linear .* got .*Linear8bitLt"),
+        (_hooked, {}, "own forward, got one set on model.layers.0.mlp"),
+        (
+            tiny.base_model,
+            {"target_modules": ("q_proj", "c_attn")},
+            r"target_modules: .*q_proj.* got \['c_attn'\]",
+        ),
+        (tiny.base_model, {"answer_ids": (1, 61)}, "answer_ids: expected ids below the vocabulary's 61"),
+        (lambda: tiny.patched(tiny.base_model()), {}, "patched one; call unpatch_model first"),
+    ],
+    ids=["family", "linear", "instance-forward", "target", "answer-ids", "twice"],
+)
+def test_what_cannot_be_patched_stays_as_it_is(make: Any, options: dict[str, Any], message: str) -> None:
+    model = make()
+    before = snapshot(model)
+    with pytest.raises(InputError, match=message):
+        patch_model(model, tiny.config(**options))
+    assert snapshot(model) == before
+
+
+def test_unpatching_what_is_not_patched() -> None:
+    with pytest.raises(InputError, match="expected a patched model"):
+        unpatch_model(tiny.base_model())
+    model, _ = pair()
+    model.forward = model.forward  # as accelerate's mixed precision does
+    with pytest.raises(InputError, match="one set on the model itself"):
+        unpatch_model(model)
+    del model.forward
+    model.__class__ = type("FSDPLlama", (type(model),), {})
+    with pytest.raises(InputError, match="undo that change first"):
+        unpatch_model(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 0}, "r: expected a positive integer, got 0"),
+        ({"alpha": 0}, "alpha: expected a positive number"),
+        ({"dropout": 1.0}, "dropout: expected a probability"),
+        ({"target_modules": "q_proj"}, "target_modules: expected names"),
+        ({"interaction": "half"}, "interaction: expected one of .* got 'half'"),
+        ({"gate_init": "zero"}, "gate_init: expected one of"),
+        ({"loss": "mse"}, "loss: expected one of"),
+        ({"answer_ids": (3, 3)}, "answer_ids: expected two different token ids"),
+    ],
+)
+def test_configurations_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        CFLoRAConfig(**options)
+
+
+# ---- wrong arguments of the patched forward
+
+
+def _wrong(**changes: Any) -> Any:
+    def change(arguments: dict[str, Any]) -> dict[str, Any]:
+        return arguments | {
+            name: value(arguments) if callable(value) else value for name, value in changes.items()
+        }
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("layout", "change", "message"),
+    [
+        (
+            "right",
+            _wrong(instance_embed=torch.zeros(3, 4)),
+            r"instance_embed: expected shape \(B, cond_dim = 5\)",
+        ),
+        ("right", _wrong(instance_embed=torch.zeros(2, 5)), "instance_embed: expected B = 3 rows, got 2"),
+        ("packed", _wrong(instance_embed=torch.zeros(1, 5)), "instance_embed: expected B = 3 rows, got 1"),
+        ("right", _wrong(item_ids=None), "item_ids: expected the items of the placeholders"),
+        (
+            "right",
+            _wrong(item_ids=lambda a: a["item_ids"][:, :2]),
+            "row 1 of input_ids has 3 placeholders.* 2 ids",
+        ),
+        ("right", _wrong(item_ids=lambda a: a["item_ids"].clamp(min=0)), "row 0 .* 2 placeholders, .* 3 ids"),
+        ("right", _wrong(item_ids=lambda a: a["item_ids"].flip(1)), "-1 at the end of a row"),
+        ("right", _wrong(item_ids=lambda a: a["item_ids"] + 1), "row 0 .* 2 placeholders, .* 3 ids"),
+        (
+            "right",
+            _wrong(item_ids=lambda a: a["item_ids"].where(a["item_ids"] != 10, 11)),
+            r"\[0, 11\) or -1.* to 11",
+        ),
+        ("right", _wrong(item_ids=torch.zeros(2, 3)), r"item_ids: expected integers of shape \(B = 3, K\)"),
+        ("right", _wrong(input_ids=None), "input_ids: expected token ids"),
+        ("right", _wrong(labels=lambda a: a["labels"][:, :-1]), "labels: expected shape"),
+        ("right", _wrong(labels=lambda a: a["labels"].where(a["labels"] < 0, 9)), "labels"),
+        ("right", _wrong(cu_seqlens=torch.tensor([0, 10])), "cu_seqlens: expected .* int32"),
+        ("packed", _wrong(cu_seqlens=lambda a: a["cu_seqlens"] - 1), "offsets rising from 0 to T = 22"),
+        (
+            "packed",
+            _wrong(attention_mask=lambda a: a["input_ids"]),
+            "attention_mask: expected None for a packed",
+        ),
+        ("packed", _wrong(use_cache=True), "use_cache: expected no key-value cache"),
+    ],
+)
+def test_arguments_that_do_not_fit(layout: str, change: Any, message: str) -> None:
+    model, _ = pair()
+    with pytest.raises(InputError, match=message):
+        model(**change(tiny.batch(tiny.instances(), layout)))
+
+
+def test_arguments_for_parts_the_model_does_not_have() -> None:
+    model, _ = pair(soft_prompt=False, interaction="none", answer_ids=None)
+    arguments = tiny.batch(tiny.instances(placeholders=False))
+    with pytest.raises(InputError, match=r'instance_embed: .* interaction="none"'):
+        model(**arguments)
+    del arguments["instance_embed"]
+    with pytest.raises(InputError, match=r"item_ids: .* without soft_prompt"):
+        model(**arguments, item_ids=torch.zeros(3, 1, dtype=torch.int64))
+    with pytest.raises(InputError, match=r"answer_ids: .* rellax.ctr.prompts.answer_ids\(tokenizer\)"):
+        model(**arguments)
+    with pytest.raises(InputError, match="gates: expected False"):
+        model.rellax.set_trainable(gates=True)
