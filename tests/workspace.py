@@ -21,6 +21,7 @@ from rellax.ctr.sources import read_ml_100k
 from rellax.subr import save_embeddings
 
 USERS, ITEMS, PER_USER = 12, 40, 15
+GATED: dict[str, Any] = {"interaction": "full", "soft_prompt": True}  # all that stages 2 and joint can have
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,9 @@ def make_workspace(root: Path) -> Workspace:
     train_crm(dataset, workspace.crm, CRMConfig(embedding_dim=4, hidden=(8, 6), epochs=1, max_len=6))
     vectors = F.normalize(torch.randn(ITEMS, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     save_embeddings(workspace.embeddings, vectors, dataset.items["item_id"].to_pylist(), "random")
-    retrieve({"data": str(workspace.data), "embeddings": str(workspace.embeddings), "k": 4}, workspace.retrieved)
+    retrieve(
+        {"data": str(workspace.data), "embeddings": str(workspace.embeddings), "k": 4}, workspace.retrieved
+    )
     return workspace
 
 
@@ -105,5 +108,6 @@ def make_model(folder: Path, dataset: Dataset, *, hidden_size: int = 16) -> None
         num_key_value_heads=1,
         eos_token_id=tokenizer.token_to_id("<end>"),
         bos_token_id=None,
+        initializer_range=0.2,  # large enough for predictions that differ
     )
     LlamaForCausalLM(config).save_pretrained(folder)

@@ -18,7 +18,7 @@ class Example:
 
     Attributes:
         sample: row of the sample in its table and in the instance embeddings.
-        label: 1 for Yes, 0 for No; -1 where it is not known.
+        label: 1 for Yes, 0 for No; read in training alone.
         input_ids: the prompt's tokens, up to where the answer begins.
         item_ids: dense item of each placeholder, in order; empty without soft prompts.
     """

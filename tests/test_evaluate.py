@@ -1,0 +1,85 @@
+"""Evaluation: probabilities that padding does not change, results that belong to their inputs."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from workspace import GATED, Workspace
+
+from rellax.ctr.batches import Example
+from rellax.ctr.evaluate import evaluate, evaluate_zero_shot, predict_probabilities
+from rellax.ctr.task import Task, load_inputs
+from rellax.ctr.train import train
+from rellax.errors import InputError
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["lora", "gates-and-soft-prompts"])
+def test_padding_never_changes_a_prediction(workspace: Workspace, gated: bool) -> None:
+    config = workspace.config(stage="joint", **GATED) if gated else workspace.config()
+    inputs = load_inputs(config)
+    task = Task(config, inputs)
+    for name, parameter in task.model.named_parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    examples = []
+    for sample in inputs.dataset.indices("test"):
+        prompt = task.prompts.build(sample, inputs.retrieved[sample][: sample % 4])
+        examples.append(Example(int(sample), 1, prompt.input_ids, prompt.item_ids))
+    lengths = [len(example.input_ids) for example in examples]
+    assert max(lengths) > min(lengths) + 15
+    alone = predict_probabilities(task.model, task.collator, examples, batch_size=1)
+    assert alone.std() > 0.01
+    for batch_size in (4, len(examples)):
+        batched = predict_probabilities(task.model, task.collator, examples, batch_size=batch_size)
+        assert batched == pytest.approx(alone, abs=2e-6)
+
+
+def test_zero_shot_is_the_model_as_it_is(workspace: Workspace, tmp_path: Path) -> None:
+    config = workspace.config(prompts="recent", k=2)
+    evaluate_zero_shot(config, tmp_path / "zero", samples=7, seed=5, progress=False)
+    table = pq.read_table(tmp_path / "zero" / "predictions.parquet")
+    inputs = load_inputs(config)
+    assert table["sample"].to_pylist() == inputs.dataset.choose("test", 7, 5).tolist()
+
+    task = Task(config, inputs)
+    original = AutoModelForCausalLM.from_pretrained(workspace.model, dtype=torch.float32)
+    no, yes = task.collator.answer_ids
+    for row in table.to_pylist():
+        (example,) = task.examples([row["sample"]], "recent")
+        with torch.no_grad():
+            logits = original(torch.tensor([example.input_ids])).logits[0, -1].double()
+        assert row["probability"] == pytest.approx(torch.sigmoid(logits[yes] - logits[no]).item(), abs=1e-6)
+        assert row["label"] == inputs.dataset.samples.label[row["sample"]]
+
+
+def test_evaluation_needs_the_files_of_training(workspace: Workspace, tmp_path: Path) -> None:
+    stage_1 = tmp_path / "stage-1"
+    train(workspace.config(), stage_1, progress=False)
+    result = evaluate(stage_1, samples=6, folder=tmp_path / "test", progress=False)
+    assert result == evaluate(stage_1, samples=6, folder=tmp_path / "test", progress=False)
+    with pytest.raises(InputError, match="holds a run with samples = 6, expected 7"):
+        evaluate(stage_1, samples=7, folder=tmp_path / "test", progress=False)
+    with pytest.raises(InputError, match="n: expected 1 to 12 samples of split 'test', got 99"):
+        evaluate(stage_1, samples=99, folder=tmp_path / "none", progress=False)
+    assert not (tmp_path / "none").exists()
+
+    shutil.copytree(workspace.retrieved, tmp_path / "retrieved")
+    train(workspace.config(retrieved=str(tmp_path / "retrieved")), tmp_path / "run", progress=False)
+    path = tmp_path / "retrieved" / "retrieved.parquet"
+    pq.write_table(pq.read_table(path), path, compression="none")
+    with pytest.raises(InputError, match="expected the files it was trained with, but one has changed"):
+        evaluate(tmp_path / "run", progress=False)
+
+
+def test_placeholders_and_items_must_match(workspace: Workspace) -> None:
+    config = workspace.config(stage="joint", **GATED)
+    task = Task(config, load_inputs(config))
+    (example,) = task.examples([3], "recent")
+    short = Example(3, 1, example.input_ids, example.item_ids[:-1])
+    with pytest.raises(InputError, match=r"item_ids: .*placeholder"):
+        predict_probabilities(task.model, task.collator, [short])

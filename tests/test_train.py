@@ -1,0 +1,408 @@
+"""Training: what each stage trains, what a stop changes (nothing), and what chooses the step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from workspace import GATED, Workspace
+
+import rellax
+from rellax.ctr import runs
+from rellax.ctr.config import read_config
+from rellax.ctr.dataset import Dataset
+from rellax.ctr.evaluate import evaluate
+from rellax.ctr.task import Task, load_inputs
+from rellax.ctr.train import learning_rate, train
+from rellax.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def stage_1(workspace: Workspace) -> Path:
+    folder = workspace.root / "stage-1"
+    train(workspace.config(), folder, progress=False)
+    return folder
+
+
+def adapter(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter.safetensors")
+
+
+def log(run: Path) -> list[dict[str, Any]]:
+    """The entries of a run, without the times."""
+    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in entries]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert (one / "metrics.json").read_bytes() == (other / "metrics.json").read_bytes()
+    assert log(one) == log(other)
+    expected, found = adapter(one), adapter(other)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    assert pq.read_table(one / "predictions.parquet").equals(pq.read_table(other / "predictions.parquet"))
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    """Kinds of tensors, of those in both, that differ."""
+    names = (name for name in before.keys() & after.keys() if not torch.equal(before[name], after[name]))
+    return {name.split(".")[1] if name.startswith("rellax") else name.rsplit(".", 1)[1] for name in names}
+
+
+def test_learning_rate_rises_then_falls(workspace: Workspace) -> None:
+    config = workspace.config(lr=2.0, warmup=0.2)
+    rates = [learning_rate(config, step, 20) for step in range(20)]
+    assert rates[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
+    assert rates[4:] == pytest.approx([2.0 * (20 - step) / 16 for step in range(4, 20)])
+    assert workspace.config(lr=None).peak_lr == 1e-3
+    assert workspace.config(lr=None, stage="2", start="x", **GATED).peak_lr == 3e-4
+
+
+def test_run_folder(stage_1: Path, workspace: Workspace) -> None:
+    names = {path.name for path in stage_1.iterdir()}
+    assert names == {
+        "config.json",
+        "environment.json",
+        "log.jsonl",
+        "metrics.json",
+        "predictions.parquet",
+        "curves.png",
+        "adapter",
+    }
+    assert read_config(stage_1) == workspace.config()
+    assert (stage_1 / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert [entry["step"] for entry in log(stage_1)] == list(
+        range(1, 11)
+    )  # 10 shots twice, batches of 4, 2 epochs
+    table = pq.read_table(stage_1 / "predictions.parquet")
+    samples = Dataset.load(workspace.data).samples
+    assert table["label"].to_pylist() == samples.label[table["sample"].to_numpy()].tolist()
+
+
+def test_stage_1_trains_a_and_b_and_lowers_the_loss(
+    stage_1: Path, workspace: Workspace, tmp_path: Path
+) -> None:
+    tensors = adapter(stage_1)
+    assert {name.rsplit(".", 1)[1] for name in tensors} == {"lora_a", "lora_b"}
+    assert all(tensor.dtype == torch.float32 and tensor.any() for tensor in tensors.values())
+    train(
+        workspace.config(epochs=8, lr=0.05, dropout=0.0, prompts="recent"), tmp_path / "long", progress=False
+    )
+    losses = [entry["loss"] for entry in log(tmp_path / "long")]
+    assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ({"interaction": "full"}, {"gate_bank"}),
+        ({"soft_prompt": True}, {"soft_prompt"}),
+        ({"interaction": "diagonal", "soft_prompt": True}, {"gate_bank", "soft_prompt"}),
+    ],
+    ids=["cflora", "spa", "both"],
+)
+def test_stage_2_trains_gates_and_projector_alone(
+    stage_1: Path, workspace: Workspace, tmp_path: Path, parts: dict[str, Any], expected: set[str]
+) -> None:
+    config = workspace.config(stage="2", start=str(stage_1), **parts)
+    train(config, tmp_path / "run", progress=False)
+    first, second = adapter(stage_1), adapter(tmp_path / "run")
+    assert first.keys() <= second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    task = Task(config, load_inputs(config))
+    start = {f"rellax.{name}": tensor for name, tensor in task.model.rellax.state_dict().items()}
+    assert changed(start, second) == expected
+    assert ("rellax.soft_prompt.item_embeddings" in second) == ("soft_prompt" in expected)
+
+
+def test_joint_trains_everything(workspace: Workspace, tmp_path: Path) -> None:
+    config = workspace.config(stage="joint", **GATED)
+    train(config, tmp_path / "run", progress=False)
+    task, final = Task(config, load_inputs(config)), adapter(tmp_path / "run")
+    start = {name: p.detach() for name, p in task.model.named_parameters() if p.requires_grad}
+    assert changed(start, final) == {"lora_a", "lora_b", "gate_bank", "soft_prompt"}
+    table = "rellax.soft_prompt.item_embeddings"
+    assert torch.equal(final[table], load_inputs(config).item_embeddings)
+
+
+def test_stage_2_starts_at_the_stage_1_model(stage_1: Path, workspace: Workspace, tmp_path: Path) -> None:
+    config = workspace.config(stage="2", start=str(stage_1), interaction="full", lr=1e-12, dropout=0.0)
+    train(config, tmp_path / "run", progress=False)
+    one, two = (
+        pq.read_table(run / "predictions.parquet")["probability"] for run in (stage_1, tmp_path / "run")
+    )
+    assert two.to_numpy() == pytest.approx(one.to_numpy(), abs=1e-6)
+
+
+def test_stage_2_needs_a_trained_stage_1(stage_1: Path, workspace: Workspace, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="B is zero and frozen, so the gates would get no gradient"):
+        workspace.config(stage="2", interaction="full")
+    with pytest.raises(InputError, match=r"config.json: expected a JSON file, found none"):
+        train(workspace.config(stage="2", start=str(tmp_path / "none"), **GATED), tmp_path / "run")
+    shutil.copytree(stage_1, tmp_path / "untrained")
+    config = workspace.config()
+    task = Task(config, load_inputs(config))
+    rellax.save_adapter(task.model, tmp_path / "untrained" / "adapter")
+    with pytest.raises(InputError, match=r"B is zero in .*untrained: gates would get no gradient"):
+        train(workspace.config(stage="2", start=str(tmp_path / "untrained"), **GATED), tmp_path / "run")
+    (tmp_path / "untrained" / "metrics.json").unlink()
+    with pytest.raises(InputError, match="expected a finished run, found one that was stopped"):
+        train(workspace.config(stage="2", start=str(tmp_path / "untrained"), **GATED), tmp_path / "run")
+    second = workspace.root / "second"
+    train(workspace.config(stage="2", start=str(stage_1), **GATED), second, progress=False)
+    with pytest.raises(InputError, match="expected a run of stage 1, found one of stage 2"):
+        train(workspace.config(stage="2", start=str(second), **GATED), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_stage_2_takes_over_rank_and_targets(workspace: Workspace, tmp_path: Path) -> None:
+    train(workspace.config(r=3, alpha=5, target_modules=("o_proj",)), tmp_path / "one", progress=False)
+    config = workspace.config(stage="2", start=str(tmp_path / "one"), interaction="diagonal")
+    train(config, tmp_path / "two", progress=False)
+    found = read_config(tmp_path / "two")
+    assert (found.r, found.alpha, found.target_modules) == (3, 5, ("o_proj",))
+    assert adapter(tmp_path / "two")["model.layers.1.self_attn.o_proj.lora_a"].shape == (3, 16)
+
+
+def test_the_same_seed_gives_the_same_run(stage_1: Path, workspace: Workspace, tmp_path: Path) -> None:
+    torch.manual_seed(99)
+    train(workspace.config(), tmp_path / "again", progress=False)
+    assert_same_run(stage_1, tmp_path / "again")
+    train(workspace.config(seed=1), tmp_path / "other", progress=False)
+    assert changed(adapter(stage_1), adapter(tmp_path / "other")) == {"lora_a", "lora_b"}
+
+
+@pytest.mark.parametrize("step", [1, 5, 6, 9])
+def test_resume_after_ctrl_c(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Stopped before and after checkpoints and validations, with all kinds of parameters."""
+    config = workspace.config(stage="joint", **GATED)
+    expected = workspace.root / "joint-whole"
+    train(config, expected, progress=False)
+    append = runs.Log.append
+
+    def stop(self: runs.Log, **entry: Any) -> None:
+        append(self, **entry)
+        if entry["step"] == step:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Log, "append", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    torch.manual_seed(step)
+    train(config, tmp_path / "run", progress=False)
+    assert_same_run(expected, tmp_path / "run")
+
+
+def test_resume_after_sigkill(workspace: Workspace, tmp_path: Path) -> None:
+    config = workspace.config(stage="joint", epochs=40, **GATED)
+    train(config, tmp_path / "whole", progress=False)
+    script = (
+        "import json, sys; from rellax.ctr.config import TrainConfig; from rellax.ctr.train import train; "
+        "values = json.loads(sys.argv[1]); values['target_modules'] = tuple(values['target_modules']); "
+        "train(TrainConfig(**values), sys.argv[2], progress=False)"
+    )
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-c", script, json.dumps(config.to_json()), str(tmp_path / "killed")]
+    process = subprocess.Popen(command, env=os.environ | threads)
+    path = tmp_path / "killed" / "log.jsonl"
+    while not (path.exists() and path.read_bytes().count(b"\n") >= 25):
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    train(config, tmp_path / "killed", progress=False)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_damaged_checkpoint_is_an_error(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(self: runs.Log, **entry: Any) -> None:
+        if entry["step"] == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Log, "append", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(workspace.config(), tmp_path / "run", progress=False)
+    path = tmp_path / "run" / "checkpoints" / "last.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"last.pt: expected a checkpoint, but it is damaged"):
+        train(workspace.config(), tmp_path / "run", progress=False)
+    train(workspace.config(), tmp_path / "run", progress=False, redo=True)
+    assert (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_a_finished_run_is_read_and_another_refused(
+    stage_1: Path, workspace: Workspace, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(stage_1, run)
+    (run / "adapter" / "adapter.safetensors").unlink()  # whatever trained again would write it
+    result = train(workspace.config(), run, progress=False)
+    assert result == json.loads((stage_1 / "metrics.json").read_text())
+    assert not (run / "adapter" / "adapter.safetensors").exists()
+    with pytest.raises(InputError, match=r"holds a run with lr = 0.02, expected 0.5; choose another folder"):
+        train(workspace.config(lr=0.5), run, progress=False)
+    train(workspace.config(), run, progress=False, redo=True)
+    assert_same_run(stage_1, run)
+
+
+def test_a_folder_of_something_else_is_left_alone(workspace: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "thesis.tex").write_text("all my work")
+    with pytest.raises(
+        InputError, match="expected a new folder, or that of an earlier run, found other files"
+    ):
+        train(workspace.config(), tmp_path, progress=False, redo=True)
+    assert (tmp_path / "test" / "thesis.tex").exists()
+
+
+def test_validation_alone_selects_the_step(workspace: Workspace, tmp_path: Path) -> None:
+    config = workspace.config(epochs=4, validate_every=3)
+    result = train(config, tmp_path / "run", progress=False)
+    validated = [entry for entry in log(tmp_path / "run") if "validation_auc" in entry]
+    assert [entry["step"] for entry in validated] == [3, 6, 9, 12, 15, 18, 20]
+    best = max(validated, key=lambda entry: entry["validation_auc"])  # the first of equals
+    assert result["best_step"] == best["step"]
+    assert result["selected_by"] == "validation auc"
+    assert result["validation"]["auc"] == best["validation_auc"]
+    # The adapter is that step's: it gives the same metrics when it is loaded again.
+    again = evaluate(tmp_path / "run", split="valid", progress=False)
+    assert (again["auc"], again["log_loss"]) == (best["validation_auc"], best["validation_log_loss"])
+
+    by_loss = train(dataclasses.replace(config, select="log_loss"), tmp_path / "loss", progress=False)
+    lowest = min(validated, key=lambda entry: entry["validation_log_loss"])
+    assert by_loss["best_step"] == lowest["step"]
+    assert len({entry["validation_auc"] for entry in validated}) > 1
+
+
+def test_the_test_split_changes_nothing(workspace: Workspace, tmp_path: Path) -> None:
+    """Flip the labels of all test samples: training stays the same to the last bit."""
+    shutil.copytree(workspace.data, tmp_path / "data")
+    path = tmp_path / "data" / "samples.parquet"
+    table = pq.read_table(path)
+    is_test = table["split"].to_numpy() == "test"
+    labels = np.where(is_test, 1 - table["label"].to_numpy(), table["label"].to_numpy()).astype(np.int8)
+    pq.write_table(table.set_column(table.column_names.index("label"), "label", pa.array(labels)), path)
+    config = workspace.config(stage="joint", **GATED)
+    train(config, tmp_path / "one", progress=False)
+    train(dataclasses.replace(config, data=str(tmp_path / "data")), tmp_path / "two", progress=False)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    one, two = (evaluate(tmp_path / run, progress=False) for run in ("one", "two"))
+    assert one["auc"] == pytest.approx(1 - two["auc"])
+
+
+def test_micro_batches_change_nothing_but_rounding(workspace: Workspace, tmp_path: Path) -> None:
+    config = workspace.config(stage="joint", dropout=0.0, epochs=1, lr=1e-3, batch_size=7, **GATED)
+    finals = []
+    for size in (1, 3, 7):
+        train(dataclasses.replace(config, micro_batch_size=size), tmp_path / str(size), progress=False)
+        finals.append([entry["loss"] for entry in log(tmp_path / str(size))])
+    assert finals[0] == pytest.approx(finals[2], rel=1e-4)
+    assert finals[1] == pytest.approx(finals[2], rel=1e-4)
+
+
+def test_two_processes_share_a_batch(workspace: Workspace, tmp_path: Path) -> None:
+    """Two ranks with gloo take the steps that one process takes, up to rounding; the last batch is a row."""
+    config = workspace.config(
+        stage="joint", dropout=0.0, epochs=1, lr=1e-3, prompts="recent", shots=9, micro_batch_size=1, **GATED
+    )
+    train(config, tmp_path / "one", progress=False)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, sys\n"
+        "from rellax.ctr.config import TrainConfig\n"
+        "from rellax.ctr.train import train\n"
+        "values = json.loads(sys.argv[1])\n"
+        "values['target_modules'] = tuple(values['target_modules'])\n"
+        "train(TrainConfig(**values), sys.argv[2], device='cpu', progress=False)\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    command += [str(script), json.dumps(config.to_json()), str(tmp_path / "two")]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+    one, two = log(tmp_path / "one"), log(tmp_path / "two")
+    assert [entry["step"] for entry in two] == [1, 2, 3]
+    for expected, found in zip(one, two, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-3)
+    assert two[-1]["validation_log_loss"] == pytest.approx(one[-1]["validation_log_loss"], rel=1e-4)
+
+
+def test_mixture_has_each_sample_with_either_history(workspace: Workspace) -> None:
+    config = workspace.config()
+    inputs = load_inputs(config)
+    task = Task(config, inputs)
+    chosen = inputs.dataset.choose("train", 10, seed=3)
+    both = task.examples(chosen, "mixture")
+    assert [example.sample for example in both] == np.repeat(chosen, 2).tolist()
+    assert both[::2] == task.examples(chosen, "recent")
+    assert both[1::2] == task.examples(chosen, "retrieved")
+    assert both[::2] != both[1::2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"stage": "3"}, "stage: expected one of 1, 2, joint, got '3'"),
+        ({"interaction": "full"}, "stage 1 trains plain LoRA"),
+        ({"stage": "joint"}, "stage joint trains gates or the soft-prompt projector"),
+        ({"start": "x"}, "only stage 2 begins with another run's adapter"),
+        ({"prompts": "mixture", "retrieved": None}, "needs the folder of `rellax retrieve`"),
+        ({"stage": "joint", "soft_prompt": True, "crm": None}, "need the folder of `rellax crm`"),
+        ({"epochs": 0}, "epochs: expected a positive number, got 0"),
+        ({"shots": -1}, "shots: expected a positive number or None, got -1"),
+        ({"warmup": 1.0}, r"warmup: expected a fraction in \[0, 1\), got 1.0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_bad_config(workspace: Workspace, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        workspace.config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"shots": 1000}, "n: expected 1 to 96 samples of split 'train', got 1000"),
+        ({"validation_samples": 1}, "have one label and so no AUC"),
+        ({"k": 5}, "k: expected at most the 4 behaviours"),
+        ({"max_tokens": 20}, "max_tokens: sample"),
+        ({"data": "nowhere"}, "nowhere/samples.parquet: expected this file, found none"),
+        ({"model": "nowhere"}, "model: expected a folder with a causal language model"),
+        ({"target_modules": ("c_attn",)}, "target_modules: expected names out of"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_nothing_is_written_on_bad_input(
+    workspace: Workspace, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        train(workspace.config(**changes), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
