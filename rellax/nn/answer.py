@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rellax.errors import InputError
-from rellax.ops import answer_loss
+from rellax.ops.answer import answer_loss
 
 LOSSES = ("choice", "vocab")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rellax.errors import InputError
-from rellax.ops import cflora_linear
+from rellax.ops.cflora import cflora_linear
 
 
 class CFLoRA:

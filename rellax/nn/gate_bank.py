@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rellax.errors import InputError
-from rellax.ops import gate_bank
+from rellax.ops.gate_bank import gate_bank
 
 INTERACTIONS = ("full", "diagonal")
 GATE_INITS = ("identity", "kaiming")

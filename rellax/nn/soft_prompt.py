@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rellax.errors import InputError
-from rellax.ops import soft_prompt
+from rellax.ops.soft_prompt import soft_prompt
 
 
 class SoftPrompt(nn.Module):

@@ -14,6 +14,7 @@ from rellax.errors import InputError
 from rellax.patch.config import CFLoRAConfig, SoftPromptConfig
 from rellax.patch.engine import hf_model, patch_model, unpatch_model
 from rellax.patch.forward import CausalLM
+from rellax.patch.rules import find_family
 
 FORMAT = 1
 CONFIG_FILE = "adapter.json"
@@ -67,19 +68,22 @@ def load_adapter(model: Model, folder: str | Path, *, partial: bool = False) -> 
         InputError: a file is missing or damaged, or the adapter belongs to another model, rank or set of
             layers. The model is then unchanged.
     """
-    description, tensors = _read(Path(folder))
     inner = hf_model(model)
+    find_family(inner)
+    description, tensors = _read(Path(folder))
     if description["base_model"] != (own := _describe(inner)):
-        raise InputError(f"{folder}: expected an adapter of {own}, got one of {description['base_model']}")
+        raise InputError(f"adapter: expected one of {own}, got one of {description['base_model']}")
+    config = CFLoRAConfig.from_dict(description["config"])
+    placeholder_ids = description["placeholder_ids"]
     if isinstance(inner, CausalLM):
-        _load(inner, Path(folder), description, tensors, partial)
+        _load(inner, config, placeholder_ids, tensors, partial)
         return model
     soft_prompt = None
-    if description["placeholder_ids"] is not None and _TABLE in tensors:
-        soft_prompt = SoftPromptConfig(tensors[_TABLE], description["placeholder_ids"])
-    patch_model(model, CFLoRAConfig.from_dict(description["config"]), soft_prompt=soft_prompt)
+    if placeholder_ids is not None:
+        soft_prompt = SoftPromptConfig(tensors[_TABLE], placeholder_ids)
+    patch_model(model, config, soft_prompt=soft_prompt)
     try:
-        _load(inner, Path(folder), description, tensors, partial=False)
+        _load(inner, config, placeholder_ids, tensors, partial=False)
     except InputError:
         unpatch_model(model)
         raise
@@ -129,29 +133,35 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise InputError(f"{file}: expected the adapter's tensors, found no such file")
     if sha256_file(file) != description["sha256"]:
         raise InputError(f"{file}: damaged, its SHA-256 is not the one in {CONFIG_FILE}")
-    return description, load_file(file)
+    tensors = load_file(file)
+    if (description["placeholder_ids"] is None) is (_TABLE in tensors):
+        raise InputError(f"{folder}: expected placeholder_ids and {_TABLE} both or neither")
+    return description, tensors
 
 
 def _load(
-    model: Any, folder: Path, description: dict[str, Any], tensors: dict[str, Tensor], partial: bool
+    model: Any,
+    config: CFLoRAConfig,
+    placeholder_ids: list[int] | None,
+    tensors: dict[str, Tensor],
+    partial: bool,
 ) -> None:
-    """Copy the tensors into a patched model after everything has been compared."""
-    own, targets = model.rellax.config, _tensors(model)
-    lacking = tuple(part for part in _PARTS if partial and not any(name.startswith(part) for name in tensors))
-    expected = {name for name in targets if not name.startswith(lacking)} if lacking else set(targets)
-    if wrong := sorted(expected ^ set(tensors)):
-        word = "lacks" if wrong[0] in expected else "has the unknown"
-        raise InputError(
-            f"{folder}: does not fit the patched model, it {word} tensor {wrong[0]} ({len(wrong)} in all)"
-        )
-    for name in sorted(expected):
-        if tensors[name].shape != targets[name].shape:
-            want, got = tuple(targets[name].shape), tuple(tensors[name].shape)
-            raise InputError(f"{folder}: expected {name} of shape {want}, got {got}")
-    if (alpha := description["config"]["alpha"]) != own.alpha:
-        raise InputError(f"{folder}: expected an adapter with alpha = {own.alpha:g}, got {alpha:g}")
-    if _TABLE in expected and (ids := description["placeholder_ids"]) != _placeholder_ids(model):
-        raise InputError(f"{folder}: expected placeholder_ids {_placeholder_ids(model)}, got {ids}")
+    """Copy the tensors into a patched model, after everything has been compared."""
+    targets = _tensors(model)
+    may_lack = [part for part in _PARTS if partial and not any(name.startswith(part) for name in tensors)]
+    expected = {name for name in targets if not name.startswith(tuple(may_lack))}
+    if missing := sorted(expected - tensors.keys()):
+        raise InputError(f"adapter: expected {missing[0]}, it lacks that tensor ({len(missing)} in all)")
+    if unknown := sorted(tensors.keys() - expected):
+        raise InputError(f"adapter: expected no {unknown[0]}, the model lacks it ({len(unknown)} in all)")
+    for name, tensor in sorted(tensors.items()):
+        if tensor.shape != targets[name].shape:
+            want, got = tuple(targets[name].shape), tuple(tensor.shape)
+            raise InputError(f"adapter: expected {name} of shape {want}, got {got}")
+    if config.alpha != (alpha := model.rellax.config.alpha):
+        raise InputError(f"adapter: expected one with alpha = {alpha:g}, got {config.alpha:g}")
+    if _TABLE in tensors and placeholder_ids != (own := _placeholder_ids(model)):
+        raise InputError(f"adapter: expected one with placeholder_ids {own}, got {placeholder_ids}")
     with torch.no_grad():
-        for name in expected:
-            targets[name].copy_(tensors[name])
+        for name, tensor in tensors.items():
+            targets[name].copy_(tensor)

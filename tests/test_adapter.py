@@ -1,0 +1,199 @@
+"""Saved adapters: what comes back, and what is refused with the model untouched."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models as tiny
+import torch
+from safetensors.torch import load_file, save_file
+from test_patch import snapshot
+
+from rellax._files import sha256_file
+from rellax.errors import InputError
+from rellax.patch import SoftPromptConfig, load_adapter, patch_model, save_adapter
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Any, Path]:
+    """A patched model with random new parameters, and its adapter."""
+    model = tiny.patched(tiny.base_model(), loss="vocab", interaction="diagonal")
+    save_adapter(model, tmp_path / "adapter")
+    return model, tmp_path / "adapter"
+
+
+def loss(model: Any, *, placeholders: bool = True) -> torch.Tensor:
+    return model(**tiny.batch(tiny.instances(placeholders=placeholders))).loss
+
+
+def test_an_unpatched_model_is_patched_and_loaded(saved: tuple[Any, Path]) -> None:
+    model, folder = saved
+    loaded = load_adapter(tiny.base_model(), folder)
+    assert torch.equal(loss(loaded), loss(model))
+    assert loaded.rellax.config == model.rellax.config
+    assert sorted(file.name for file in folder.iterdir()) == ["adapter.json", "adapter.safetensors"]
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_patched_model_is_loaded(saved: tuple[Any, Path]) -> None:
+    model, folder = saved
+    other = tiny.patched(tiny.base_model(), interaction="diagonal", dropout=0.5)
+    tiny.randomise(other, seed=7)
+    other.rellax.soft_prompt.item_embeddings.zero_()
+    other.eval()
+    other.rellax.soft_prompt.cache_table()
+    load_adapter(other, folder)
+    with torch.no_grad():  # a table cached before would show here
+        arguments = tiny.batch(tiny.instances(), answers=False)
+        assert torch.equal(other(**arguments).logits, model.eval()(**arguments).logits)
+
+
+def test_base_weights_are_not_saved(saved: tuple[Any, Path]) -> None:
+    model, folder = saved
+    tensors = load_file(folder / "adapter.safetensors")
+    assert set(tensors) == set(tiny.trainable(model)) | {"rellax.soft_prompt.item_embeddings"}
+
+
+def test_saving_again_replaces_the_folder(saved: tuple[Any, Path]) -> None:
+    model, folder = saved
+    tiny.randomise(model, seed=11)
+    save_adapter(model, folder)
+    assert torch.equal(loss(load_adapter(tiny.base_model(), folder)), loss(model))
+
+
+def test_stage_two_starts_from_stage_one(tmp_path: Path) -> None:
+    first = tiny.patched(tiny.base_model(), soft_prompt=False, interaction="none")
+    save_adapter(first, tmp_path / "stage1")
+    second = patch_model(
+        tiny.base_model(), tiny.config(gate_init="identity"), soft_prompt=tiny.soft_prompt_config()
+    )
+    before = {name: p.clone() for name, p in second.rellax.named_parameters()}
+    with pytest.raises(InputError, match=r"expected rellax.gate_bank.b1, it lacks that tensor \(11 in all\)"):
+        load_adapter(second, tmp_path / "stage1")
+    load_adapter(second, tmp_path / "stage1", partial=True)
+    arguments = tiny.batch(tiny.instances(placeholders=False))
+    gated = second(**arguments).loss
+    del arguments["instance_embed"]
+    torch.testing.assert_close(gated, first(**arguments).loss)
+    assert all(torch.equal(p, before[name]) for name, p in second.rellax.named_parameters())
+
+
+def _edit(**changes: Any) -> Any:
+    def change(folder: Path) -> None:
+        file = folder / "adapter.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+def _flip_a_byte(folder: Path) -> None:
+    file = folder / "adapter.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+
+
+def _cut(name: str) -> Any:
+    def change(folder: Path) -> None:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+
+    return change
+
+
+def _tensors(edit: Any) -> Any:
+    """Change the tensors of an adapter, with a matching checksum."""
+
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "adapter.safetensors")
+        edit(tensors)
+        save_file(tensors, folder / "adapter.safetensors")
+        _edit(sha256=sha256_file(folder / "adapter.safetensors"))(folder)
+
+    return change
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["unpatched", "patched"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_flip_a_byte, "adapter.safetensors: damaged"),
+        (_cut("adapter.safetensors"), "adapter.safetensors: damaged"),
+        (_cut("adapter.json"), "adapter.json: expected JSON"),
+        (lambda folder: (folder / "adapter.safetensors").unlink(), "found no such file"),
+        (lambda folder: (folder / "adapter.json").unlink(), "expected a JSON file, found none"),
+        (lambda folder: (folder / "adapter.json").write_text("[]"), "expected the fields"),
+        (_edit(format=99), "expected format 1, got 99"),
+        (_edit(config={"rank": 3}), r"expected fields out of .* got \['rank'\]"),
+        (_tensors(lambda t: t.pop("rellax.gate_bank.w2")), "expected rellax.gate_bank.w2, it lacks"),
+        (_tensors(lambda t: t.update(x=torch.ones(1))), "expected no x, the model lacks it"),
+        (_tensors(lambda t: t.update({"rellax.gate_bank.w2": torch.ones(2)})), r"w2 of shape .*, got \(2,\)"),
+        (
+            _tensors(lambda t: t.pop("rellax.soft_prompt.item_embeddings")),
+            "rellax.soft_prompt.item_embeddings",
+        ),
+    ],
+)
+def test_damaged_adapters(saved: tuple[Any, Path], patched: bool, change: Any, message: str) -> None:
+    _, folder = saved
+    change(folder)
+    model = tiny.base_model()
+    if patched:
+        tiny.patched(model, interaction="diagonal")
+    _refused(model, folder, message)
+
+
+def _refused(model: Any, folder: Path, message: str) -> None:
+    before, values = snapshot(model), {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(InputError, match=message):
+        load_adapter(model, folder)
+    assert snapshot(model) == before
+    assert all(torch.equal(v, values[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tiny.base_model("qwen2"), "expected one of .*Qwen2ForCausalLM.* got one of .*Llama"),
+        (lambda: tiny.patched(tiny.base_model(), r=2, interaction="diagonal"), r"lora_a of shape \(2, 40\)"),
+        (lambda: tiny.patched(tiny.base_model()), r"gate_bank.b2 of shape \(6, 9\), got \(6, 3\)"),
+        (
+            lambda: tiny.patched(tiny.base_model(), target_modules=["q_proj"]),
+            "expected no .*, the model lacks it",
+        ),
+        (
+            lambda: tiny.patched(tiny.base_model(), soft_prompt=False, interaction="diagonal"),
+            "expected no rellax.soft",
+        ),
+        (
+            lambda: tiny.patched(tiny.base_model(), alpha=6, interaction="diagonal"),
+            "expected one with alpha = 6, got 5",
+        ),
+        (
+            lambda: patch_model(
+                tiny.base_model(),
+                tiny.config(interaction="diagonal"),
+                soft_prompt=SoftPromptConfig(tiny.soft_prompt_config().item_embeddings, (3,)),
+            ),
+            r"expected one with placeholder_ids \[3\], got \[60, 70\]",
+        ),
+    ],
+    ids=["model", "rank", "interaction", "targets", "soft-prompt", "alpha", "placeholders"],
+)
+def test_adapters_of_something_else(saved: tuple[Any, Path], make: Any, message: str) -> None:
+    _refused(make(), saved[1], message)
+
+
+def test_a_wider_vocabulary_is_another_model(saved: tuple[Any, Path]) -> None:
+    model = tiny.base_model()
+    model.resize_token_embeddings(64)
+    _refused(model, saved[1], "'vocab_size': 64.* got one of .*'vocab_size': 61")
+
+
+def test_saving_an_unpatched_model(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected a patched model"):
+        save_adapter(tiny.base_model(), tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
