@@ -59,6 +59,7 @@ _DEMO_HELP = {
     "lr": "of stage 1",
     "epochs2": "of stage 2",
     "lr2": "of stage 2",
+    "crm_epochs": "of the classical models, at most",
     "few_shot_crm": "gates and soft prompts from the DIN trained on the same shots",
     "model": "folder or hub name of another language model (default: SmolLM2-135M-Instruct)",
     "raw": "folder with MovieLens-100K (default: fetched)",

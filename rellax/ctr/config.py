@@ -169,6 +169,7 @@ class DemoConfig:
         test_samples, validation_samples: random samples of these splits.
         epochs, lr: of stage 1.
         epochs2, lr2: of stage 2.
+        crm_epochs: of the classical models, at most.
         few_shot_crm: gates and soft prompts come from the DIN trained on the same shots, not on all samples.
     """
 
@@ -183,6 +184,7 @@ class DemoConfig:
     lr: float = 1e-3
     epochs2: int = 1
     lr2: float = 3e-4
+    crm_epochs: int = 10
     few_shot_crm: bool = False
     seed: int = 0
 

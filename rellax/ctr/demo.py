@@ -135,7 +135,7 @@ class _Demo:
 
     def _crm(self, name: str, model: str) -> None:
         shots = self.config.shots if name.endswith("shots") else None
-        config = CRMConfig(model=model, shots=shots, seed=self.config.seed)
+        config = CRMConfig(model=model, shots=shots, epochs=self.config.crm_epochs, seed=self.config.seed)
         if not runs.is_claimed(self.out / name, asdict(config)):
             device = str(resolve_device(self.device))
             train_crm(Dataset.load(self.out / "data"), self.out / name, config, device=device)
