@@ -6,16 +6,14 @@ The products with W are torch's own; the kernels add the low-rank update to thei
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rellax.ops._register import extension
 from rellax.reference._numerics import column_hashes, keep_threshold
-
-if TYPE_CHECKING:
-    from rellax import _C
 
 _COMPONENTS, _COLUMNS = 4, 32  # what csrc/cflora.h pads the rank and the columns to
 
@@ -33,14 +31,12 @@ def cflora_fwd(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """As ``rellax.reference.cflora.cflora_fwd``, for fp32 and bf16."""
-    from rellax import _C
-
     rows = _rows(x)
     y = F.linear(x, weight, bias)
     h = torch.empty((rows.shape[0], lora_a.shape[0]))
     drop, _columns = _dropout(dropout, seed, rows.shape[1])
     down, up, offsets, gate = _packed(lora_a), _packed(lora_b.t()), _offsets(x, gate, cu_seqlens), _gate(gate)
-    _C.cflora_forward(
+    extension().cflora_forward(
         dtype=_name(x),
         r=lora_a.shape[0],
         d_from=rows.shape[1],
@@ -76,8 +72,6 @@ def cflora_bwd(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As ``rellax.reference.cflora.cflora_bwd``, for fp32 and bf16."""
-    from rellax import _C
-
     need_x, need_gate, need_a, need_b = needs
     rows = _rows(dy)
     dx = dy @ weight if need_x else None
@@ -86,7 +80,7 @@ def cflora_bwd(
     dgate = torch.empty(gate.shape) if need_gate and gate is not None else None
     drop, _columns = _dropout(dropout, seed, weight.shape[1])
     down, up, offsets, g = _packed(lora_b.t()), _packed(lora_a), _offsets(dy, gate, cu_seqlens), _gate(gate)
-    _C.cflora_backward(
+    extension().cflora_backward(
         dtype=_name(dy),
         r=lora_a.shape[0],
         d_from=rows.shape[1],
@@ -108,20 +102,18 @@ def cflora_bwd(
         threads=torch.get_num_threads(),
     )
     da = None if dh is None or x is None else _outer(dh, _rows(x), drop).to(lora_a.dtype)
-    db = None if z is None else _outer(z, rows, _C.Dropout()).t().to(lora_b.dtype)
+    db = None if z is None else _outer(z, rows, extension().Dropout()).t().to(lora_b.dtype)
     if dgate is not None and gate is not None:
         dgate = dgate.to(gate.dtype)
     dx, dgate, da, db = (dy.new_empty(0) if g is None else g.contiguous() for g in (dx, dgate, da, db))
     return dx, dgate, da, db
 
 
-def _outer(left: Tensor, right: Tensor, dropout: _C.Dropout) -> Tensor:
+def _outer(left: Tensor, right: Tensor, dropout: Any) -> Tensor:
     """left (T, r)ᵀ drop(right (T, d)): (r, d) fp32."""
-    from rellax import _C
-
     (tokens, r), d = left.shape, right.shape[1]
     out = _packed(left.new_zeros((r, d)))
-    _C.cflora_outer(
+    extension().cflora_outer(
         dtype=_name(right),
         tokens=tokens,
         r=r,
@@ -136,14 +128,12 @@ def _outer(left: Tensor, right: Tensor, dropout: _C.Dropout) -> Tensor:
     return out[:r, :d]
 
 
-def _dropout(p: float, seed: Tensor | None, columns: int) -> tuple[_C.Dropout, Tensor | None]:
+def _dropout(p: float, seed: Tensor | None, columns: int) -> tuple[Any, Tensor | None]:
     """What is dropped, and the hashes it points to."""
-    from rellax import _C
-
     if seed is None:
-        return _C.Dropout(), None
+        return extension().Dropout(), None
     hashes = column_hashes(seed, _round_up(columns, _COLUMNS))
-    drop = _C.Dropout(
+    drop = extension().Dropout(
         column=hashes.data_ptr(), seed=int(seed) & 0xFFFFFFFF, threshold=keep_threshold(p), factor=1 / (1 - p)
     )
     return drop, hashes

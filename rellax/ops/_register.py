@@ -42,6 +42,12 @@ def extension_built() -> bool:
 
 
 @functools.cache
+def extension() -> Any:
+    """The C++ extension. It is imported by its name: its parent package imports the operators."""
+    return importlib.import_module("rellax._C")
+
+
+@functools.cache
 def triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 

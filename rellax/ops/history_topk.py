@@ -8,20 +8,18 @@ import torch
 from torch import Tensor
 
 from rellax.ops._check import bad, can_read, check_embeddings, check_index, check_range
-from rellax.ops._register import operator
+from rellax.ops._register import extension, operator
 from rellax.reference import history_topk as reference
 
 
 def _cpp(
     embeddings: Tensor, items: Tensor, offsets: Tensor, target: Tensor, user: Tensor, end: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
-    from rellax import _C
-
     embeddings, items, offsets = embeddings.contiguous(), items.contiguous(), offsets.contiguous()
     target, user, end = target.contiguous(), user.contiguous(), end.contiguous()
     positions = torch.empty((len(target), k), dtype=torch.int64)
     scores = torch.empty((len(target), k), dtype=torch.float32)
-    _C.history_topk(
+    extension().history_topk(
         embeddings=embeddings.data_ptr(),
         dtype=str(embeddings.dtype).removeprefix("torch."),
         dim=embeddings.shape[1],
