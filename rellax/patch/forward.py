@@ -26,12 +26,15 @@ Handed = tuple[Tensor | None, Tensor | None]
 NOTHING: Handed = (None, None)
 
 
-@dataclass
 class ForwardContext:
-    """What one call of the model hands to its layers: each projection's gate (B, r, r), and the packing."""
+    """What one call of the model hands to its layers: each projection's gate (B, r, r), and the packing.
 
-    gates: tuple[Tensor, ...] | None
-    cu_seqlens: Tensor | None
+    No dataclass: FSDP2 looks for tensors in those, and would put nodes of its own between gates and layers.
+    """
+
+    def __init__(self, gates: tuple[Tensor, ...] | None, cu_seqlens: Tensor | None) -> None:
+        self.gates = gates
+        self.cu_seqlens = cu_seqlens
 
     def hand(self, gate_index: int) -> Handed:
         """(gate, cu_seqlens) of one projection; without gates all instances are treated alike."""

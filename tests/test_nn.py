@@ -1,0 +1,324 @@
+"""The modules by themselves, against loops in plain Python."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.testing import assert_close
+
+from rellax.errors import InputError
+from rellax.nn import AnswerHead, CFLoRALinear, GateBank, SoftPrompt
+from rellax.nn.answer import find_answers
+
+F64 = torch.float64
+
+
+# ---- CFLoRALinear
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_cflora_linear(packed: bool, bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = CFLoRALinear(9, 7, r=3, alpha=6, bias=bias, dtype=F64)
+    layer.lora_b.data.normal_()
+    gate = torch.randn(3, 3, 3, dtype=F64)
+    rows = [torch.randn(n, 9, dtype=F64) for n in ((2, 5, 1) if packed else (4, 4, 4))]
+    expected = []
+    for g, x in zip(gate, rows, strict=True):
+        weight = layer.weight + 2.0 * layer.lora_b @ g.t() @ layer.lora_a
+        expected.append(F.linear(x, weight, layer.bias))
+    if packed:
+        y = layer(torch.cat(rows), gate, cu_seqlens=torch.tensor([0, 2, 7, 8], dtype=torch.int32))
+        assert_close(y, torch.cat(expected))
+    else:
+        assert_close(layer(torch.stack(rows), gate), torch.stack(expected))
+
+
+def test_cflora_linear_starts_as_the_linear_layer_and_trains_lora_alone() -> None:
+    layer = CFLoRALinear(5, 4, r=2, dropout=0.5, dtype=torch.bfloat16)
+    x = torch.randn(2, 3, 5, dtype=torch.bfloat16)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    trainable = {name: p.dtype for name, p in layer.named_parameters() if p.requires_grad}
+    assert trainable == {"lora_a": torch.float32, "lora_b": torch.float32}
+    assert layer.lora_a.std() > 0.1
+    assert "r=2, scale=8, dropout=0.5" in repr(layer)
+
+
+def test_cflora_linear_drops_in_training_only() -> None:
+    torch.manual_seed(0)
+    layer = CFLoRALinear(64, 8, r=2, dropout=0.5, dtype=F64)
+    layer.lora_b.data.normal_()
+    x = torch.randn(1, 5, 64, dtype=F64)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert_close(layer(x), F.linear(x, layer.weight + 8 * layer.lora_b @ layer.lora_a, layer.bias))
+
+
+@pytest.mark.parametrize("options", [{"r": 0}, {"dropout": 1.0}, {"dropout": -0.1}])
+def test_cflora_linear_refuses(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="expected r >= 1 and dropout in"):
+        CFLoRALinear(4, 4, **options)
+
+
+# ---- GateBank
+
+
+@pytest.mark.parametrize("interaction", ["full", "diagonal"])
+def test_gate_bank_is_one_small_network_per_projection(interaction: str) -> None:
+    torch.manual_seed(0)
+    bank = GateBank(4, 3, 5, interaction, "kaiming", dtype=F64)
+    for parameter in bank.parameters():
+        parameter.data.normal_()
+    u = torch.randn(7, 5, dtype=F64)
+    gates = bank(u)
+    assert gates.shape == (4, 7, 3, 3)
+    for m, b in itertools.product(range(4), range(7)):
+        x = (u[b] - u[b].mean()) / (u[b].var(unbiased=False) + 1e-5).sqrt() * bank.ln_weight[
+            m
+        ] + bank.ln_bias[m]
+        h = bank.w1[m] @ x + bank.b1[m]
+        out = bank.w2[m] @ (h * 0.5 * (1 + torch.erf(h / math.sqrt(2)))) + bank.b2[m]
+        assert_close(gates[m, b], torch.diag(out) if interaction == "diagonal" else out.view(3, 3))
+
+
+@pytest.mark.parametrize("interaction", ["full", "diagonal"])
+def test_gate_bank_starts_as_exactly_the_identity(interaction: str) -> None:
+    bank = GateBank(3, 4, 6, interaction)
+    gates = bank(torch.randn(5, 6) * 100)
+    assert torch.equal(gates, torch.eye(4).expand(3, 5, 4, 4))
+
+
+def test_gate_bank_starts_as_published() -> None:
+    torch.manual_seed(0)
+    bank = GateBank(3, 4, 6, gate_init="kaiming")
+    for weight, fan_in in ((bank.w1, 6), (bank.w2, 32)):
+        bound = math.sqrt(6 / fan_in)  # Kaiming uniform of one matrix
+        assert weight.abs().max() <= bound
+        assert (weight.abs().amax((1, 2)) > 0.8 * bound).all()
+    assert not bank.b1.any()
+    assert not bank.b2.any()
+
+
+def test_gate_bank_refuses() -> None:
+    with pytest.raises(InputError, match="interaction: expected one of"):
+        GateBank(1, 2, 3, "none")
+    with pytest.raises(InputError, match="gate_init: expected one of"):
+        GateBank(1, 2, 3, gate_init="zero")
+    for shape in ((3,), (2, 4), (1, 2, 3)):
+        with pytest.raises(InputError, match=r"instance_embed: expected shape \(B, cond_dim = 3\)"):
+            GateBank(1, 2, 3)(torch.zeros(shape))
+
+
+# ---- SoftPrompt
+
+
+def soft_prompt() -> tuple[SoftPrompt, Tensor]:
+    torch.manual_seed(0)
+    return SoftPrompt(torch.randn(6, 4, dtype=F64), 5, (8, 99), dtype=F64), torch.randn(9, 5, dtype=F64)
+
+
+def by_hand(module: SoftPrompt, ids: Tensor, items: Tensor, words: Tensor, scale: float = 1.0) -> Tensor:
+    rows = []
+    for row, row_items in zip(ids.tolist(), items.tolist(), strict=True):
+        left = list(row_items)
+        for token in row:
+            if token in (8, 99):
+                rows.append(module.projector(module.item_embeddings[left.pop(0)]))
+            else:
+                rows.append(words[token] * scale)
+    return torch.stack(rows).view(*ids.shape, -1)
+
+
+IDS = torch.tensor([[8, 1, 2, 99, 3], [4, 8, 8, 5, 8], [1, 2, 3, 4, 5]])
+ITEM_IDS = torch.tensor([[5, 0, -1], [0, 0, 3], [-1, -1, -1]])
+
+
+@pytest.mark.parametrize("scale", [None, 7.5])
+def test_soft_prompt_writes_word_rows_and_soft_rows(scale: float | None) -> None:
+    module, words = soft_prompt()
+    expected = by_hand(module, IDS, ITEM_IDS, words, scale or 1.0)
+    embeds = module(IDS, ITEM_IDS, words, None if scale is None else torch.tensor(scale))
+    assert_close(embeds, expected)
+    weight = torch.randn_like(expected)
+    parameters = list(module.projector.parameters())
+    assert_close(
+        torch.autograd.grad((embeds * weight).sum(), parameters),
+        torch.autograd.grad((expected * weight).sum(), parameters),
+    )
+    is_word = ~module.is_placeholder(IDS)
+    assert torch.equal(embeds[is_word], words[IDS[is_word]] * (scale or 1.0))
+
+
+def test_soft_prompt_projects_each_item_once() -> None:
+    module, words = soft_prompt()
+    seen = []
+    module.projector.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    module(IDS, ITEM_IDS, words)
+    assert torch.equal(seen[0], module.item_embeddings[[0, 3, 5]])
+
+
+def test_soft_prompt_without_any_placeholder() -> None:
+    module, words = soft_prompt()
+    ids = torch.tensor([[1, 2], [3, 4]])
+    for items in (torch.empty(2, 0, dtype=torch.int64), torch.full((2, 3), -1)):
+        assert torch.equal(module(ids, items, words), words[ids])
+
+
+def test_soft_prompt_keeps_the_dtype_of_the_words() -> None:
+    module, words = soft_prompt()
+    assert module(IDS, ITEM_IDS, words.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_soft_prompt_compiles_to_one_graph() -> None:
+    module, words = soft_prompt()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(IDS, ITEM_IDS, words), by_hand(module, IDS, ITEM_IDS, words))
+
+
+def _step(module: SoftPrompt) -> None:
+    with torch.no_grad():
+        module.projector[0].weight.add_(1.0)
+
+
+def _load(module: SoftPrompt, assign: bool) -> None:
+    state = {name: tensor * 2 for name, tensor in module.state_dict().items()}
+    module.load_state_dict(state, assign=assign)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: module.item_embeddings.mul_(2),
+        _step,
+        lambda module: _load(module, assign=False),
+        lambda module: _load(module, assign=True),
+        lambda module: (module.train(), _step(module), module.eval()),
+        lambda module: module.float().double(),
+    ],
+    ids=["items", "step", "load", "assign", "train", "cast"],
+)
+def test_soft_prompt_drops_a_stale_table(change: Any) -> None:
+    module, words = soft_prompt()
+    module.eval()
+    module.cache_table()
+    projected = []
+    module.projector.register_forward_hook(lambda *_: projected.append(1))
+    with torch.no_grad():
+        embeds = module(IDS, ITEM_IDS, words)
+        assert not projected  # the table served
+        assert_close(embeds, by_hand(module, IDS, ITEM_IDS, words))
+        change(module)
+        assert_close(module(IDS, ITEM_IDS, words), by_hand(module, IDS, ITEM_IDS, words))
+
+
+def test_soft_prompt_has_gradients_beside_a_table() -> None:
+    module, words = soft_prompt()
+    module.eval()
+    module.cache_table()
+    assert module(IDS, ITEM_IDS, words).requires_grad
+    twin = copy.deepcopy(module)
+    with torch.no_grad():
+        _step(twin)
+        assert_close(twin(IDS, ITEM_IDS, words), by_hand(twin, IDS, ITEM_IDS, words))
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([[5, -1, -1], [0, 0, 3], [-1, -1, -1]], "row 0 of input_ids has 2 placeholders, .* has 1 ids"),
+        ([[5, 0, -1], [0, 0, 3], [-1, -1, 2]], "row 2 of input_ids has 0 placeholders, .* has 1 ids"),
+        ([[5, -1, 0], [0, 0, 3], [-1, -1, -1]], "expected -1 at the end of a row only"),
+        ([[5, 6, -1], [0, 0, 3], [-1, -1, -1]], r"expected ids in \[0, 6\) or -1, got values from -1 to 6"),
+        ([[5, 0, -2], [0, 0, 3], [-1, -1, -1]], "got values from -2 to 5"),
+        ([[5, 0, -1], [0, 0, 3]], r"expected integers of shape \(B = 3, K\)"),
+        ([[5.0, 0, -1], [0, 0, 3], [-1, -1, -1]], "expected integers"),
+    ],
+)
+def test_soft_prompt_refuses(items: Any, message: str) -> None:
+    module, words = soft_prompt()
+    with pytest.raises(InputError, match=message):
+        module(IDS, torch.tensor(items), words)
+
+
+# ---- AnswerHead
+
+
+@pytest.mark.parametrize("lengths", [[5, 5, 5], [1, 6, 2, 3], [4]])
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_answers_are_found_within_their_instance(lengths: list[int], density: float) -> None:
+    generator = torch.Generator().manual_seed(len(lengths))
+    tokens = torch.randint(0, 50, (sum(lengths),), generator=generator)
+    labels = tokens.where(torch.rand(len(tokens), generator=generator) < density, -100)
+    ends = list(itertools.accumulate(lengths, initial=0))
+    expected = [[t for t in range(a + 1, b) if labels[t] != -100] for a, b in itertools.pairwise(ends)]
+    layouts = [(labels[None], torch.tensor(ends, dtype=torch.int32))]
+    if len(set(lengths)) == 1:
+        layouts.append((labels.view(len(lengths), -1), None))
+    for shaped, cu_seqlens in layouts:
+        every = find_answers(shaped, cu_seqlens, first_only=False)
+        assert every.positions.tolist() == [t - 1 for row in expected for t in row]
+        assert every.labels.tolist() == [int(labels[t]) for row in expected for t in row]
+        assert [
+            every.positions.tolist()[i] + 1 for i in every.first.tolist() if i < len(every.positions)
+        ] == [row[0] for row in expected if row]
+        first = find_answers(shaped, cu_seqlens, first_only=True)
+        for b, row in enumerate(expected):
+            if row:
+                assert (int(first.positions[b]), int(first.labels[b])) == (row[0] - 1, int(labels[row[0]]))
+            else:
+                assert int(first.labels[b]) == -100
+                assert int(first.first[b]) == len(expected)
+
+
+@pytest.mark.parametrize("loss", ["choice", "vocab"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_answer_head(loss: str, softcap: float | None) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(4, 6, 8, dtype=F64, requires_grad=True)
+    weight, bias = torch.randn(20, 8, dtype=F64), torch.randn(20, dtype=F64)
+    labels = torch.full((4, 6), -100)
+    labels[0, 3], labels[1, 5], labels[2, 1] = 11, 4, 4  # the last instance has no label
+    got, logits = AnswerHead((4, 11), loss, softcap)(hidden, labels, weight, bias)
+    full = hidden @ weight.t() + bias
+    full = full if softcap is None else softcap * torch.tanh(full / softcap)
+    rows = full[[0, 1, 2], [2, 4, 0]]
+    if loss == "choice":
+        expected = F.cross_entropy(rows[:, [4, 11]], torch.tensor([1, 0, 0]))
+    else:
+        expected = F.cross_entropy(rows, torch.tensor([11, 4, 4]))
+    assert_close(got, expected)
+    assert_close(torch.autograd.grad(got, hidden), torch.autograd.grad(expected, hidden))
+    assert_close(logits[:3], rows[:, [4, 11]].detach())
+    assert logits[3].isnan().all()
+    assert not logits.requires_grad
+
+
+def test_answer_head_without_any_label() -> None:
+    hidden, labels = torch.randn(2, 3, 8), torch.full((2, 3), -100)
+    for loss in ("choice", "vocab"):
+        got, logits = AnswerHead((4, 11), loss)(hidden, labels, torch.randn(20, 8))
+        assert got == 0
+        assert logits.shape == (2, 2)
+        assert logits.isnan().all()
+
+
+def test_answer_head_without_answer_ids() -> None:
+    hidden, labels, weight = torch.randn(2, 3, 8), torch.full((2, 3), 5), torch.randn(20, 8)
+    loss, logits = AnswerHead(None, "vocab")(hidden, labels, weight)
+    assert loss > 0
+    assert logits is None
+    for head in (AnswerHead(None, "choice"), AnswerHead(None, "vocab")):
+        with pytest.raises(InputError, match=r"answer_ids: expected the token ids \(no_id, yes_id\)"):
+            head.logits(hidden, torch.tensor([0]), weight)
+    with pytest.raises(InputError, match="answer_ids"):
+        AnswerHead(None, "choice")(hidden, labels, weight)
+    with pytest.raises(InputError, match="loss: expected one of"):
+        AnswerHead(None, "mse")
