@@ -200,7 +200,9 @@ def test_adapters_that_do_not_fit(copy: Path, capsys: pytest.CaptureFixture[str]
     make_model(copy / "other", Dataset.load(copy / "data"), hidden_size=24)
     edit(copy / "run" / "config.json", str(copy / "model"), str(copy / "other"))
     before = files(copy)
-    assert "expected an adapter of {'class': 'LlamaForCausalLM'" in fails(capsys, ["evaluate", "run", *work])
+    sentence = fails(capsys, ["evaluate", "run", *work])
+    assert sentence.startswith("adapter: expected one of")
+    assert sentence.index("'hidden_size': 24") < sentence.index("'hidden_size': 16")
     stage_2 = ["--stage", "2", "--from", "run", "--interaction", "full", "--model", str(copy / "model")]
     assert "start: expected an adapter of" in fails(capsys, ["train", "two", *work, *TRAINED, *stage_2])
     edit(copy / "run" / "config.json", str(copy / "other"), str(copy / "model"))
@@ -233,6 +235,8 @@ def test_bad_options(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert "expected a positive number, got 0" in fails(capsys, [*train, "--threads", "0"])
     assert "got 'cuda' without a CUDA device" in fails(capsys, [*train, *TRAINED, "--device", "cuda"])
+    evaluate = ["evaluate", "run", "--work", str(work), "--k", "3"]
+    assert "k: only with --zero-shot" in fails(capsys, evaluate)
     with pytest.raises(SystemExit, match="2"):
         cli.main([*train, "--stage", "3"])
 

@@ -28,7 +28,7 @@ def test_padding_never_changes_a_prediction(workspace: Workspace, gated: bool) -
             torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(len(name)))
     examples = []
     for sample in inputs.dataset.indices("test"):
-        prompt = task.prompts.build(sample, inputs.retrieved[sample][: sample % 4])
+        prompt = task.prompts.build(sample, inputs.retrieved[sample, : sample % 4])
         examples.append(Example(int(sample), 1, prompt.input_ids, prompt.item_ids))
     lengths = [len(example.input_ids) for example in examples]
     assert max(lengths) > min(lengths) + 15

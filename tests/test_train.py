@@ -212,7 +212,7 @@ def test_resume_after_ctrl_c(
 
 
 def test_resume_after_sigkill(workspace: Workspace, tmp_path: Path) -> None:
-    config = workspace.config(stage="joint", epochs=40, **GATED)
+    config = workspace.config(stage="joint", epochs=16, **GATED)
     train(config, tmp_path / "whole", progress=False)
     script = (
         "import json, sys; from rellax.ctr.config import TrainConfig; from rellax.ctr.train import train; "

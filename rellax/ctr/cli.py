@@ -49,6 +49,7 @@ _TRAIN_HELP = {
     "dtype": "of the frozen weights; auto: bfloat16 where the hardware has it",
     "seed": "of samples, their order, initial values and dropout",
 }
+_PROMPT_FIELDS = ("prompts", "k", "max_tokens", "dtype")
 _DEMO_HELP = {
     "shots": "training samples",
     "k": "behaviours in a prompt",
@@ -141,9 +142,7 @@ def _train(options: argparse.Namespace) -> None:
     folder = options.work / options.name
     start = None if options.start is None else str(options.work / options.start)
     result = train(_train_config(options, start=start), folder, device=options.device, redo=options.redo)
-    validation = result["validation"]
-    print(f"{folder}: step {result['best_step']} of {result['steps']}", end="")
-    print(f", validation AUC {validation['auc']:.4f}" if validation["auc"] is not None else "")
+    print(f"{folder}: step {result['best_step']} of {result['steps']} is kept")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -156,8 +155,11 @@ def _evaluate(options: argparse.Namespace) -> None:
         "seed": options.seed,
         "device": options.device,
     }
+    given = [name for name in _PROMPT_FIELDS if hasattr(options, name)]
     if options.zero_shot:
         result = evaluate_zero_shot(_train_config(options), folder / options.split, **sizes)
+    elif given:
+        raise InputError(f"{given[0]}: only with --zero-shot, a training run is scored with its own prompts")
     else:
         result = evaluate(folder, **sizes)
     for key in ("auc", "gauc", "log_loss", "acc", "ece"):
@@ -185,10 +187,8 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _train_config(options: argparse.Namespace, **more: Any) -> TrainConfig:
     values = {name: getattr(options, name) for name in _TRAIN_HELP if hasattr(options, name)} | more
-    prompts, gated = (
-        values["prompts"],
-        values.get("soft_prompt") or values.get("interaction", "none") != "none",
-    )
+    prompts = values.get("prompts", TrainConfig.prompts)
+    gated = values.get("soft_prompt") or values.get("interaction", "none") != "none"
     return TrainConfig(
         data=str(options.work / "data"),
         model=_model(options),
@@ -272,8 +272,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--split", default="test", choices=["train", "valid", "test"], help="what to score")
     evaluate.add_argument("--samples", type=int, help="random samples of the split (default: all)")
     evaluate.add_argument("--zero-shot", action="store_true", help="the model as it is, with these prompts:")
-    fields = ("prompts", "k", "max_tokens", "dtype", "seed")
-    _add_fields(evaluate, TrainConfig, {name: _TRAIN_HELP[name] for name in fields})
+    evaluate.add_argument("--seed", type=int, default=0, help="of the chosen samples")
+    _add_fields(evaluate, TrainConfig, {name: _TRAIN_HELP[name] for name in _PROMPT_FIELDS}, defaults=False)
 
     predict = _command(
         commands,
@@ -310,23 +310,24 @@ def _command(commands: Any, name: str, run: Any, summary: str, examples: str) ->
     return parser
 
 
-def _add_fields(parser: argparse.ArgumentParser, config: Any, helps: dict[str, str]) -> None:
-    """An option for each named field of a configuration, of its type and with its default."""
+def _add_fields(
+    parser: argparse.ArgumentParser, config: Any, helps: dict[str, str], *, defaults: bool = True
+) -> None:
+    """An option for each named field of a configuration; without `defaults` absent where it is not given."""
     types = {"int": int, "float": float, "str": str}
     for field in dataclasses.fields(config):
         if field.name not in helps:
             continue
-        option, text = f"--{field.name.replace('_', '-')}", helps[field.name]
+        options: dict[str, Any] = {"help": helps[field.name]}
+        options["default"] = field.default if defaults else argparse.SUPPRESS
         annotation = str(field.type).removesuffix(" | None")
         if annotation == "bool":
-            parser.add_argument(option, action="store_true", help=text)
+            options["action"] = "store_true"
         elif annotation.startswith("tuple"):
-            parser.add_argument(option, nargs="+", default=field.default, metavar="NAME", help=text)
+            options |= {"nargs": "+", "metavar": "NAME"}
         else:
-            choices = _CHOICES.get(field.name)
-            parser.add_argument(
-                option, type=types[annotation], default=field.default, choices=choices, help=text
-            )
+            options |= {"type": types[annotation], "choices": _CHOICES.get(field.name)}
+        parser.add_argument(f"--{field.name.replace('_', '-')}", **options)
 
 
 if __name__ == "__main__":

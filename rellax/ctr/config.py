@@ -190,16 +190,20 @@ class DemoConfig:
 
 
 def read_config(run: str | Path) -> TrainConfig:
-    """The configuration in a run folder.
+    """The configuration of a finished training run.
 
     Raises:
-        InputError: there is none, or one of another kind of run.
+        InputError: there is none, one of another kind of run, or the run is not finished.
     """
     path = Path(run) / "config.json"
     values = read_json(path)
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     if not isinstance(values, dict) or not values.keys() >= set(names):
         raise InputError(f"{path}: expected the configuration of `rellax train`, found another")
+    if not (Path(run) / "metrics.json").exists():
+        raise InputError(
+            f"{run}: expected a finished run, found one that was stopped; its command finishes it"
+        )
     values = {name: values[name] for name in names}
     return TrainConfig(**values | {"target_modules": tuple(values["target_modules"])})
 
@@ -208,13 +212,11 @@ def inherited(config: TrainConfig) -> TrainConfig:
     """`config` with the LoRA of the run it starts from.
 
     Raises:
-        InputError: that run is no finished stage 1, or of another model.
+        InputError: that run is not finished, not of stage 1, or of another model.
     """
     if config.start is None:
         return config
     first = read_config(config.start)
-    if not (Path(config.start) / "metrics.json").exists():
-        raise InputError(f"start: expected a finished run, found one that was stopped in {config.start}")
     if first.stage != "1":
         raise InputError(
             f"start: expected a run of stage 1, found one of stage {first.stage} in {config.start}"

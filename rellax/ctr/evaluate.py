@@ -75,8 +75,6 @@ def evaluate(
     """
     run = Path(run)
     config = read_config(run)
-    if not (run / "metrics.json").exists():
-        raise InputError(f"{run}: expected a finished training run; repeat its command to finish it")
     if read_json(run / "config.json")["inputs"] != input_hashes(config):
         raise InputError(f"{run}: expected the files it was trained with, but one has changed since")
     folder = run / split if folder is None else folder

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from rellax.ctr.runs import has_bfloat16
 from rellax.errors import InputError
 
 
@@ -35,13 +36,6 @@ def load_model(name: str | Path, *, dtype: str = "auto") -> Any:
     if dtype == "auto":
         dtype = "bfloat16" if has_bfloat16() else "float32"
     return _load(AutoModelForCausalLM, name, dtype=getattr(torch, dtype))
-
-
-def has_bfloat16() -> bool:
-    """Whether the GPU, or the CPU where there is none, multiplies bfloat16 in hardware."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def resolve_device(name: str) -> torch.device:

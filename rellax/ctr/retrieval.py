@@ -69,8 +69,8 @@ def retrieve(config: dict[str, Any], folder: str | Path, *, redo: bool = False) 
         write_json(part / "config.json", config)
 
 
-def read_positions(folder: str | Path, dataset: Dataset, k: int) -> list[list[int]]:
-    """For every sample the positions of its `k` nearest behaviours in the user's history, nearest first.
+def read_positions(folder: str | Path, dataset: Dataset, k: int) -> np.ndarray:
+    """Positions (S, k) of each sample's `k` nearest behaviours in its user's history, nearest first, then -1.
 
     Raises:
         InputError: the file is missing or damaged, has other samples, or fewer than `k` behaviours for one.
@@ -83,13 +83,12 @@ def read_positions(folder: str | Path, dataset: Dataset, k: int) -> list[list[in
         )
     if k > found.positions.shape[1]:
         raise InputError(f"k: expected at most the {found.positions.shape[1]} behaviours of {path}, got {k}")
-    return _lists(found.positions[:, :k])
+    return found.positions[:, :k]
 
 
-def find_positions(folder: str | Path, dataset: Dataset, k: int) -> list[list[int]]:
+def find_positions(folder: str | Path, dataset: Dataset, k: int) -> np.ndarray:
     """As `read_positions`, computed for any samples with the embeddings that `folder` was made with."""
-    positions, _ = _nearest(dataset, read_json(Path(folder) / "config.json")["embeddings"], k)
-    return _lists(positions)
+    return _nearest(dataset, read_json(Path(folder) / "config.json")["embeddings"], k)[0]
 
 
 def _nearest(dataset: Dataset, embeddings_folder: str, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -104,7 +103,3 @@ def _nearest(dataset: Dataset, embeddings_folder: str, k: int) -> tuple[np.ndarr
         samples.item,
         k,
     )
-
-
-def _lists(positions: np.ndarray) -> list[list[int]]:
-    return [[position for position in row if position >= 0] for row in positions.tolist()]

@@ -63,11 +63,19 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "isa": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16": has_bfloat16(),
         "rellax_isa": os.environ.get("RELLAX_ISA"),
         "rellax_backend": os.environ.get("RELLAX_BACKEND"),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def has_bfloat16() -> bool:
+    """Whether the GPU, or the CPU where there is none, multiplies bfloat16 in hardware."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def peak_memory_gib() -> float:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,13 +29,13 @@ class Inputs:
 
     Attributes:
         dataset: N items and S samples.
-        retrieved: for each sample, positions in its user's history by falling similarity to the target.
+        retrieved: (S, k) positions in a sample's history by falling similarity to its target, then -1.
         item_embeddings: (N, E) float32, of the recommendation model.
         instance_embeddings: (S, d_u) float32, of the recommendation model.
     """
 
     dataset: Dataset
-    retrieved: Sequence[Sequence[int]] | None = None
+    retrieved: np.ndarray | None = None
     item_embeddings: Tensor | None = None
     instance_embeddings: Tensor | None = None
 
@@ -77,8 +78,8 @@ def input_hashes(config: TrainConfig) -> dict[str, str]:
 class Task:
     """A language model patched for `config`, and what makes prompts and batches for it.
 
-    The model is on the CPU. Without an adapter, A, gates and projector are drawn from the configuration's seed
-    and B is zero, so that, but for soft prompts, it predicts what the unpatched model would.
+    The model is on the CPU. Without an adapter, A, gates and projector come from the configuration's seed and
+    B is zero, so that, but for soft prompts, it predicts what the unpatched model would.
     """
 
     def __init__(self, config: TrainConfig, inputs: Inputs, adapter: Path | None = None) -> None:
@@ -109,10 +110,10 @@ class Task:
     def _example(self, sample: int, kind: str) -> Example:
         samples, retrieved = self.inputs.dataset.samples, self.inputs.retrieved
         if kind == "recent":
-            positions: Sequence[int] = recent(int(samples.position[sample]), self.config.k)
+            positions = recent(int(samples.position[sample]), self.config.k)
         else:
             assert retrieved is not None, "TrainConfig asks for the folder wherever these prompts are used"
-            positions = retrieved[sample]
+            positions = retrieved[sample][retrieved[sample] >= 0].tolist()
         prompt = self.prompts.build(sample, positions)
         return Example(sample, int(samples.label[sample]), prompt.input_ids, prompt.item_ids)
 
