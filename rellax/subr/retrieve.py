@@ -40,8 +40,8 @@ def retrieve(
         InputError: as :func:`rellax.ops.history_topk`.
     """
     device = embeddings.device
-    items, starts, users, ends, targets = (
-        torch.as_tensor(array, device=device) for array in (behaviour_items, offsets, user, position, target)
+    items, starts, users, ends, targets = (  # copies: arrays out of Parquet are read-only, a tensor is not
+        torch.tensor(array, device=device) for array in (behaviour_items, offsets, user, position, target)
     )
     positions, scores = ops.history_topk(embeddings, items, starts, k, target=targets, user=users, end=ends)
     return positions.cpu().numpy(), scores.cpu().numpy()
