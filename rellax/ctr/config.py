@@ -168,8 +168,8 @@ class DemoConfig:
         k: behaviours in a prompt.
         test_samples, validation_samples: random samples of these splits.
         epochs, lr: of stage 1.
-        epochs2, lr2: of stage 2. The published rate, 3e-4, is for some thousand steps; in the 32 of the default
-            sizes, 5e-3 was the first to move the gates (chosen on the validation split).
+        epochs2, lr2: of stage 2. The published rate, 3e-4, is for some thousand steps; for the few of these
+            sizes, 5e-3 was chosen on the validation split.
         crm_epochs: of the classical models, at most.
         few_shot_crm: gates and soft prompts come from the DIN trained on the same shots, not on all samples.
     """
