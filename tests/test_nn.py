@@ -189,7 +189,11 @@ def _step(module: SoftPrompt) -> None:
 
 
 def _load(module: SoftPrompt, assign: bool) -> None:
+    """Other weights, which tensor versions do not tell from the old ones."""
     state = {name: tensor * 2 for name, tensor in module.state_dict().items()}
+    for name, tensor in module.state_dict().items():
+        while state[name]._version < tensor._version:
+            state[name].add_(0)
     module.load_state_dict(state, assign=assign)
 
 
@@ -200,7 +204,7 @@ def _load(module: SoftPrompt, assign: bool) -> None:
         _step,
         lambda module: _load(module, assign=False),
         lambda module: _load(module, assign=True),
-        lambda module: (module.train(), _step(module), module.eval()),
+        lambda module: module.train().eval(),
         lambda module: module.float().double(),
     ],
     ids=["items", "step", "load", "assign", "train", "cast"],
@@ -216,7 +220,10 @@ def test_soft_prompt_drops_a_stale_table(change: Any) -> None:
         assert not projected  # the table served
         assert_close(embeds, by_hand(module, IDS, ITEM_IDS, words))
         change(module)
-        assert_close(module(IDS, ITEM_IDS, words), by_hand(module, IDS, ITEM_IDS, words))
+        projected.clear()
+        embeds = module(IDS, ITEM_IDS, words)
+        assert projected
+        assert_close(embeds, by_hand(module, IDS, ITEM_IDS, words))
 
 
 def test_soft_prompt_has_gradients_beside_a_table() -> None:

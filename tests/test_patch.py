@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from rellax.errors import InputError
-from rellax.patch import CFLoRAConfig, answer_logits, patch_model, unpatch_model
+from rellax.patch import CFLoRAConfig, answer_logits, checkpoint, patch_model, unpatch_model
 
 CHECKPOINTS = ("none", "non-reentrant", "reentrant")
 
@@ -141,10 +141,10 @@ def test_checkpointing_repeats_dropout(kind: str) -> None:
 def test_reentrant_checkpointing_with_frozen_parts(lora: bool, gates: bool, soft_prompt: bool) -> None:
     if not (lora or gates or soft_prompt):
         pytest.skip("nothing to train")
-    model, truth = pair(soft_prompt=soft_prompt)
-    model.rellax.set_trainable(lora=lora, gates=gates, soft_prompt=soft_prompt or None)
+    model, truth = pair()
+    model.rellax.set_trainable(lora=lora, gates=gates, soft_prompt=soft_prompt)
     set_checkpointing(model, "reentrant")
-    made = tiny.instances(placeholders=soft_prompt)
+    made = tiny.instances()
     loss = model(**tiny.batch(made)).loss
     expected = tiny.true_gradients(model, truth.choice_loss(made))
     close(tiny.gradients(model, loss), expected)
@@ -181,17 +181,47 @@ def test_other_users_in_flight(kind: str) -> None:
     close(tiny.gradients(model, other), tiny.true_gradients(model, truth.choice_loss(second)))
 
 
-def test_lost_gate_gradients_are_an_error() -> None:
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_a_second_backward_through_one_forward(kind: str) -> None:
     model, _ = pair()
-    set_checkpointing(model, "reentrant")
-    made = tiny.instances()
-    embeds = model.get_input_embeddings()(tiny.batch(made)["input_ids"].clamp(max=9)).requires_grad_()
-    from rellax.patch import checkpoint
+    set_checkpointing(model, kind)
+    loss = model(**tiny.batch(tiny.instances())).loss
+    loss.backward(retain_graph=True)
+    first = {name: p.grad.clone() for name, p in tiny.trainable(model).items()}
+    close(tiny.gradients(model, loss), first)
 
-    gates = model.rellax.gate_bank(torch.stack([one.embed for one in made]))
-    entered, _ = checkpoint.enter(embeds, gates)
+
+def test_a_failed_forward_leaves_no_gate_behind() -> None:
+    """The decoder alone, without the patched model around it, is plain LoRA."""
+    model, _ = pair(soft_prompt=False)
+    arguments = tiny.batch(tiny.instances(placeholders=False))
+    ids = arguments["input_ids"]
+    expected = model(ids).logits
+    fail = model.model.layers[1].mlp.up_proj.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(**arguments)
+    fail.remove()
+    assert torch.equal(model.lm_head(model.model(ids).last_hidden_state), expected)
+
+
+def test_in_eval_mode_nothing_is_checkpointed() -> None:
+    model, truth = pair()
+    set_checkpointing(model, "reentrant")
+    model.eval()
+    made = tiny.instances()
+    expected = tiny.true_gradients(model, truth.choice_loss(made))
+    close(tiny.true_gradients(model, model(**tiny.batch(made)).loss), expected)
+
+
+def test_lost_gate_gradients_are_an_error() -> None:
+    embeds = torch.randn(2, 4, 8, requires_grad=True)
+    gates = torch.randn(3, 2, 2, 2, requires_grad=True)
+    entered, leaves = checkpoint.enter(embeds, gates)
     with pytest.raises(RuntimeError, match="no layer gave its gates a gradient"):
         entered.sum().backward()
+    entered, leaves = checkpoint.enter(embeds, gates)
+    (entered.sum() + leaves[1].sum()).backward()
+    assert torch.equal(gates.grad, torch.tensor([0.0, 1, 0]).view(3, 1, 1, 1).expand_as(gates))
 
 
 def test_gates_feel_the_loss_at_the_identity() -> None:

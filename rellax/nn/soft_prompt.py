@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -95,10 +95,6 @@ class SoftPrompt(nn.Module):
         if mode:
             self._drop_table()
         return super().train(mode)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SoftPrompt:
-        self._drop_table()  # moves and casts do not count as a new version of a weight
-        return super()._apply(fn, recurse)
 
     def _drop_table(self) -> None:
         self._table, self._table_of = None, []

@@ -81,10 +81,6 @@ class Projection(CFLoRA):
             return super().forward(x, gate)
         return super().forward(x.squeeze(0), gate, cu_seqlens=cu_seqlens).unsqueeze(0)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A recomputation that ends early can leave a gate behind; it belongs to that call, not to a copy."""
-        return {**self.__dict__, "handed": NOTHING}
-
 
 class Attention(nn.Module):
     """An attention block that hands the projections of its decoder layer their gates."""
