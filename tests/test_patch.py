@@ -514,7 +514,7 @@ def _wrong(**changes: Any) -> Any:
         (
             "right",
             _wrong(item_ids=lambda a: a["item_ids"].where(a["item_ids"] != 10, 11)),
-            r"\[0, 11\) or -1.* to 11",
+            r"\[0, 11\), padded with -1, got 11",
         ),
         ("right", _wrong(item_ids=torch.zeros(2, 3)), r"item_ids: expected integers of shape \(B = 3, K\)"),
         ("right", _wrong(input_ids=None), "input_ids: expected token ids"),

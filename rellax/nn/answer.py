@@ -121,14 +121,10 @@ def find_answers(labels: Tensor, cu_seqlens: Tensor | None, *, first_only: bool)
     With `first_only` the result's shapes depend on the shape of the batch alone: position i is that of
     instance i's first label, and the label is ignored (-100) where it has none.
     """
-    labels, length = labels.flatten(), labels.shape[1]
-    tokens = labels.shape[0]
+    tokens, length = labels.numel(), labels.shape[1]
     token = torch.arange(tokens, device=labels.device)
-    starts = (
-        torch.arange(0, tokens, length, device=labels.device)
-        if cu_seqlens is None
-        else cu_seqlens[:-1].long()
-    )
+    starts = token[::length].contiguous() if cu_seqlens is None else cu_seqlens[:-1].long()
+    labels = labels.flatten()
     instance = torch.bucketize(token, starts, right=True) - 1
     supervised = (labels != -100) & (token != starts[instance])  # nothing predicts an instance's first token
     first = starts.new_full(starts.shape, tokens, dtype=torch.int64)

@@ -88,7 +88,7 @@ class SoftPrompt(nn.Module):
         It is dropped when training resumes and when a weight or an item embedding changes. ``torch.compile``
         makes no use of it.
         """
-        self._table = self.projector(self.item_embeddings)
+        self._table = self._rows(self.item_embeddings)
         self._table_of = self._versions()
 
     def train(self, mode: bool = True) -> SoftPrompt:
@@ -115,31 +115,34 @@ class SoftPrompt(nn.Module):
     def _project(self, item_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Soft rows (S, d), and which of them each entry of `item_ids` takes; each item is projected once."""
         items = item_ids.long().clamp(min=0)
-        if (
-            torch.compiler.is_compiling()
-        ):  # how many items are distinct is not known then, nor a weight's version
-            rows = self.projector(self.item_embeddings[items.flatten()])
-            return rows, torch.arange(items.numel(), device=items.device).view_as(items)
+        if torch.compiler.is_compiling():
+            # How many items are distinct is not known while tracing, nor whether a weight has changed.
+            row_of_item = torch.arange(items.numel(), device=items.device).view_as(items)
+            return self._rows(self.item_embeddings[items.flatten()]), row_of_item
         if (table := self._cached_table()) is not None:
             return table, items
         distinct, row_of_item = items.unique(return_inverse=True)
-        return self.projector(self.item_embeddings[distinct]), row_of_item
+        return self._rows(self.item_embeddings[distinct]), row_of_item
+
+    def _rows(self, embeddings: Tensor) -> Tensor:
+        rows: Tensor = self.projector(embeddings.to(next(self.projector.parameters()).dtype))
+        return rows
 
     def _check(self, placeholder: Tensor, item_ids: Tensor) -> None:
-        given = item_ids >= 0
-        expected_per_row, given_per_row = placeholder.sum(1), given.sum(1)
-        if (wrong := expected_per_row != given_per_row).any():
+        """Raise unless the ids fit the placeholders; a device is waited for once."""
+        given, items = item_ids >= 0, len(self.item_embeddings)
+        wrong = placeholder.sum(1) != given.sum(1)
+        gaps = given.int().diff(dim=1) > 0
+        unknown = (item_ids < -1) | (item_ids >= items)
+        if not (wrong.any() | gaps.any() | unknown.any()):
+            return
+        if wrong.any():
             row = int(wrong.nonzero()[0])
             raise InputError(
-                f"item_ids: row {row} of input_ids has {int(expected_per_row[row])} placeholders, "
-                f"row {row} of item_ids has {int(given_per_row[row])} ids"
+                f"item_ids: row {row} of input_ids has {int(placeholder[row].sum())} placeholders, "
+                f"row {row} of item_ids has {int(given[row].sum())} ids"
             )
-        if (given.int().diff(dim=1) > 0).any():
+        if gaps.any():
             raise InputError("item_ids: expected -1 at the end of a row only, got it before an id")
-        if item_ids.numel() and not -1 <= int(item_ids.min()) <= int(item_ids.max()) < len(
-            self.item_embeddings
-        ):
-            raise InputError(
-                f"item_ids: expected ids in [0, {len(self.item_embeddings)}) or -1, "
-                f"got values from {int(item_ids.min())} to {int(item_ids.max())}"
-            )
+        got = int(item_ids[unknown][0])
+        raise InputError(f"item_ids: expected ids in [0, {items}), padded with -1, got {got}")

@@ -45,9 +45,7 @@ def patch_model(
     """
     inner = hf_model(model)
     if isinstance(inner, CausalLM):
-        raise InputError(
-            "model: expected one that is not patched, got a patched one; call unpatch_model first"
-        )
+        raise InputError("model: expected an unpatched one, got a patched one; call unpatch_model first")
     family = rules.find_family(inner)
     layers = inner.get_submodule(family.layers)
     attentions = [layer.get_submodule(family.attention_path) for layer in layers]
@@ -63,9 +61,7 @@ def patch_model(
         module.adopt(config)
         module.gate_index = index
     for layer, attention in zip(layers, attentions, strict=True):
-        attention.rellax_projections = [
-            module for module in layer.modules() if isinstance(module, Projection)
-        ]
+        attention.rellax_projections = [m for m in layer.modules() if isinstance(m, Projection)]
         _put_in_front(attention, Attention)
     _put_in_front(inner, CausalLM)
     inner.rellax = state
@@ -102,7 +98,7 @@ def unpatch_model(model: Model) -> Model:
             del module.rellax
         module.__class__ = vars(type(module))["rellax_base"]
     for name, parameter in inner.named_parameters():
-        parameter.requires_grad_(state.original_requires_grad[name])
+        parameter.requires_grad_(state.original_requires_grad.get(name, parameter.requires_grad))
     return model
 
 
@@ -186,10 +182,8 @@ def _select(
             raise InputError(
                 f"target_modules: expected names out of {known} in {family.model}, got {unknown}"
             )
-        wanted, reason = (
-            {name for name in linears if name.rsplit(".", 1)[-1] in targets},
-            "not in target_modules",
-        )
+        wanted = {name for name in linears if name.rsplit(".", 1)[-1] in targets}
+        reason = "not in target_modules"
     found = {name: module for name, module in linears.items() if name in wanted}
     return found, {name: reason for name in linears if name not in wanted}
 

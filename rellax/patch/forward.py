@@ -89,9 +89,8 @@ class Attention(nn.Module):
 
     def forward(self, *args: Any, rellax_context: ForwardContext | None = None, **kwargs: Any) -> Any:
         for projection in self.rellax_projections:
-            projection.handed = (
-                NOTHING if rellax_context is None else rellax_context.hand(projection.gate_index)
-            )
+            index = projection.gate_index
+            projection.handed = NOTHING if rellax_context is None else rellax_context.hand(index)
         return super().forward(*args, **kwargs)
 
 
