@@ -62,13 +62,14 @@ def write_json(path: str | Path, value: Any) -> None:
         part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file; `InputError` where it is missing or damaged."""
+def read_json(path: str | Path, *, maker: str | None = None) -> Any:
+    """Read a JSON file; `InputError` where it is missing (`maker` is the command that writes it) or damaged."""
     path = Path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: expected a JSON file, found none") from None
+        hint = f"; `{maker}` makes it" if maker else ""
+        raise InputError(f"{path}: expected a JSON file, found none{hint}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: expected JSON, but it is damaged ({error})") from None
 

@@ -148,11 +148,11 @@ def test_bad_raw_data(
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (["train", "x"], "data/samples.parquet: expected this file, found none"),
-        (["evaluate", "x"], "x/config.json: expected a JSON file, found none"),
-        (["retrieve"], "data/dataset.json: expected a JSON file, found none"),
-        (["crm"], "data/dataset.json: expected a JSON file, found none"),
-        (["embed"], "data/dataset.json: expected a JSON file, found none"),
+        (["train", "x"], "data/samples.parquet: expected this file, found none; `rellax prepare` makes it"),
+        (["evaluate", "x"], "x/config.json: expected a JSON file, found none; `rellax train` makes it"),
+        (["retrieve"], "data/dataset.json: expected a JSON file, found none; `rellax prepare` makes it"),
+        (["crm"], "data/dataset.json: expected a JSON file, found none; `rellax prepare` makes it"),
+        (["embed"], "data/dataset.json: expected a JSON file, found none; `rellax prepare` makes it"),
         (["predict", "x", "y.csv", "--out", "z.csv"], "y.csv: expected a table, found none"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

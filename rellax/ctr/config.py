@@ -197,7 +197,7 @@ def read_config(run: str | Path) -> TrainConfig:
         InputError: there is none, one of another kind of run, or the run is not finished.
     """
     path = Path(run) / "config.json"
-    values = read_json(path)
+    values = read_json(path, maker="rellax train")
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     if not isinstance(values, dict) or not values.keys() >= set(names):
         raise InputError(f"{path}: expected the configuration of `rellax train`, found another")

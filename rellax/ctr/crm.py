@@ -179,7 +179,7 @@ def instance_embeddings(folder: str | Path, dataset: Dataset) -> Tensor:
     path = Path(folder) / WEIGHTS
     if not path.is_file():
         raise InputError(f"{path}: expected a file of `rellax crm`, found none")
-    values = read_json(Path(folder) / "config.json")
+    values = read_json(Path(folder) / "config.json", maker="rellax crm")
     config = CRMConfig(**values | {"hidden": tuple(values["hidden"])})
     device = torch.device("cpu")
     with torch.random.fork_rng(devices=[]):

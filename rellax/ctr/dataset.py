@@ -70,7 +70,7 @@ class Dataset:
             InputError: a file or column is missing, or ids and positions do not fit each other.
         """
         folder = Path(folder)
-        meta = read_json(folder / "dataset.json")
+        meta = read_json(folder / "dataset.json", maker="rellax prepare")
         items, users = _read(folder, "items"), _read(folder, "users")
         behaviours, samples = _read(folder, "behaviours"), _read(folder, "samples")
         owner = behaviours["user"].to_numpy()

@@ -88,7 +88,9 @@ def read_positions(folder: str | Path, dataset: Dataset, k: int) -> np.ndarray:
 
 def find_positions(folder: str | Path, dataset: Dataset, k: int) -> np.ndarray:
     """As `read_positions`, computed for any samples with the embeddings that `folder` was made with."""
-    return _nearest(dataset, read_json(Path(folder) / "config.json")["embeddings"], k)[0]
+    return _nearest(
+        dataset, read_json(Path(folder) / "config.json", maker="rellax retrieve")["embeddings"], k
+    )[0]
 
 
 def _nearest(dataset: Dataset, embeddings_folder: str, k: int) -> tuple[np.ndarray, np.ndarray]:

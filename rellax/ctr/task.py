@@ -62,17 +62,18 @@ def input_hashes(config: TrainConfig) -> dict[str, str]:
     Raises:
         InputError: a file is missing.
     """
-    paths = [Path(config.data) / name for name in ("samples.parquet", "behaviours.parquet", "items.parquet")]
+    tables = ("samples.parquet", "behaviours.parquet", "items.parquet")
+    makers = {Path(config.data) / name: "prepare" for name in tables}
     if config.retrieved is not None:
-        paths.append(Path(config.retrieved) / "retrieved.parquet")
+        makers[Path(config.retrieved) / "retrieved.parquet"] = "retrieve"
     if config.crm is not None:
-        paths.append(Path(config.crm) / "outputs.safetensors")
+        makers[Path(config.crm) / "outputs.safetensors"] = "crm"
     if config.start is not None:
-        paths.append(Path(config.start) / "adapter" / "adapter.safetensors")
-    for path in paths:
+        makers[Path(config.start) / "adapter" / "adapter.safetensors"] = "train"
+    for path, command in makers.items():
         if not path.is_file():
-            raise InputError(f"{path}: expected this file, found none")
-    return {path.name: sha256_file(path) for path in paths}
+            raise InputError(f"{path}: expected this file, found none; `rellax {command}` makes it")
+    return {path.name: sha256_file(path) for path in makers}
 
 
 class Task:
