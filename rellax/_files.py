@@ -63,7 +63,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path, *, maker: str | None = None) -> Any:
-    """Read a JSON file; `InputError` where it is missing (`maker` is the command that writes it) or damaged."""
+    """Read a JSON file, which the command `maker` writes; `InputError` where it is missing or damaged."""
     path = Path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
