@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import logging
 import sys
 from collections.abc import Sequence
@@ -68,6 +69,9 @@ _DEMO_HELP = {
 }
 
 
+_MACHINE_SAYS_NO = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     """Shows defaults that say something, and examples as they are written."""
 
@@ -79,7 +83,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run one command; returns 0, 2 for bad input or a disk that is full or locked, 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("rellax").setLevel(logging.INFO)
@@ -89,6 +93,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
     except InputError as error:
         print(f"rellax: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in _MACHINE_SAYS_NO:
+            raise
+        print(f"rellax: error: {error}; nothing was left half-written", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nrellax: stopped; the same command goes on from where it was", file=sys.stderr)
