@@ -5,7 +5,20 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test asks a hub for a model
 
 import pytest
+import torch
 from workspace import Workspace, make_workspace
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: it then runs on the CPU
+
+
+@pytest.fixture(params=["reference", "cpp", "triton"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each backend in turn, asked for by RELLAX_BACKEND: C++ on a CPU, Triton on a GPU or interpreted."""
+    if request.param == "cpp" and torch.cuda.is_available():
+        pytest.skip("the tensors are on a GPU")
+    monkeypatch.setenv("RELLAX_BACKEND", request.param)
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -61,6 +61,7 @@ class Backends:
         cpp: calls ``rellax._C``; None where the operator has no C++ kernel.
         cpp_dtypes: the dtypes of the first tensor that `cpp` takes; None is any.
         triton: "module:function", imported at first use; None where the operator has no Triton kernel.
+        triton_dtypes: the dtypes of the first tensor that `triton` takes; None is any.
     """
 
     def __init__(
@@ -71,12 +72,14 @@ class Backends:
         cpp: Callable[..., Any] | None = None,
         cpp_dtypes: tuple[torch.dtype, ...] | None = None,
         triton: str | None = None,
+        triton_dtypes: tuple[torch.dtype, ...] | None = None,
     ) -> None:
         self.name = name
         self._reference = reference
         self._cpp = cpp
         self._cpp_dtypes = cpp_dtypes
         self._triton = triton
+        self._triton_dtypes = triton_dtypes
 
     def backend(self, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
         """The name of the backend that runs for a first tensor of that device and dtype.
@@ -86,9 +89,9 @@ class Backends:
         """
         wanted = os.environ.get("RELLAX_BACKEND", "")
         if wanted == "":
-            if device.type == "cuda" and self._triton and triton_installed():
+            if device.type == "cuda" and self._triton_takes(dtype) and triton_installed():
                 return "triton"
-            if device.type == "cpu" and self._takes(dtype) and extension_built():
+            if device.type == "cpu" and self._cpp_takes(dtype) and extension_built():
                 return "cpp"
             return "reference"
         if wanted not in BACKENDS:
@@ -97,8 +100,11 @@ class Backends:
             raise InputError(f"RELLAX_BACKEND={wanted}: {self.name} cannot run on it, {reason}")
         return wanted
 
-    def _takes(self, dtype: torch.dtype) -> bool:
+    def _cpp_takes(self, dtype: torch.dtype) -> bool:
         return self._cpp is not None and (self._cpp_dtypes is None or dtype in self._cpp_dtypes)
+
+    def _triton_takes(self, dtype: torch.dtype) -> bool:
+        return self._triton is not None and (self._triton_dtypes is None or dtype in self._triton_dtypes)
 
     def _why_not(self, backend: str, device: torch.device, dtype: torch.dtype) -> str:
         if backend == "cpp":
@@ -106,7 +112,7 @@ class Backends:
                 return "it has no C++ kernel"
             if device.type != "cpu":
                 return f"its tensors are on {device}"
-            if not self._takes(dtype):
+            if not self._cpp_takes(dtype):
                 return f"its C++ kernel does not take {dtype}"
             return "" if extension_built() else "the extension is not built"
         if backend == "triton":
@@ -116,6 +122,8 @@ class Backends:
                 return "Triton is not installed"
             if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
                 return f"its tensors are on {device}"
+            if not self._triton_takes(dtype):
+                return f"its Triton kernel does not take {dtype}"
         return ""
 
     def __call__(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Callable[..., Any]:
@@ -137,17 +145,21 @@ def operator(
     cpp: Callable[..., Any] | None = None,
     cpp_dtypes: tuple[torch.dtype, ...] | None = None,
     triton: str | None = None,
+    triton_dtypes: tuple[torch.dtype, ...] | None = None,
 ) -> torch.library.CustomOpDef:
     """Define ``rellax::<name>`` with `reference`'s signature as its schema (arguments: :class:`Backends`).
 
-    The device of the operator's first argument, a tensor, decides where it runs. Autocast is off inside, on
+    The operator's first argument, a tensor or a list of tensors, decides where it runs. Autocast is off inside, on
     every backend alike: which dtype a product runs in is part of the operator's contract.
     """
-    backends = Backends(name, reference, cpp=cpp, cpp_dtypes=cpp_dtypes, triton=triton)
+    backends = Backends(
+        name, reference, cpp=cpp, cpp_dtypes=cpp_dtypes, triton=triton, triton_dtypes=triton_dtypes
+    )
 
     def run(*args: Any) -> Any:
-        device = args[0].device
-        implementation = backends(device, args[0].dtype)
+        first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
+        device = first.device
+        implementation = backends(device, first.dtype)
         if not torch.is_autocast_enabled(device.type):
             return implementation(*args)
         with torch.autocast(device.type, enabled=False):
