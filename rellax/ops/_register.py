@@ -149,8 +149,8 @@ def operator(
 ) -> torch.library.CustomOpDef:
     """Define ``rellax::<name>`` with `reference`'s signature as its schema (arguments: :class:`Backends`).
 
-    The operator's first argument, a tensor or a list of tensors, decides where it runs. Autocast is off inside, on
-    every backend alike: which dtype a product runs in is part of the operator's contract.
+    The operator's first argument, a tensor or a list of tensors, decides where it runs. Autocast is off
+    inside, on every backend alike: which dtype a product runs in is part of the operator's contract.
     """
     backends = Backends(
         name, reference, cpp=cpp, cpp_dtypes=cpp_dtypes, triton=triton, triton_dtypes=triton_dtypes
