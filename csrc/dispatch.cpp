@@ -16,6 +16,7 @@ namespace rellax {
 RELLAX_DECLARE_LEVEL(baseline)
 RELLAX_DECLARE_LEVEL(avx2)
 RELLAX_DECLARE_LEVEL(avx512)
+RELLAX_DECLARE_LEVEL(avx512_bf16)
 #undef RELLAX_DECLARE_LEVEL
 
 namespace {
@@ -23,17 +24,21 @@ namespace {
 #define RELLAX_KERNELS(level) \
     level::cflora_forward, level::cflora_backward, level::cflora_outer, level::history_topk
 
+#ifdef RELLAX_X86
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 const Level kLevels[] = {
     {"baseline", [] { return true; }, RELLAX_KERNELS(baseline)},
 #ifdef RELLAX_X86
-    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, RELLAX_KERNELS(avx2)},
-    {"avx512",
-     [] {
-         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-     },
-     RELLAX_KERNELS(avx512)},
+    {"avx2", has_avx2, RELLAX_KERNELS(avx2)},
+    {"avx512", has_avx512, RELLAX_KERNELS(avx512)},
+    {"avx512_bf16", [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }, RELLAX_KERNELS(avx512_bf16)},
 #endif
 };
 #undef RELLAX_KERNELS
