@@ -1,8 +1,10 @@
 // The Python module rellax._C: the only file that knows of Python. Tensors come in as addresses and sizes.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/vector.h>
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cflora.h"
 #include "dispatch.h"
@@ -27,50 +29,59 @@ rellax::Dtype dtype_named(const std::string& name) {
     throw std::invalid_argument("dtype: expected float32, bfloat16 or float16, got " + name);
 }
 
-rellax::CfloraUpdate cflora_update(const char* dtype, int64_t r, int64_t d_from, int64_t d_to, Address from,
-                                   int64_t from_stride, Address down, Address up, Address gate, float scale,
-                                   const rellax::Dropout& dropout, Address to, Address h) {
-    rellax::CfloraUpdate task{};
-    task.dtype = dtype_named(dtype);
-    task.r = r;
-    task.d_from = d_from;
-    task.d_to = d_to;
-    task.from = at<const void>(from);
-    task.from_stride = from_stride;
-    task.down = at<const float>(down);
-    task.up = at<const float>(up);
-    task.gate = at<const float>(gate);
-    task.scale = scale;
-    task.dropout = dropout;
-    task.to = at<void>(to);
-    task.h = at<float>(h);
-    return task;
-}
+using Addresses = std::vector<Address>;
 
-void cflora_forward(const char* dtype, int64_t r, int64_t d_from, int64_t d_to, Address from, int64_t from_stride,
-                    Address down, Address up, Address gate, float scale, const rellax::Dropout& dropout, Address to,
-                    Address h, Address offsets, int64_t instances, int threads) {
-    const auto task =
-        cflora_update(dtype, r, d_from, d_to, from, from_stride, down, up, gate, scale, dropout, to, h);
+// A set of layers that share x, from one list per field; an empty list of gates is the identity.
+class CfloraTask {
+public:
+    CfloraTask(const char* dtype, int64_t r, int64_t d_in, Address x, int64_t x_stride, Address a,
+               const std::vector<int64_t>& d_out, const Addresses& rows, const std::vector<int64_t>& strides,
+               const Addresses& b, const Addresses& gate, float scale, const rellax::Dropout& dropout, Address h) {
+        for (size_t i = 0; i < rows.size(); ++i) {
+            layers_.push_back({d_out.at(i), at<void>(rows[i]), strides.at(i), at<const void>(b.at(i)),
+                               gate.empty() ? nullptr : at<const float>(gate.at(i)), nullptr});
+        }
+        task.dtype = dtype_named(dtype);
+        task.r = r;
+        task.layers = static_cast<int64_t>(layers_.size());
+        task.layer = layers_.data();
+        task.d_in = d_in;
+        task.x = at<void>(x);
+        task.x_stride = x_stride;
+        task.a = at<const void>(a);
+        task.scale = scale;
+        task.dropout = dropout;
+        task.h = at<float>(h);
+    }
+
+    rellax::Cflora task{};
+
+private:
+    std::vector<rellax::CfloraLayer> layers_;
+};
+
+void cflora_forward(const CfloraTask& set, const std::vector<int64_t>& offsets, int threads) {
     const nb::gil_scoped_release unlocked;
-    rellax::cflora_forward(task, at<const int64_t>(offsets), instances, threads);
+    rellax::cflora_forward(set.task, offsets.data(), static_cast<int64_t>(offsets.size()) - 1, threads);
 }
 
-void cflora_backward(const char* dtype, int64_t r, int64_t d_from, int64_t d_to, Address from, int64_t from_stride,
-                     Address down, Address up, Address gate, float scale, const rellax::Dropout& dropout, Address to,
-                     Address h, Address dh, Address z, Address dgate, Address offsets, int64_t instances,
-                     int threads) {
-    auto task = cflora_update(dtype, r, d_from, d_to, from, from_stride, down, up, gate, scale, dropout, to, h);
+void cflora_backward(const CfloraTask& set, Address dh, Address z, const Addresses& dgate,
+                     const std::vector<int64_t>& offsets, int threads) {
+    rellax::Cflora task = set.task;
     task.dh = at<float>(dh);
     task.z = at<float>(z);
+    std::vector<float*> dgates;
+    for (const Address address : dgate) dgates.push_back(at<float>(address));
     const nb::gil_scoped_release unlocked;
-    rellax::cflora_backward(task, at<const int64_t>(offsets), instances, at<float>(dgate), threads);
+    rellax::cflora_backward(task, offsets.data(), static_cast<int64_t>(offsets.size()) - 1,
+                            dgates.empty() ? nullptr : dgates.data(), threads);
 }
 
-void cflora_outer(const char* dtype, int64_t tokens, int64_t r, int64_t d, Address left, Address right,
-                  int64_t right_stride, const rellax::Dropout& dropout, Address out, int threads) {
-    const rellax::CfloraOuter task{dtype_named(dtype), tokens,       r,       d, at<const float>(left),
-                                   at<const void>(right), right_stride, dropout, at<float>(out)};
+void cflora_outer(const char* dtype, int64_t tokens, int64_t components, int64_t d, Address left, int64_t left_stride,
+                  Address right, int64_t right_stride, const rellax::Dropout& dropout, Address out, int threads) {
+    const rellax::CfloraOuter task{dtype_named(dtype), tokens,       components, d,
+                                   at<const float>(left), left_stride, at<const void>(right), right_stride,
+                                   dropout, at<float>(out)};
     const nb::gil_scoped_release unlocked;
     rellax::cflora_outer(task, threads);
 }
@@ -121,15 +132,19 @@ NB_MODULE(_C, m) {
         },
         nb::kw_only(), "column"_a = 0, "seed"_a = 0, "threshold"_a = 0, "factor"_a = 1.0f,
         "Which elements are dropped; by default none. csrc/cflora.h says what the fields hold.");
-    m.def("cflora_forward", &cflora_forward, nb::kw_only(), "dtype"_a, "r"_a, "d_from"_a, "d_to"_a, "from_"_a,
-          "from_stride"_a, "down"_a, "up"_a, "gate"_a, "scale"_a, "dropout"_a, "to"_a, "h"_a, "offsets"_a,
-          "instances"_a, "threads"_a, "y += s · (h G) Bᵀ over the memory at these addresses; see csrc/cflora.h.");
-    m.def("cflora_backward", &cflora_backward, nb::kw_only(), "dtype"_a, "r"_a, "d_from"_a, "d_to"_a, "from_"_a,
-          "from_stride"_a, "down"_a, "up"_a, "gate"_a, "scale"_a, "dropout"_a, "to"_a, "h"_a, "dh"_a, "z"_a,
-          "dgate"_a, "offsets"_a, "instances"_a, "threads"_a,
-          "dx += drop(dh A), dG, dh and z over the memory at these addresses; see csrc/cflora.h.");
-    m.def("cflora_outer", &cflora_outer, nb::kw_only(), "dtype"_a, "tokens"_a, "r"_a, "d"_a, "left"_a, "right"_a,
-          "right_stride"_a, "dropout"_a, "out"_a, "threads"_a,
+    nb::class_<CfloraTask>(m, "Cflora")
+        .def(nb::init<const char*, int64_t, int64_t, Address, int64_t, Address, const std::vector<int64_t>&,
+                      const Addresses&, const std::vector<int64_t>&, const Addresses&, const Addresses&, float,
+                      const rellax::Dropout&, Address>(),
+             nb::kw_only(), "dtype"_a, "r"_a, "d_in"_a, "x"_a, "x_stride"_a, "a"_a, "d_out"_a, "rows"_a, "strides"_a,
+             "b"_a, "gate"_a, "scale"_a, "dropout"_a, "h"_a,
+             "A set of layers over the memory at these addresses; see csrc/cflora.h.");
+    m.def("cflora_forward", &cflora_forward, "set"_a, nb::kw_only(), "offsets"_a, "threads"_a,
+          "y += s · (h G) Bᵀ for each layer of a set.");
+    m.def("cflora_backward", &cflora_backward, "set"_a, nb::kw_only(), "dh"_a, "z"_a, "dgate"_a, "offsets"_a,
+          "threads"_a, "dx += drop(dh A), and each layer's dG, dh and z.");
+    m.def("cflora_outer", &cflora_outer, nb::kw_only(), "dtype"_a, "tokens"_a, "components"_a, "d"_a, "left"_a,
+          "left_stride"_a, "right"_a, "right_stride"_a, "dropout"_a, "out"_a, "threads"_a,
           "leftᵀ drop(right) over the memory at these addresses; see csrc/cflora.h.");
     m.def("history_topk", &history_topk, nb::kw_only(), "embeddings"_a, "dtype"_a, "dim"_a, "items"_a, "offsets"_a,
           "target"_a, "user"_a, "end"_a, "queries"_a, "k"_a, "positions"_a, "scores"_a, "threads"_a,

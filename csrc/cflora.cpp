@@ -27,33 +27,42 @@ std::vector<Tile> tiles_of(const int64_t* offsets, int64_t instances) {
     return tiles;
 }
 
-void run(CfloraUpdateKernel* kernel, const CfloraUpdate& task, const std::vector<Tile>& tiles, int threads) {
+void run(CfloraKernel* kernel, const Cflora& task, const std::vector<Tile>& tiles, int threads) {
     const int64_t tokens = tiles.empty() ? 0 : tiles.back().last;
-    const int64_t work = tokens * task.r * (task.d_from + task.d_to);
-    parallel_for(static_cast<int64_t>(tiles.size()), threads_for(work, threads), [&](int64_t index) {
+    int64_t columns = task.layers * task.d_in, widest = task.d_in;
+    for (int64_t i = 0; i < task.layers; ++i) {
+        columns += task.layer[i].d;
+        widest = std::max(widest, task.layer[i].d);
+    }
+    const int64_t size = cflora_scratch(widest, task.layers * task.r);
+    parallel_for(static_cast<int64_t>(tiles.size()), threads_for(tokens * task.r * columns, threads), [&](int64_t index) {
         thread_local std::vector<float> scratch;
-        scratch.resize(update_scratch(task));
+        scratch.resize(size);
         kernel(task, tiles[index], scratch.data());
     });
 }
 
 }  // namespace
 
-void cflora_forward(const CfloraUpdate& task, const int64_t* offsets, int64_t instances, int threads) {
+void cflora_forward(const Cflora& task, const int64_t* offsets, int64_t instances, int threads) {
     run(level().cflora_forward, task, tiles_of(offsets, instances), threads);
 }
 
-void cflora_backward(CfloraUpdate task, const int64_t* offsets, int64_t instances, float* dgate, int threads) {
+void cflora_backward(const Cflora& task, const int64_t* offsets, int64_t instances, float* const* dgates, int threads) {
     const std::vector<Tile> tiles = tiles_of(offsets, instances);
-    const int64_t square = task.r * task.r;
-    std::vector<float> shares(dgate == nullptr ? 0 : tiles.size() * square);
-    task.dgate = dgate == nullptr ? nullptr : shares.data();
-    run(level().cflora_backward, task, tiles, threads);
-    if (dgate == nullptr) return;
-    std::fill_n(dgate, instances * square, 0.0f);
-    for (const Tile& tile : tiles) {
-        for (int64_t entry = 0; entry < square; ++entry) {
-            dgate[tile.instance * square + entry] += shares[tile.index * square + entry];
+    const int64_t square = task.r * task.r, share = static_cast<int64_t>(tiles.size()) * square;
+    std::vector<float> shares(dgates == nullptr ? 0 : task.layers * share);
+    std::vector<CfloraLayer> layers(task.layer, task.layer + task.layers);
+    for (int64_t i = 0; dgates != nullptr && i < task.layers; ++i) layers[i].dgate = shares.data() + i * share;
+    Cflora with_shares = task;
+    with_shares.layer = layers.data();
+    run(level().cflora_backward, with_shares, tiles, threads);
+    for (int64_t i = 0; dgates != nullptr && i < task.layers; ++i) {
+        std::fill_n(dgates[i], instances * square, 0.0f);
+        for (const Tile& tile : tiles) {
+            const float* const from = layers[i].dgate + tile.index * square;
+            float* const to = dgates[i] + tile.instance * square;
+            for (int64_t entry = 0; entry < square; ++entry) to[entry] += from[entry];
         }
     }
 }
@@ -61,7 +70,7 @@ void cflora_backward(CfloraUpdate task, const int64_t* offsets, int64_t instance
 void cflora_outer(const CfloraOuter& task, int threads) {
     CfloraOuterKernel* const kernel = level().cflora_outer;
     const int64_t pieces = round_up(task.d, kTileColumns) / kTileColumns;
-    parallel_for(pieces, threads_for(task.tokens * task.r * task.d, threads), [&](int64_t piece) {
+    parallel_for(pieces, threads_for(task.tokens * task.components * task.d, threads), [&](int64_t piece) {
         std::vector<float> scratch(kOuterScratch);
         kernel(task, piece * kTileColumns, std::min((piece + 1) * kTileColumns, task.d), scratch.data());
     });

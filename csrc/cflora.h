@@ -1,10 +1,11 @@
-// The low-rank update of a frozen linear layer, gated per instance.
+// The low-rank updates of frozen linear layers that read the same x, gated per instance. For each layer, with A and B
+// of its own:
 //
 //     forward, onto y = x Wᵀ + bias     h = drop(x) Aᵀ        y += (s · h G) Bᵀ
-//     backward, onto dx = dy W          dz = s · dy B         dG = Σ hᵀ dz        dh = dz Gᵀ        dx += drop(dh A)
+//     backward, onto dx = Σ dy W        dz = s · dy B         dG = Σ hᵀ dz        dh = dz Gᵀ        dx += drop(dh A)
 //
-// Both have one shape: rows shrink to r numbers, these meet a small matrix, and the result expands onto other rows.
-// Dropout keeps or zeroes; its factor 1 / (1 - p) is part of h and of dh.
+// Rows shrink to r numbers per layer, these meet a small matrix, and the result expands onto other rows. Dropout keeps
+// or zeroes; its factor 1 / (1 - p) is part of h and of dh.
 #pragma once
 
 #include <cstdint>
@@ -16,42 +17,51 @@ namespace rellax {
 // Element (i, j) is kept where mix(row(i) ^ column[j]) >= threshold, compared as signed numbers; the definition is
 // keep_mask in reference/_numerics.py.
 struct Dropout {
-    const uint32_t* column;  // (padded d_in,) the columns' hashes, or null: nothing is dropped
+    const uint32_t* column;  // (padded_columns(d_in),) the columns' hashes, or null: nothing is dropped
     uint32_t seed;           // its low half; the high half is in `column`
     int32_t threshold;
     float factor;  // 1 / (1 - p)
 };
 
-// Plain pointers and sizes: what an ISA-compiled kernel may see. The rows of `down` and `up` are padded with zeros to
-// `padded_columns`, and `down` has padded_components(r) rows, the last ones zero.
-struct CfloraUpdate {
-    Dtype dtype;          // of `from` and `to`: float32 or bfloat16
-    int64_t r;
-    int64_t d_from;       // forward d_in, backward d_out
-    int64_t d_to;         // forward d_out, backward d_in
-    const void* from;     // (T, d_from) x or dy
-    int64_t from_stride;  // elements from row to row
-    const float* down;    // (r, d_from) A or Bᵀ
-    const float* up;      // (r, d_to) Bᵀ or A
+// A matrix of components (c, d) in the rows' dtype comes in one of two forms, both padded with zeros:
+//     shrinking   (padded_components(c), padded_columns(d))
+//     expanding   (padded_components(c) / 2, padded_columns(d), 2) in bfloat16: pairs of components side by side, as
+//                 dot products of pairs take them; in float32 as for shrinking
+struct CfloraLayer {
+    int64_t d;            // d_out
+    void* rows;           // (T, d): y, added to, or dy, read
+    int64_t stride;       // elements from row to row
+    const void* b;        // Bᵀ (r, d): expanding in the forward pass, shrinking in the backward pass
     const float* gate;    // (B, r, r), or null: the identity
-    float scale;
-    Dropout dropout;
-    void* to;      // (T, d_to) y or dx, or null: dx is not wanted
-    float* h;      // (T, r) written by the forward pass, read by the backward pass
-    float* dh;     // (T, r) written by the backward pass, or null
-    float* z;      // (T, r) written by the backward pass, or null
-    float* dgate;  // (tiles, r, r) each tile's share of dG, written by the backward pass, or null
+    float* dgate;         // (tiles, r, r) each tile's share of dG, written by the backward pass, or null
 };
 
-// out (r, d) = left (T, r)ᵀ drop(right (T, d)): dA from dh and x, dB from z and dy.
+// Plain pointers and sizes: what an ISA-compiled kernel may see.
+struct Cflora {
+    Dtype dtype;  // of all rows and components: float32 or bfloat16
+    int64_t r, layers;
+    const CfloraLayer* layer;
+    int64_t d_in;
+    void* x;           // (T, d_in): x, read, or dx, added to; null where dx is not wanted
+    int64_t x_stride;  // elements from row to row
+    const void* a;     // all layers' A (layers r, d_in): shrinking in the forward pass, expanding in the backward pass
+    float scale;
+    Dropout dropout;
+    float* h;   // (T, layers r) written by the forward pass, read by the backward pass
+    float* dh;  // (T, layers r) written by the backward pass, or null
+    float* z;   // (T, layers r) written by the backward pass, or null
+};
+
+// out (c, d) = left (T, c)ᵀ drop(right (T, d)): dA from dh and x, dB from z and dy.
 struct CfloraOuter {
     Dtype dtype;  // of `right`: float32 or bfloat16
-    int64_t tokens, r, d;
+    int64_t tokens, components, d;
     const float* left;
+    int64_t left_stride;
     const void* right;
     int64_t right_stride;
     Dropout dropout;
-    float* out;  // (padded_components(r), padded_columns(d))
+    float* out;  // (padded_components(c), padded_columns(d))
 };
 
 // Consecutive tokens of one instance.
@@ -61,24 +71,28 @@ struct Tile {
 
 constexpr int64_t kTileTokens = 32;
 constexpr int64_t kTileColumns = 128;  // of an outer product
-constexpr int64_t kComponents = 4;     // of the rank, taken together
-constexpr int64_t kTogether = 4;       // rows, taken together
+constexpr int64_t kComponents = 4;     // taken together, as are
+constexpr int64_t kTogether = 4;       // rows
 
 constexpr int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
-constexpr int64_t padded_components(int64_t r) { return round_up(r, kComponents); }
+constexpr int64_t padded_components(int64_t count) { return round_up(count, kComponents); }
 constexpr int64_t padded_columns(int64_t d) { return round_up(d, 32); }
 
-constexpr int64_t update_scratch(const CfloraUpdate& task) {
-    return kTogether * padded_columns(task.d_from) + 2 * kTileTokens * task.r;
+// Floats that a tile needs: rows staged for shrinking, three blocks of r numbers a layer and token.
+constexpr int64_t cflora_scratch(int64_t widest, int64_t components) {
+    return kTogether * padded_columns(widest) + 3 * kTileTokens * padded_components(components);
 }
 constexpr int64_t kOuterScratch = kTileTokens * kTileColumns;
 
-using CfloraUpdateKernel = void(const CfloraUpdate& task, const Tile& tile, float* scratch);
+using CfloraKernel = void(const Cflora& task, const Tile& tile, float* scratch);
 using CfloraOuterKernel = void(const CfloraOuter& task, int64_t first_column, int64_t last_column, float* scratch);
 
-// `offsets` (instances + 1,) rise from 0 to T; `dgate` (instances, r, r), or null. No result depends on `threads`.
-void cflora_forward(const CfloraUpdate& task, const int64_t* offsets, int64_t instances, int threads);
-void cflora_backward(CfloraUpdate task, const int64_t* offsets, int64_t instances, float* dgate, int threads);
+// `offsets` (instances + 1,) rise from 0 to T. No result depends on `threads`.
+void cflora_forward(const Cflora& task, const int64_t* offsets, int64_t instances, int threads);
+
+// Each layer's dG (instances, r, r) is written to `dgates`, where that is not null.
+void cflora_backward(const Cflora& task, const int64_t* offsets, int64_t instances, float* const* dgates, int threads);
+
 void cflora_outer(const CfloraOuter& task, int threads);
 
 }  // namespace rellax

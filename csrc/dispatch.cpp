@@ -8,8 +8,8 @@ namespace rellax {
 
 #define RELLAX_DECLARE_LEVEL(level)     \
     namespace level {                   \
-    CfloraUpdateKernel cflora_forward;  \
-    CfloraUpdateKernel cflora_backward; \
+    CfloraKernel cflora_forward;     \
+    CfloraKernel cflora_backward;    \
     CfloraOuterKernel cflora_outer;     \
     HistoryTopkKernel history_topk;     \
     }

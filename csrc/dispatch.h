@@ -12,8 +12,8 @@ namespace rellax {
 struct Level {
     const char* name;
     bool (*runs_here)();
-    CfloraUpdateKernel* cflora_forward;
-    CfloraUpdateKernel* cflora_backward;
+    CfloraKernel* cflora_forward;
+    CfloraKernel* cflora_backward;
     CfloraOuterKernel* cflora_outer;
     HistoryTopkKernel* history_topk;
 };

@@ -7,6 +7,8 @@
 namespace rellax::RELLAX_LEVEL {
 namespace {
 
+constexpr int64_t at_most(int64_t count) { return count < kWidth ? count : kWidth; }
+
 constexpr Dropout kKeepAll = {nullptr, 0, 0, 1.0f};
 
 template <class Word>
@@ -41,14 +43,36 @@ void widen(const T* row, int64_t token, int64_t first, int64_t last, const Dropo
     }
 }
 
-// dots (kHeight, kComponents) of `kHeight` rows of floats and kComponents rows of `down`.
-template <int kHeight>
-inline void dot(const float* rows, const float* down, int64_t d, int64_t stride, float (*dots)[kComponents]) {
+// The `count` <= kTogether rows from token `first` on as operands read them: whole, without what is dropped. Rows that
+// need no change stay where they are, the others are copied to `staging`.
+template <class T>
+void stage(const T* rows, int64_t stride, int64_t d, const Dropout& dropout, int64_t first, int64_t count, T* staging,
+           const T** staged) {
+    const bool whole = d % (kWidth * Operand<T>::kGroup) == 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const T* row = rows + (first + i) * stride;
+        staged[i] = row;
+        if (whole && dropout.column == nullptr) continue;
+        T* copy = staging + i * padded_columns(d);
+        staged[i] = copy;
+        const uint32_t hash = hash_row(dropout, first + i);
+        for (int64_t j = 0; j < padded_columns(d); j += kWidth) {
+            const Floats values = j + kWidth <= d ? load(row + j) : j < d ? load_some(row + j, d - j) : Floats{};
+            store(copy + j, drop(dropout, hash, j, values));
+        }
+    }
+}
+
+// dots (kHeight, kComponents) of rows and kComponents rows of `matrix`.
+template <int kHeight, class T>
+inline void dot(const T* const* rows, const T* matrix, int64_t d, float (*dots)[kComponents]) {
+    constexpr int kStep = kWidth * Operand<T>::kGroup;
+    const int64_t stride = padded_columns(d);
     Floats sums[kHeight][kComponents] = {};
-    for (int64_t j = 0; j < d; j += kWidth) {
+    for (int64_t j = 0; j < d; j += kStep) {
         for (int c = 0; c < kComponents; ++c) {
-            const Floats component = load(down + c * stride + j);
-            for (int i = 0; i < kHeight; ++i) sums[i][c] += load(rows + i * stride + j) * component;
+            const auto component = load_operand(matrix + c * stride + j);
+            for (int i = 0; i < kHeight; ++i) sums[i][c] = multiply_add(load_operand(rows[i] + j), component, sums[i][c]);
         }
     }
     for (int i = 0; i < kHeight; ++i) {
@@ -56,53 +80,53 @@ inline void dot(const float* rows, const float* down, int64_t d, int64_t stride,
     }
 }
 
-// out (count, r) = factor · drop(from) downᵀ for the `count` tokens from `first` on.
+// out (count, components) = factor · drop(rows) matrixᵀ for the tile's tokens.
 template <class T>
-void shrink(const CfloraUpdate& task, const Dropout& dropout, int64_t first, int64_t count, float factor,
-            float* wide, float* out) {
-    const int64_t r = task.r, d = task.d_from, stride = padded_columns(d);
-    const T* from = static_cast<const T*>(task.from);
-    for (int64_t t = 0; t < count; t += kTogether) {
-        const int64_t height = count - t < kTogether ? count - t : kTogether;
-        for (int64_t i = 0; i < height; ++i) {
-            const int64_t token = first + t + i;
-            widen(from + token * task.from_stride, token, 0, d, dropout, wide + i * stride);
-        }
-        for (int64_t component = 0; component < r; component += kComponents) {
-            const float* down = task.down + component * stride;
+void shrink(const T* rows, int64_t row_stride, int64_t d, const T* matrix, int64_t components, const Dropout& dropout,
+            const Tile& tile, float factor, T* staging, float* out, int64_t out_stride) {
+    for (int64_t token = tile.first; token < tile.last; token += kTogether) {
+        const int64_t height = tile.last - token < kTogether ? tile.last - token : kTogether;
+        const T* staged[kTogether];
+        stage(rows, row_stride, d, dropout, token, height, staging, staged);
+        for (int64_t component = 0; component < components; component += kComponents) {
+            const T* part = matrix + component * padded_columns(d);
             float dots[kTogether][kComponents];
             if (height == kTogether) {
-                dot<kTogether>(wide, down, d, stride, dots);
+                dot<kTogether>(staged, part, d, dots);
             } else {
-                for (int64_t i = 0; i < height; ++i) dot<1>(wide + i * stride, down, d, stride, dots + i);
+                for (int64_t i = 0; i < height; ++i) dot<1>(staged + i, part, d, dots + i);
             }
             for (int64_t i = 0; i < height; ++i) {
-                for (int64_t c = 0; c < kComponents && component + c < r; ++c) {
-                    out[(t + i) * r + component + c] = factor * dots[i][c];
+                for (int64_t c = 0; c < kComponents && component + c < components; ++c) {
+                    out[(token - tile.first + i) * out_stride + component + c] = factor * dots[i][c];
                 }
             }
         }
     }
 }
 
-// Columns [j, j + kVectors * kWidth) of kHeight rows: to += drop(z up). `count` columns of them exist.
+// Columns [j, j + kVectors * kWidth) of kHeight rows: rows += drop(z matrix). `left` columns of them exist.
 template <int kHeight, int kVectors, class T>
-inline void expand_block(const CfloraUpdate& task, const Dropout& dropout, int64_t token, const float* z, int64_t j,
-                         int64_t count) {
-    const int64_t r = task.r, stride = padded_columns(task.d_to);
+inline void expand_block(T* rows, int64_t stride, int64_t d, const T* matrix, int64_t components, const T* z,
+                         const Dropout& dropout, int64_t token, int64_t j) {
+    constexpr int kGroup = Operand<T>::kGroup;
     Floats sums[kHeight][kVectors] = {};
-    for (int64_t c = 0; c < r; ++c) {
+    for (int64_t c = 0; c < components; c += kGroup) {
+        const T* pairs = matrix + c * padded_columns(d) + j * kGroup;
         for (int v = 0; v < kVectors; ++v) {
-            const Floats component = load(task.up + c * stride + j + v * kWidth);
-            for (int i = 0; i < kHeight; ++i) sums[i][v] += z[i * r + c] * component;
+            const auto component = load_operand(pairs + v * kWidth * kGroup);
+            for (int i = 0; i < kHeight; ++i) {
+                const auto weight = Operand<T>::broadcast(z + i * padded_components(components) + c);
+                sums[i][v] = multiply_add(weight, component, sums[i][v]);
+            }
         }
     }
     for (int i = 0; i < kHeight; ++i) {
         const uint32_t hash = hash_row(dropout, token + i);
         for (int v = 0; v < kVectors; ++v) {
-            const int64_t column = j + v * kWidth, left = count - v * kWidth;
+            const int64_t column = j + v * kWidth, left = d - column;
             if (left <= 0) break;
-            T* to = static_cast<T*>(task.to) + (token + i) * task.d_to + column;
+            T* to = rows + (token + i) * stride + column;
             const Floats added = drop(dropout, hash, column, sums[i][v]);
             if (left >= kWidth) {
                 store(to, load(to) + added);
@@ -113,28 +137,37 @@ inline void expand_block(const CfloraUpdate& task, const Dropout& dropout, int64
     }
 }
 
-// to += drop(z up) for the `count` tokens from `first` on.
+// rows += drop(z matrix) for the tile's tokens; z (count, components) is narrowed to the rows' dtype first.
 template <class T>
-void expand(const CfloraUpdate& task, const Dropout& dropout, int64_t first, int64_t count, const float* z) {
-    constexpr int kVectors = 2;  // two sums of a row side by side: neither waits for itself
-    const int64_t r = task.r, d = task.d_to;
+void expand(T* rows, int64_t stride, int64_t d, const T* matrix, int64_t components, const float* z,
+            const Dropout& dropout, const Tile& tile, T* narrow) {
+    constexpr int kVectors = 2;
+    const int64_t count = tile.last - tile.first, padded = padded_components(components);
+    for (int64_t t = 0; t < count; ++t) {
+        for (int64_t c = 0; c < padded; c += kWidth) {
+            const Floats values = load_some(z + t * components + c, at_most(components - c));
+            store_some(narrow + t * padded + c, values, at_most(padded - c));
+        }
+    }
     int64_t t = 0;
     for (; t + kTogether <= count; t += kTogether) {
         for (int64_t j = 0; j < d; j += kVectors * kWidth) {
-            expand_block<kTogether, kVectors, T>(task, dropout, first + t, z + t * r, j, d - j);
+            expand_block<kTogether, kVectors>(rows, stride, d, matrix, components, narrow + t * padded, dropout,
+                                              tile.first + t, j);
         }
     }
     for (; t < count; ++t) {
         for (int64_t j = 0; j < d; j += kVectors * kWidth) {
-            expand_block<1, kVectors, T>(task, dropout, first + t, z + t * r, j, d - j);
+            expand_block<1, kVectors>(rows, stride, d, matrix, components, narrow + t * padded, dropout,
+                                      tile.first + t, j);
         }
     }
 }
 
 // out = factor · rows G, or · rows Gᵀ, for rows (count, r); a null gate is the identity.
-void apply_gate(const float* rows, int64_t count, const float* gate, bool transposed, int64_t r, float factor,
-                float* out) {
-    for (int64_t t = 0; t < count; ++t, rows += r, out += r) {
+void apply_gate(const float* rows, int64_t row_stride, int64_t count, const float* gate, bool transposed, int64_t r,
+                float factor, float* out, int64_t out_stride) {
+    for (int64_t t = 0; t < count; ++t, rows += row_stride, out += out_stride) {
         for (int64_t j = 0; j < r; ++j) out[j] = gate == nullptr ? factor * rows[j] : 0.0f;
         if (gate == nullptr) continue;
         for (int64_t i = 0; i < r; ++i) {
@@ -149,44 +182,88 @@ void apply_gate(const float* rows, int64_t count, const float* gate, bool transp
 }
 
 // out (r, r) = left (count, r)ᵀ right (count, r).
-void multiply_transposed(const float* left, const float* right, int64_t count, int64_t r, float* out) {
+void multiply_transposed(const float* left, int64_t left_stride, const float* right, int64_t count, int64_t r,
+                         float* out) {
     for (int64_t entry = 0; entry < r * r; ++entry) out[entry] = 0.0f;
     for (int64_t t = 0; t < count; ++t) {
         for (int64_t i = 0; i < r; ++i) {
-            for (int64_t j = 0; j < r; ++j) out[i * r + j] += left[t * r + i] * right[t * r + j];
+            for (int64_t j = 0; j < r; ++j) out[i * r + j] += left[t * left_stride + i] * right[t * r + j];
         }
     }
 }
 
+const float* gate_of(const CfloraLayer& layer, const Tile& tile, int64_t r) {
+    return layer.gate == nullptr ? nullptr : layer.gate + tile.instance * r * r;
+}
+
+int64_t widest(const Cflora& task) {
+    int64_t d = task.d_in;
+    for (int64_t i = 0; i < task.layers; ++i) d = task.layer[i].d > d ? task.layer[i].d : d;
+    return d;
+}
+
+// The scratch of one tile: rows staged for shrinking, then blocks of a tile's numbers.
 template <class T>
-void forward(const CfloraUpdate& task, const Tile& tile, float* scratch) {
-    const int64_t r = task.r, count = tile.last - tile.first;
-    const float* gate = task.gate == nullptr ? nullptr : task.gate + tile.instance * r * r;
-    float* h = task.h + tile.first * r;
-    float* z = scratch + kTogether * padded_columns(task.d_from);
-    shrink<T>(task, task.dropout, tile.first, count, task.dropout.factor, scratch, h);
-    apply_gate(h, count, gate, false, r, task.scale, z);
-    expand<T>(task, kKeepAll, tile.first, count, z);
+struct Scratch {
+    T* staging;
+    float *small, *wide;
+    T* narrow;
+
+    Scratch(const Cflora& task, float* memory) {
+        const int64_t block = kTileTokens * padded_components(task.layers * task.r);
+        staging = reinterpret_cast<T*>(memory);
+        small = memory + kTogether * padded_columns(widest(task));
+        wide = small + block;
+        narrow = reinterpret_cast<T*>(wide + block);
+    }
+};
+
+template <class T>
+void forward(const Cflora& task, const Tile& tile, float* memory) {
+    const Scratch<T> scratch(task, memory);
+    const int64_t r = task.r, components = task.layers * r, count = tile.last - tile.first;
+    float* const h = task.h + tile.first * components;
+    shrink(static_cast<const T*>(task.x), task.x_stride, task.d_in, static_cast<const T*>(task.a), components,
+           task.dropout, tile, task.dropout.factor, scratch.staging, h, components);
+    for (int64_t i = 0; i < task.layers; ++i) {
+        const CfloraLayer& layer = task.layer[i];
+        apply_gate(h + i * r, components, count, gate_of(layer, tile, r), false, r, task.scale, scratch.small, r);
+        expand(static_cast<T*>(layer.rows), layer.stride, layer.d, static_cast<const T*>(layer.b), r, scratch.small,
+               kKeepAll, tile, scratch.narrow);
+    }
 }
 
 template <class T>
-void backward(const CfloraUpdate& task, const Tile& tile, float* scratch) {
-    const int64_t r = task.r, count = tile.last - tile.first;
-    const float* gate = task.gate == nullptr ? nullptr : task.gate + tile.instance * r * r;
-    const float* h = task.h + tile.first * r;
-    float* dz = scratch + kTogether * padded_columns(task.d_from);
-    float* dh = task.dh == nullptr ? dz + kTileTokens * r : task.dh + tile.first * r;
-    shrink<T>(task, kKeepAll, tile.first, count, task.scale, scratch, dz);
-    if (task.dgate != nullptr) multiply_transposed(h, dz, count, r, task.dgate + tile.index * r * r);
-    if (task.z != nullptr) apply_gate(h, count, gate, false, r, task.scale, task.z + tile.first * r);
-    apply_gate(dz, count, gate, true, r, task.dropout.factor, dh);
-    if (task.to != nullptr) expand<T>(task, task.dropout, tile.first, count, dh);
+void backward(const Cflora& task, const Tile& tile, float* memory) {
+    const Scratch<T> scratch(task, memory);
+    const int64_t r = task.r, components = task.layers * r, count = tile.last - tile.first;
+    const float* const h = task.h + tile.first * components;
+    float* const dh = task.dh == nullptr ? scratch.wide : task.dh + tile.first * components;
+    float* const dz = scratch.small;
+    for (int64_t i = 0; i < task.layers; ++i) {
+        const CfloraLayer& layer = task.layer[i];
+        const float* const gate = gate_of(layer, tile, r);
+        shrink(static_cast<const T*>(layer.rows), layer.stride, layer.d, static_cast<const T*>(layer.b), r, kKeepAll,
+               tile, task.scale, scratch.staging, dz, r);
+        if (layer.dgate != nullptr) {
+            multiply_transposed(h + i * r, components, dz, count, r, layer.dgate + tile.index * r * r);
+        }
+        if (task.z != nullptr) {
+            float* const z = task.z + tile.first * components + i * r;
+            apply_gate(h + i * r, components, count, gate, false, r, task.scale, z, components);
+        }
+        apply_gate(dz, r, count, gate, true, r, task.dropout.factor, dh + i * r, components);
+    }
+    if (task.x != nullptr) {
+        expand(static_cast<T*>(task.x), task.x_stride, task.d_in, static_cast<const T*>(task.a), components, dh,
+               task.dropout, tile, scratch.narrow);
+    }
 }
 
 template <class T>
 void outer(const CfloraOuter& task, int64_t first, int64_t last, float* wide) {
     constexpr int kVectors = 2;
-    const int64_t r = task.r, stride = padded_columns(task.d);
+    const int64_t stride = padded_columns(task.d);
     const T* right = static_cast<const T*>(task.right);
     for (int64_t token = 0; token < task.tokens; token += kTileTokens) {
         const int64_t count = task.tokens - token < kTileTokens ? task.tokens - token : kTileTokens;
@@ -194,13 +271,13 @@ void outer(const CfloraOuter& task, int64_t first, int64_t last, float* wide) {
             const T* row = right + (token + t) * task.right_stride;
             widen(row, token + t, first, last, task.dropout, wide + t * kTileColumns);
         }
-        for (int64_t component = 0; component < r; component += kComponents) {
-            const int64_t height = r - component < kComponents ? r - component : kComponents;
+        for (int64_t component = 0; component < task.components; component += kComponents) {
+            const int64_t rest = task.components - component, height = rest < kComponents ? rest : kComponents;
             for (int64_t j = first; j < last; j += kVectors * kWidth) {
                 float* out = task.out + component * stride + j;
                 Floats sums[kComponents][kVectors] = {};
                 for (int64_t t = 0; t < count; ++t) {
-                    const float* left = task.left + (token + t) * r + component;
+                    const float* left = task.left + (token + t) * task.left_stride + component;
                     for (int v = 0; v < kVectors; ++v) {
                         const Floats values = load(wide + t * kTileColumns + j - first + v * kWidth);
                         for (int64_t c = 0; c < height; ++c) sums[c][v] += left[c] * values;
@@ -219,11 +296,11 @@ void outer(const CfloraOuter& task, int64_t first, int64_t last, float* wide) {
 
 }  // namespace
 
-void cflora_forward(const CfloraUpdate& task, const Tile& tile, float* scratch) {
+void cflora_forward(const Cflora& task, const Tile& tile, float* scratch) {
     task.dtype == Dtype::float32 ? forward<float>(task, tile, scratch) : forward<BFloat16>(task, tile, scratch);
 }
 
-void cflora_backward(const CfloraUpdate& task, const Tile& tile, float* scratch) {
+void cflora_backward(const Cflora& task, const Tile& tile, float* scratch) {
     task.dtype == Dtype::float32 ? backward<float>(task, tile, scratch) : backward<BFloat16>(task, tile, scratch);
 }
 

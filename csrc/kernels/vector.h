@@ -4,6 +4,10 @@
 
 #include <cstdint>
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 namespace rellax::RELLAX_LEVEL {
 namespace {
 
@@ -55,10 +59,14 @@ inline void store(float* target, Floats values) { __builtin_memcpy(target, &valu
 
 // Rounds to nearest, ties to even; NaN stays NaN.
 inline void store(BFloat16* target, Floats values) {
+#if defined(__AVX512BF16__)
+    const __m256bh halves = _mm512_cvtneps_pbh((__m512)values);
+#else
     const Words bits = (Words)values;
     const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const Words nan = (Words)(values != values);
     const Halves halves = __builtin_convertvector((rounded & ~nan) | (0x7fc0u & nan), Halves);
+#endif
     __builtin_memcpy(target, &halves, sizeof halves);
 }
 
@@ -75,6 +83,47 @@ inline void store_some(T* target, Floats values, int64_t count) {
     T padded[kWidth];
     store(padded, values);
     __builtin_memcpy(target, padded, count * sizeof(T));
+}
+
+// What one multiplication takes of a row: kGroup neighbours in each of kWidth places, whose products are added up.
+// float32 goes one by one; bfloat16 goes in pairs, as words.
+template <class T>
+struct Operand;
+
+template <>
+struct Operand<float> {
+    using Vector = Floats;
+    static constexpr int kGroup = 1;
+    static Vector broadcast(const float* source) { return Vector{} + *source; }
+};
+
+template <>
+struct Operand<BFloat16> {
+    using Vector = Words;
+    static constexpr int kGroup = 2;
+    static Vector broadcast(const BFloat16* source) {
+        uint32_t pair;
+        __builtin_memcpy(&pair, source, sizeof pair);
+        return Vector{} + pair;
+    }
+};
+
+template <class T>
+inline typename Operand<T>::Vector load_operand(const T* source) {
+    typename Operand<T>::Vector vector;
+    __builtin_memcpy(&vector, source, sizeof vector);
+    return vector;
+}
+
+inline Floats multiply_add(Floats a, Floats b, Floats sum) { return sum + a * b; }
+
+inline Floats multiply_add(Words a, Words b, Floats sum) {
+#if defined(__AVX512BF16__)
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+    sum += (Floats)(a << 16) * (Floats)(b << 16);
+    return sum + (Floats)(a & 0xffff0000u) * (Floats)(b & 0xffff0000u);
+#endif
 }
 
 // The elements added up as a binary tree.

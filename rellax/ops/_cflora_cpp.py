@@ -1,6 +1,6 @@
 """``rellax._C``'s CFLoRA kernels as implementations of ``rellax::cflora_linear`` and its backward pass.
 
-The products with W are torch's own; the kernels add the low-rank update to their results in place.
+The products with W are torch's own; the kernels add the low-rank updates to their results in place.
 """
 
 from __future__ import annotations
@@ -15,117 +15,143 @@ from torch import Tensor
 from rellax.ops._register import extension
 from rellax.reference._numerics import column_hashes, keep_threshold
 
-_COMPONENTS, _COLUMNS = 4, 32  # what csrc/cflora.h pads the rank and the columns to
+_COMPONENTS, _COLUMNS = 4, 32  # what csrc/cflora.h pads the components and the columns to
 
 
 def cflora_fwd(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    gate: Tensor | None,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    base: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    gate: Sequence[Tensor],
     scale: float,
     cu_seqlens: Tensor | None,
+    tiles: Tensor | None,
     dropout: float,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[list[Tensor], Tensor]:
     """As ``rellax.reference.cflora.cflora_fwd``, for fp32 and bf16."""
     rows = _rows(x)
-    y = F.linear(x, weight, bias)
-    h = torch.empty((rows.shape[0], lora_a.shape[0]))
-    drop, _columns = _dropout(dropout, seed, rows.shape[1])
-    down, up, offsets, gate = _packed(lora_a), _packed(lora_b.t()), _offsets(x, gate, cu_seqlens), _gate(gate)
-    extension().cflora_forward(
-        dtype=_name(x),
-        r=lora_a.shape[0],
-        d_from=rows.shape[1],
-        d_to=weight.shape[0],
-        from_=rows.data_ptr(),
-        from_stride=rows.stride(0),
-        down=down.data_ptr(),
-        up=up.data_ptr(),
-        gate=_address(gate),
-        scale=scale,
-        dropout=drop,
-        to=y.data_ptr(),
-        h=h.data_ptr(),
-        offsets=offsets.data_ptr(),
-        instances=len(offsets) - 1,
-        threads=torch.get_num_threads(),
-    )
-    return y, h
+    if weight:
+        outputs = [F.linear(x, w, b) for w, b in zip(weight, bias, strict=True)]
+    else:
+        outputs = [y.clone(memory_format=torch.contiguous_format) for y in base]
+    h = torch.empty((rows.shape[0], len(lora_a) * lora_a[0].shape[0]))
+    a = _shrinking(torch.cat(list(lora_a)), x.dtype)
+    b = [_expanding(matrix.t(), x.dtype) for matrix in lora_b]
+    update = _Set(rows, a, [_rows(y) for y in outputs], b, gate, scale, (dropout, seed), h)
+    extension().cflora_forward(update.task, **_tokens(x, gate, cu_seqlens))
+    return outputs, h
 
 
 def cflora_bwd(
-    dy: Tensor,
+    dy: Sequence[Tensor],
     x: Tensor | None,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    gate: Tensor | None,
+    weight: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    gate: Sequence[Tensor],
     h: Tensor,
     scale: float,
     cu_seqlens: Tensor | None,
+    tiles: Tensor | None,
     dropout: float,
     seed: Tensor | None,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """As ``rellax.reference.cflora.cflora_bwd``, for fp32 and bf16."""
     need_x, need_gate, need_a, need_b = needs
-    rows = _rows(dy)
-    dx = dy @ weight if need_x else None
+    dtype, d_in = dy[0].dtype, lora_a[0].shape[1]
+    rows = [_rows(dy_i) for dy_i in dy]
+    dx = rows[0].new_empty(0)
+    if need_x:
+        dx = rows[0] @ weight[0] if weight else rows[0].new_zeros((h.shape[0], d_in))
+        for dy_i, w in zip(rows[1:], weight[1:], strict=bool(weight)):
+            dx.addmm_(dy_i, w)
     dh = torch.empty_like(h) if need_a else None
     z = torch.empty_like(h) if need_b else None
-    dgate = torch.empty(gate.shape) if need_gate and gate is not None else None
-    drop, _columns = _dropout(dropout, seed, weight.shape[1])
-    down, up, offsets, g = _packed(lora_b.t()), _packed(lora_a), _offsets(dy, gate, cu_seqlens), _gate(gate)
+    dgate = [torch.empty(g.shape) for g in gate] if need_gate else []
+
+    a = _expanding(torch.cat(list(lora_a)), dtype)
+    b = [_shrinking(matrix.t(), dtype) for matrix in lora_b]
+    shared = dx if need_x else rows[0].new_empty((0, d_in))
+    update = _Set(shared, a, rows, b, gate, scale, (dropout, seed), h)
     extension().cflora_backward(
-        dtype=_name(dy),
-        r=lora_a.shape[0],
-        d_from=rows.shape[1],
-        d_to=weight.shape[1],
-        from_=rows.data_ptr(),
-        from_stride=rows.stride(0),
-        down=down.data_ptr(),
-        up=up.data_ptr(),
-        gate=_address(g),
-        scale=scale,
-        dropout=drop,
-        to=_address(dx),
-        h=h.data_ptr(),
+        update.task,
         dh=_address(dh),
         z=_address(z),
-        dgate=_address(dgate),
-        offsets=offsets.data_ptr(),
-        instances=len(offsets) - 1,
-        threads=torch.get_num_threads(),
+        dgate=[g.data_ptr() for g in dgate],
+        **_tokens(dy[0], gate, cu_seqlens),
     )
-    da = None if dh is None or x is None else _outer(dh, _rows(x), drop).to(lora_a.dtype)
-    db = None if z is None else _outer(z, rows, extension().Dropout()).t().to(lora_b.dtype)
-    if dgate is not None and gate is not None:
-        dgate = dgate.to(gate.dtype)
-    dx, dgate, da, db = (dy.new_empty(0) if g is None else g.contiguous() for g in (dx, dgate, da, db))
-    return dx, dgate, da, db
+    da, db = [], []
+    if dh is not None and x is not None:
+        parts = _outer(dh, _rows(x), update.dropout).chunk(len(lora_a))
+        da = [part.to(a_i.dtype, copy=len(parts) > 1) for part, a_i in zip(parts, lora_a, strict=True)]
+    if z is not None:
+        keep = extension().Dropout()
+        for z_i, rows_i, b_i in zip(z.chunk(len(dy), 1), rows, lora_b, strict=True):
+            db.append(_outer(z_i, rows_i, keep).t().to(b_i.dtype).contiguous())
+    dgate = [d.to(g.dtype) for d, g in zip(dgate, gate if need_gate else [], strict=True)]
+    return dx.view(*dy[0].shape[:-1], d_in) if need_x else dx, dgate, da, db
+
+
+class _Set:
+    """A set of layers as the extension takes it, and the tensors it points to."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        a: Tensor,
+        rows: Sequence[Tensor],
+        b: Sequence[Tensor],
+        gate: Sequence[Tensor],
+        scale: float,
+        dropout: tuple[float, Tensor | None],
+        h: Tensor,
+    ) -> None:
+        gate = [g.float().contiguous() for g in gate]
+        self.dropout, hashes = _dropout(*dropout, x.shape[1])
+        self._kept_alive = (x, a, *rows, *b, *gate, hashes, h)
+        self.task = extension().Cflora(
+            dtype=str(x.dtype).removeprefix("torch."),
+            r=h.shape[1] // len(rows),
+            d_in=x.shape[1],
+            x=x.data_ptr(),
+            x_stride=x.stride(0),
+            a=a.data_ptr(),
+            d_out=[row.shape[1] for row in rows],
+            rows=[row.data_ptr() for row in rows],
+            strides=[row.stride(0) for row in rows],
+            b=[matrix.data_ptr() for matrix in b],
+            gate=[g.data_ptr() for g in gate],
+            scale=scale,
+            dropout=self.dropout,
+            h=h.data_ptr(),
+        )
 
 
 def _outer(left: Tensor, right: Tensor, dropout: Any) -> Tensor:
-    """left (T, r)ᵀ drop(right (T, d)): (r, d) fp32."""
-    (tokens, r), d = left.shape, right.shape[1]
-    out = _packed(left.new_zeros((r, d)))
+    """left (T, c)ᵀ drop(right (T, d)): (c, d) fp32."""
+    (tokens, components), d = left.shape, right.shape[1]
+    out = left.new_empty((_round_up(components, _COMPONENTS), _round_up(d, _COLUMNS)))
+    if tokens == 0:
+        out.zero_()
     extension().cflora_outer(
-        dtype=_name(right),
+        dtype=str(right.dtype).removeprefix("torch."),
         tokens=tokens,
-        r=r,
+        components=components,
         d=d,
         left=left.data_ptr(),
+        left_stride=left.stride(0),
         right=right.data_ptr(),
         right_stride=right.stride(0),
         dropout=dropout,
         out=out.data_ptr(),
         threads=torch.get_num_threads(),
     )
-    return out[:r, :d]
+    return out[:components, :d]
 
 
 def _dropout(p: float, seed: Tensor | None, columns: int) -> tuple[Any, Tensor | None]:
@@ -145,34 +171,38 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-def _packed(matrix: Tensor) -> Tensor:
-    """An fp32 copy (r, d), padded with zeros to whole blocks."""
-    r, d = matrix.shape
-    shape = (_round_up(r, _COMPONENTS), _round_up(d, _COLUMNS))
-    packed = matrix.new_zeros(shape, dtype=torch.float32)
-    packed[:r, :d] = matrix
-    return packed
+def _shrinking(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Components (c, d) in the form for shrinking: see csrc/cflora.h."""
+    matrix = matrix.to(dtype)
+    c, d = matrix.shape
+    if c % _COMPONENTS == 0 and d % _COLUMNS == 0:
+        return matrix.contiguous()
+    padded = matrix.new_zeros((_round_up(c, _COMPONENTS), _round_up(d, _COLUMNS)))
+    padded[:c, :d] = matrix
+    return padded
+
+
+def _expanding(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Components (c, d) in the form for expanding: see csrc/cflora.h."""
+    padded = _shrinking(matrix, dtype)
+    if dtype != torch.bfloat16:
+        return padded
+    return padded.unflatten(0, (-1, 2)).transpose(1, 2).contiguous()
 
 
 def _round_up(count: int, step: int) -> int:
     return -(-count // step) * step
 
 
-def _offsets(tokens: Tensor, gate: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """(B + 1,) int64: where each instance's tokens begin. Without gates all tokens are one instance."""
+def _tokens(rows: Tensor, gate: Sequence[Tensor], cu_seqlens: Tensor | None) -> dict[str, Any]:
+    """Where each instance's tokens begin; without gates all tokens are one instance."""
     if cu_seqlens is not None:
-        return cu_seqlens.long()
-    if gate is None:
-        return torch.tensor([0, tokens.shape[:-1].numel()])
-    return torch.arange(gate.shape[0] + 1) * tokens.shape[1]
-
-
-def _gate(gate: Tensor | None) -> Tensor | None:
-    return None if gate is None else gate.float().contiguous()
-
-
-def _name(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
+        offsets = cu_seqlens.tolist()
+    elif gate:
+        offsets = [b * rows.shape[1] for b in range(rows.shape[0] + 1)]
+    else:
+        offsets = [0, rows.shape[:-1].numel()]
+    return {"offsets": offsets, "threads": torch.get_num_threads()}
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -1,12 +1,14 @@
-"""``rellax::cflora_linear``: a frozen linear layer with a low-rank update gated per instance."""
+"""``rellax::cflora_linear``: frozen linear layers of one input, with low-rank updates gated per instance."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rellax.kernels._tiles import tile_table
 from rellax.ops import _cflora_cpp as cpp
 from rellax.ops._check import bad, check_cu_seqlens, check_tensor
 from rellax.ops._register import operator
@@ -29,6 +31,7 @@ def cflora_linear(
     scale: float,
     *,
     cu_seqlens: Tensor | None = None,
+    tiles: Tensor | None = None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
@@ -47,6 +50,7 @@ def cflora_linear(
         gate: (B, r, r), on the right of a row vector; None is the identity: plain LoRA.
         scale: alpha / r.
         cu_seqlens: (B + 1,) int32, the offsets of the instances in a packed x.
+        tiles: `cflora_tiles` of `cu_seqlens`, where several calls share them; made per call where not given.
         dropout: probability of dropping an element of x on its way into A, in [0, 1).
         seed: () int64 on x's device; drawn from torch's generator where it is needed and not given.
 
@@ -56,100 +60,228 @@ def cflora_linear(
     Raises:
         InputError: a shape, dtype or device does not fit, or a frozen tensor requires a gradient.
     """
+    (y,) = cflora_linears(
+        x,
+        [weight],
+        [bias],
+        [lora_a],
+        [lora_b],
+        None if gate is None else [gate],
+        scale,
+        cu_seqlens=cu_seqlens,
+        tiles=tiles,
+        dropout=dropout,
+        seed=seed,
+    )
+    return y
+
+
+def cflora_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    loras_a: Sequence[Tensor],
+    loras_b: Sequence[Tensor],
+    gates: Sequence[Tensor] | None,
+    scale: float,
+    *,
+    cu_seqlens: Tensor | None = None,
+    tiles: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """`cflora_linear` of n layers that read the same x, as the q, k and v of an attention block do.
+
+    x is read once for all low-rank updates, and its gradient is accumulated once. One dropout mask serves all
+    layers.
+
+    Args:
+        weights, biases, loras_a, loras_b, gates: n each, as in `cflora_linear`, of one rank. No gates are
+            identities.
+
+    Returns:
+        The n outputs, in x's dtype.
+
+    Raises:
+        InputError: as in `cflora_linear`, or the lists differ in length.
+    """
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    _check(x, weight, bias, lora_a, lora_b, gate, cu_seqlens, dropout, seed)
+        x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
+        biases = [None if bias is None else bias.to(dtype) for bias in biases]
+    _check_lists({"weights": weights, "biases": biases, "loras_a": loras_a, "loras_b": loras_b}, gates)
+    _check(x, loras_a, loras_b, gates, cu_seqlens, tiles, dropout, seed)
+    for weight, bias, lora_b in zip(weights, biases, loras_b, strict=True):
+        _check_weight(x, weight, bias, lora_b)
+    return _run(x, weights, biases, [], loras_a, loras_b, gates, scale, cu_seqlens, tiles, dropout, seed)
+
+
+def cflora_update(
+    base: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    *,
+    cu_seqlens: Tensor | None = None,
+    tiles: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """base + scale · (drop(x) Aᵀ G_b) Bᵀ: CFLoRA on a layer whose weights are out of reach, as if quantised.
+
+    Args:
+        base: (B, L, d_out) or (T, d_out), the layer's own output for x.
+        The others are those of `cflora_linear`; under autocast x is cast to base's dtype.
+
+    Returns:
+        A new tensor like base. Its gradient goes to base as it is, and to x through the update.
+
+    Raises:
+        InputError: as in `cflora_linear`.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(base.dtype)
+    gates = None if gate is None else [gate]
+    _check(x, [lora_a], [lora_b], gates, cu_seqlens, tiles, dropout, seed)
+    check_tensor("base", base, (*x.shape[:-1], lora_b.shape[0]), "(…, d_out)", x.device, x.dtype)
+    (y,) = _run(x, [], [], [base], [lora_a], [lora_b], gates, scale, cu_seqlens, tiles, dropout, seed)
+    return y
+
+
+def cflora_tiles(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """The blocks of tokens that kernels work on, as an int32 tensor for the `tiles` of the other functions.
+
+    It depends on the batch alone, so it is made once for all layers, on the device of `cu_seqlens`, without
+    waiting for it.
+
+    Args:
+        cu_seqlens: (B + 1,) int32, the offsets of the instances in a packed batch.
+        tokens: T, their sum.
+    """
+    check_cu_seqlens(cu_seqlens, None, tokens, cu_seqlens.device)
+    return tile_table(cu_seqlens, tokens)
+
+
+def _run(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *rest, gates, scale, cu_seqlens, tiles, dropout, seed = arguments
     if dropout and seed is None:
         seed = torch.randint(2**62, (), dtype=torch.int64, device=x.device)
-    y, _ = _forward(x, weight, bias, lora_a, lora_b, gate, scale, cu_seqlens, dropout, seed)
-    return y
+    lists = [list(tensors) for tensors in rest]
+    outputs, _ = _forward(x, *lists, list(gates or ()), scale, cu_seqlens, tiles, dropout, seed)
+    return tuple(outputs)
 
 
 @_forward.register_fake
 def _forward_fake(
-    x: Tensor, weight: Tensor, _bias: Tensor | None, lora_a: Tensor, *_: Any
-) -> tuple[Tensor, Tensor]:
-    h = x.new_empty(
-        (x.shape[:-1].numel(), lora_a.shape[0]), dtype=torch.promote_types(x.dtype, torch.float32)
-    )
-    return x.new_empty((*x.shape[:-1], weight.shape[0])), h
+    x: Tensor,
+    _weight: Sequence[Tensor],
+    _bias: Sequence[Tensor | None],
+    _base: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    *_: Any,
+) -> tuple[list[Tensor], Tensor]:
+    components = sum(a.shape[0] for a in lora_a)
+    h = x.new_empty((x.shape[:-1].numel(), components), dtype=torch.promote_types(x.dtype, torch.float32))
+    return [x.new_empty((*x.shape[:-1], b.shape[0])) for b in lora_b], h
 
 
 @_backward.register_fake
 def _backward_fake(
-    dy: Tensor,
+    dy: Sequence[Tensor],
     _x: Tensor | None,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    gate: Tensor | None,
+    _weight: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    gate: Sequence[Tensor],
     *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     need_x, need_gate, need_a, need_b = rest[-1]
-    dx = dy.new_empty((*dy.shape[:-1], weight.shape[1]) if need_x else (0,))
-    dgate = gate.new_empty(gate.shape) if need_gate and gate is not None else dy.new_empty(0)
-    da = lora_a.new_empty(lora_a.shape) if need_a else dy.new_empty(0)
-    db = lora_b.new_empty(lora_b.shape) if need_b else dy.new_empty(0)
+    dx = dy[0].new_empty((*dy[0].shape[:-1], lora_a[0].shape[1]) if need_x else (0,))
+    dgate, da, db = (
+        [tensor.new_empty(tensor.shape) for tensor in tensors] if needed else []
+        for tensors, needed in ((gate, need_gate), (lora_a, need_a), (lora_b, need_b))
+    )
     return dx, dgate, da, db
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, lora_a, lora_b, gate, ctx.scale, cu_seqlens, ctx.dropout, seed = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]) -> None:
+    x, weight, bias, base, lora_a, lora_b, gate, ctx.scale, cu_seqlens, tiles, ctx.dropout, seed = inputs
     _, h = output
-    kept_x = x if ctx.needs_input_grad[3] else None
-    ctx.save_for_backward(kept_x, weight, lora_a, lora_b, gate, h, cu_seqlens, seed)
-    ctx.set_materialize_grads(False)
+    kept_x = x if any(a.requires_grad for a in lora_a) else None
+    ctx.lengths = [len(tensors) for tensors in (weight, lora_a, lora_b, gate)]
+    ctx.bases = len(base)
+    # torch.library takes a list in which a tensor is missing for one opaque argument
+    ctx.dbias = None if any(b is None for b in bias) else [None] * len(bias)
+    ctx.save_for_backward(kept_x, h, cu_seqlens, tiles, seed, *weight, *lora_a, *lora_b, *gate)
 
 
-def _autograd(ctx: Any, dy: Tensor | None, _dh: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 10
-    x, weight, lora_a, lora_b, gate, h, cu_seqlens, seed = ctx.saved_tensors
-    need_x, _, _, need_a, need_b, need_gate, *_ = ctx.needs_input_grad
+def _autograd(ctx: Any, dy: list[Tensor], _dh: Tensor) -> tuple[Any, ...]:
+    x, h, cu_seqlens, tiles, seed, *rest = ctx.saved_tensors
+    weight, lora_a, lora_b, gate = ([rest.pop(0) for _ in range(length)] for length in ctx.lengths)
+    need_x, _, _, _, *wanted, _, _, _, _, _ = ctx.needs_input_grad
+    need_a, need_b, need_gate = map(any, wanted)
     needs = [need_x, need_gate, need_a, need_b]
-    gradients = _backward(
-        dy, x, weight, lora_a, lora_b, gate, h, ctx.scale, cu_seqlens, ctx.dropout, seed, needs
+    dx, dgate, da, db = _backward(
+        dy, x, weight, lora_a, lora_b, gate, h, ctx.scale, cu_seqlens, tiles, ctx.dropout, seed, needs
     )
-    dx, dgate, da, db = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-    return dx, None, None, da, db, dgate, None, None, None, None
+    gradients = (
+        [g if needed else None for g, needed in zip(found or [None] * len(flags), flags, strict=True)]
+        for found, flags in zip((da, db, dgate), wanted, strict=True)
+    )
+    dbase = dy if ctx.bases else []
+    return dx if need_x else None, [None] * len(weight), ctx.dbias, dbase, *gradients, *[None] * 5
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
+def _check_lists(lists: dict[str, Sequence[Any]], gates: Sequence[Tensor] | None) -> None:
+    count = len(lists["weights"])
+    for name, tensors in (lists if gates is None else lists | {"gates": gates}).items():
+        if len(tensors) != count or not count:
+            raise bad(name, f"one for each of the {max(count, 1)} layers", f"{len(tensors)}")
+
+
 def _check(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    gate: Tensor | None,
+    loras_a: Sequence[Tensor],
+    loras_b: Sequence[Tensor],
+    gates: Sequence[Tensor] | None,
     cu_seqlens: Tensor | None,
+    tiles: Tensor | None,
     dropout: float,
     seed: Tensor | None,
 ) -> None:
     if x.dim() != (3 if cu_seqlens is None else 2) or not x.is_floating_point():
         raise bad("x", "floating (B, L, d_in), or packed (T, d_in) with cu_seqlens", x)
-    device, d_in = x.device, x.shape[-1]
-    check_tensor("weight", weight, (None, d_in), "(d_out, d_in)", device, x.dtype)
-    d_out = weight.shape[0]
-    if bias is not None:
-        check_tensor("bias", bias, (d_out,), "(d_out,)", device, x.dtype)
-    check_tensor("lora_a", lora_a, (None, d_in), "(r, d_in)", device)
-    r = lora_a.shape[0]
-    check_tensor("lora_b", lora_b, (d_out, r), "(d_out, r)", device)
+    device, d_in, r = x.device, x.shape[-1], loras_a[0].shape[0]
     instances = x.shape[0] if cu_seqlens is None else None
-    if gate is not None:
-        check_tensor("gate", gate, (instances, r, r), "(B, r, r)", device)
-        instances = gate.shape[0]
+    for i, (lora_a, lora_b) in enumerate(zip(loras_a, loras_b, strict=True)):
+        check_tensor("lora_a", lora_a, (r if i else None, d_in), "(r, d_in)", device)
+        check_tensor("lora_b", lora_b, (None, r), "(d_out, r)", device)
+        if gates is not None:
+            check_tensor("gate", gates[i], (instances, r, r), "(B, r, r)", device)
+            instances = gates[i].shape[0]
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, instances, x.shape[0], device)
+    if tiles is not None:
+        check_tensor("tiles", tiles, (None,), "cflora_tiles of cu_seqlens", device, torch.int32)
     if not 0.0 <= dropout < 1.0:
         raise bad("dropout", "a probability in [0, 1)", dropout)
     if seed is not None:
         check_tensor("seed", seed, (), "()", device, torch.int64)
+
+
+def _check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, lora_b: Tensor) -> None:
+    check_tensor("weight", weight, (None, x.shape[-1]), "(d_out, d_in)", x.device, x.dtype)
+    d_out = weight.shape[0]
+    if bias is not None:
+        check_tensor("bias", bias, (d_out,), "(d_out,)", x.device, x.dtype)
+    check_tensor("lora_b", lora_b, (d_out, None), "(d_out, r)", x.device)
     if torch.is_grad_enabled():
         for name, frozen in (("weight", weight), ("bias", bias)):
             if frozen is not None and frozen.requires_grad:

@@ -1,9 +1,11 @@
 """CFLoRA in plain PyTorch: the specification of ``rellax::cflora_linear``.
 
-    h = c · keep(x) Aᵀ        z = s · h G_b                   y = x Wᵀ + bias + z Bᵀ
+For each of the n layers that read x, with A, B, G, W, bias of its own and one mask for all of them:
+
+    h = c · keep(x) Aᵀ        z = s · h G_b                   y = x Wᵀ + bias + z Bᵀ, or y = base + z Bᵀ
 
     dz = s · dy B             dG_b = Σ_{t in b} h_tᵀ dz_t     dh = c · dz G_bᵀ
-    dx = dy W + keep(dh A)    dA = dhᵀ keep(x)                dB = dyᵀ z
+    dx = Σ dy W + keep(dh A)  dA = dhᵀ keep(x)                dB = dyᵀ z
 
 keep zeroes what dropout drops, and c = 1 / (1 - dropout). Products of size d run in x's dtype; h, z and G are
 multiplied and scaled in fp32 (fp64 for fp64 input).
@@ -22,65 +24,77 @@ from rellax.reference._numerics import accumulation_dtype, keep_mask
 
 def cflora_fwd(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    gate: Tensor | None,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    base: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    gate: Sequence[Tensor],
     scale: float,
     cu_seqlens: Tensor | None,
+    tiles: Tensor | None,
     dropout: float,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """y (…, d_out) in x's dtype, and h (T, r) in fp32 for the backward pass."""
+) -> tuple[list[Tensor], Tensor]:
+    """Each layer's y (…, d_out) in x's dtype, and h (T, n r) in fp32 for the backward pass.
+
+    Either `weight` and `bias` are given, or `base`, the layers' own outputs. No `gate` is the identity.
+    """
     rows = x.flatten(0, -2)
-    h = F.linear(_keep(rows, dropout, seed), lora_a.to(x.dtype))
+    h = F.linear(_keep(rows, dropout, seed), torch.cat(list(lora_a)).to(x.dtype))
     h = h.to(accumulation_dtype(x.dtype)) / (1 - dropout)
-    z = scale * _apply_gate(h, gate, cu_seqlens)
-    y = F.linear(rows, weight, bias)
-    y.addmm_(z.to(x.dtype), lora_b.to(x.dtype).t())
-    return y.view(*x.shape[:-1], weight.shape[0]), h
+    outputs = []
+    for i, (h_i, b_i) in enumerate(zip(h.chunk(len(lora_a), 1), lora_b, strict=True)):
+        z = scale * _apply_gate(h_i, gate[i] if gate else None, cu_seqlens)
+        y = F.linear(rows, weight[i], bias[i]) if weight else base[i].flatten(0, -2).clone()
+        y.addmm_(z.to(x.dtype), b_i.to(x.dtype).t())
+        outputs.append(y.view(*x.shape[:-1], y.shape[1]))
+    return outputs, h
 
 
 def cflora_bwd(
-    dy: Tensor,
+    dy: Sequence[Tensor],
     x: Tensor | None,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    gate: Tensor | None,
+    weight: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    gate: Sequence[Tensor],
     h: Tensor,
     scale: float,
     cu_seqlens: Tensor | None,
+    tiles: Tensor | None,
     dropout: float,
     seed: Tensor | None,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dG, dA, dB); `needs` tells which are wanted, the others come back empty. Only dA reads x."""
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    """(dx, dG, dA, dB), the last three per layer; `needs` tells which are wanted, the others come back empty.
+
+    Without `weight` dx is the low-rank update's alone. Only dA reads x.
+    """
     need_x, need_gate, need_a, need_b = needs
-    rows = dy.flatten(0, -2)
-    dx, dgate, da, db = (dy.new_empty(0) for _ in range(4))
-    dz = scale * (rows @ lora_b.to(dy.dtype)).to(h.dtype)
-    if need_gate:
-        assert gate is not None
-        dgate = _gate_gradient(h, dz, gate, cu_seqlens)
-    if need_x or need_a:
-        dh = _apply_gate(dz, None if gate is None else gate.mT, cu_seqlens) / (1 - dropout)
-        dh = dh.to(dy.dtype)
+    dtype = dy[0].dtype
+    dx = dy[0].new_empty(0)
+    dgates, das, dbs, dhs = [], [], [], []
+    for i, h_i in enumerate(h.chunk(len(dy), 1)):
+        rows, gate_i = dy[i].flatten(0, -2), gate[i] if gate else None
+        dz = scale * (rows @ lora_b[i].to(dtype)).to(h.dtype)
+        if need_gate and gate_i is not None:
+            dgates.append(_gate_gradient(h_i, dz, gate_i, cu_seqlens))
+        dh = _apply_gate(dz, None if gate_i is None else gate_i.mT, cu_seqlens) / (1 - dropout)
+        dhs.append(dh.to(dtype))
+        if need_b:
+            z = scale * _apply_gate(h_i, gate_i, cu_seqlens)
+            dbs.append((rows.t() @ z.to(dtype)).to(lora_b[i].dtype))
     if need_x:
-        dx = rows @ weight
-        if dropout:
-            dx += _keep(dh @ lora_a.to(dy.dtype), dropout, seed)
-        else:
-            dx.addmm_(dh, lora_a.to(dy.dtype))
-        dx = dx.view(*dy.shape[:-1], weight.shape[1])
+        dx = _keep(torch.cat(dhs, 1) @ torch.cat(list(lora_a)).to(dtype), dropout, seed)
+        for dy_i, weight_i in zip(dy, weight, strict=bool(weight)):
+            dx.addmm_(dy_i.flatten(0, -2), weight_i)
+        dx = dx.view(*dy[0].shape[:-1], lora_a[0].shape[1])
     if need_a:
         assert x is not None
-        da = (dh.t() @ _keep(x.flatten(0, -2), dropout, seed)).to(lora_a.dtype)
-    if need_b:
-        z = scale * _apply_gate(h, gate, cu_seqlens)
-        db = (rows.t() @ z.to(dy.dtype)).to(lora_b.dtype)
-    return dx, dgate, da, db
+        kept = _keep(x.flatten(0, -2), dropout, seed)
+        das = [(dh.t() @ kept).to(a.dtype) for dh, a in zip(dhs, lora_a, strict=True)]
+    return dx, dgates, das, dbs
 
 
 def _apply_gate(h: Tensor, gate: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -110,7 +124,7 @@ def _gate_gradient(h: Tensor, dz: Tensor, gate: Tensor, cu_seqlens: Tensor | Non
 
 def _padded(h: Tensor, instances: int) -> Tensor:
     """(T, r) as (B, L, r)."""
-    return h.view(instances, h.shape[0] // max(instances, 1), h.shape[1])
+    return h.unflatten(0, (instances, h.shape[0] // max(instances, 1)))
 
 
 def _keep(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
