@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rellax.errors import InputError
-from rellax.ops import cflora_linear
+from rellax.ops import cflora_linear, cflora_linears, cflora_update
 from rellax.reference._numerics import keep_mask
 from rellax.testing import oracle
-from rellax.testing.cases import CFLORA, DTYPES, cflora
+from rellax.testing.cases import CFLORA, CFLORA_SET, CFLORA_UPDATE, DTYPES, cflora
+from rellax.testing.cases import cflora_set as build_set
+from rellax.testing.cases import cflora_update as build_update
 
 
 def naive(
@@ -39,6 +43,28 @@ def naive(
     return F.linear(x, weight, bias) + torch.cat(updates).view(*x.shape[:-1], weight.shape[0])
 
 
+def naive_set(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    loras_a: list[Tensor],
+    loras_b: list[Tensor],
+    gates: list[Tensor] | None,
+    scale: float,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """One layer after another."""
+    layers = zip(weights, biases, loras_a, loras_b, gates or [None] * len(weights), strict=True)
+    return tuple(naive(x, *layer, scale, **options) for layer in layers)
+
+
+def naive_update(
+    base: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, *rest: Any, **options: Any
+) -> Tensor:
+    nothing = x.new_zeros(lora_b.shape[0], x.shape[-1])
+    return base + naive(x, nothing, None, lora_a, lora_b, *rest, **options)
+
+
 def gradients(y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
     return torch.autograd.grad(y, inputs, upstream)
@@ -48,6 +74,21 @@ def gradients(y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("case", CFLORA)
 def test_equals_a_loop_over_instances(case: str, dtype: torch.dtype) -> None:
     oracle.check(cflora_linear, naive, cflora(dtype, **CFLORA[case]), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CFLORA_SET)
+def test_a_set_equals_its_layers(case: str, dtype: torch.dtype) -> None:
+    oracle.check(cflora_linears, naive_set, build_set(dtype, **CFLORA_SET[case]), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CFLORA_UPDATE)
+def test_an_update_is_added_to_what_the_layer_gave(case: str, dtype: torch.dtype) -> None:
+    inputs = build_update(dtype, **CFLORA_UPDATE[case])
+    before = inputs["base"].clone()
+    oracle.check(cflora_update, naive_update, inputs, dtype)
+    assert torch.equal(inputs["base"], before)
 
 
 @pytest.mark.parametrize("case", ["plain", "packed-empty-instances", "packed-dropout", "no-gate"])

@@ -87,8 +87,8 @@ def cflora_bwd(
     )
     da, db = [], []
     if dh is not None and x is not None:
-        parts = _outer(dh, _rows(x), update.dropout).chunk(len(lora_a))
-        da = [part.to(a_i.dtype, copy=len(parts) > 1) for part, a_i in zip(parts, lora_a, strict=True)]
+        for part, a_i in zip(_outer(dh, _rows(x), update.dropout).chunk(len(dy)), lora_a, strict=True):
+            da.append(part.to(a_i.dtype, copy=True, memory_format=torch.contiguous_format))
     if z is not None:
         keep = extension().Dropout()
         for z_i, rows_i, b_i in zip(z.chunk(len(dy), 1), rows, lora_b, strict=True):

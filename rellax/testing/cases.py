@@ -42,6 +42,28 @@ CFLORA: Table = {
     "packed-no-instances": {"packed": True, "lengths": []},
 }
 
+CFLORA_SET: Table = {
+    "plain": {},
+    "alone": {"d_outs": (9,)},
+    "odd": {"lengths": [7, 7, 7], "d_in": 129, "d_outs": (7, 1, 65), "r": 3},
+    "many-tokens": {"lengths": [129, 129], "d_in": 65, "d_outs": (130, 33), "r": 17},
+    "rank-64": {"lengths": [5, 5], "d_in": 96, "d_outs": (80, 33), "r": 64},
+    "no-gate": {"gate": None},
+    "no-bias": {"bias": False},
+    "frozen-lora": {"train_lora": False},
+    "dropout": {"dropout": 0.3},
+    "no-tokens": {"lengths": [0, 0]},
+    "packed-dropout": {"packed": True, "lengths": [7, 0, 33], "dropout": 0.3},
+}
+
+CFLORA_UPDATE: Table = {
+    "plain": {},
+    "odd": {"lengths": [7, 7, 7], "d_in": 129, "d_out": 7, "r": 3},
+    "dropout": {"dropout": 0.3},
+    "packed": {"packed": True, "lengths": [7, 1, 129], "d_in": 33, "d_out": 17, "r": 8},
+    "no-gate": {"gate": None},
+}
+
 GATE_BANK: Table = {
     "plain": {},
     "ones": {"projections": 1, "instances": 1, "d_u": 1, "r": 1},
@@ -121,9 +143,10 @@ def cflora(
     lora_dtype: torch.dtype | None = None,
     strided: bool = False,
     dropout: float = 0.0,
+    draw: int = 0,
 ) -> dict[str, Any]:
     """Keywords of ``cflora_linear``; padded instances (not `packed`) all have the same length."""
-    new = _Source()
+    new = _Source(draw)
     length = lengths[0] if lengths else 3
     tokens = (sum(lengths),) if packed else (len(lengths), length)
     gates = new.tensor(len(lengths), r, r, dtype=lora_dtype or dtype)
@@ -143,6 +166,23 @@ def cflora(
         "dropout": dropout,
         "seed": torch.tensor(2**40 + 17, device=device()) if dropout else None,
     }
+
+
+def cflora_set(dtype: torch.dtype, *, d_outs: Sequence[int] = (9, 7, 9), **options: Any) -> dict[str, Any]:
+    """Keywords of ``cflora_linears``: layers of these output sizes; `options` are those of `cflora`."""
+    calls = [cflora(dtype, d_out=d_out, draw=i, **options) for i, d_out in enumerate(d_outs)]
+    shared = {name: calls[0][name] for name in ("x", "scale", "cu_seqlens", "dropout", "seed")}
+    names = {"weight": "weights", "bias": "biases", "lora_a": "loras_a", "lora_b": "loras_b", "gate": "gates"}
+    lists = {plural: [call[name] for call in calls] for name, plural in names.items()}
+    return shared | lists | ({} if calls[0]["gate"] is not None else {"gates": None})
+
+
+def cflora_update(dtype: torch.dtype, **options: Any) -> dict[str, Any]:
+    """Keywords of ``cflora_update``; `options` are those of `cflora`."""
+    inputs = cflora(dtype, **options)
+    weight, _ = inputs.pop("weight"), inputs.pop("bias")
+    base = _Source(1).tensor(*inputs["x"].shape[:-1], weight.shape[0], dtype=dtype)
+    return {"base": base.requires_grad_(), **inputs}
 
 
 def gate_bank(
@@ -268,8 +308,8 @@ def item_topk(dtype: torch.dtype, *, items: int = 20, queries: int | None = None
 class _Source:
     """Random tensors of a fixed seed, the same on every device."""
 
-    def __init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(0)
+    def __init__(self, seed: int = 0) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
 
     def tensor(self, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
         values = scale * torch.randn(shape, generator=self.generator)
@@ -285,6 +325,8 @@ class _Source:
 OPERATORS: dict[str, tuple[Callable[..., dict[str, Any]], Table]] = {
     "answer_loss": (answer, ANSWER),
     "cflora_linear": (cflora, CFLORA),
+    "cflora_linears": (cflora_set, CFLORA_SET),
+    "cflora_update": (cflora_update, CFLORA_UPDATE),
     "gate_bank": (gate_bank, GATE_BANK),
     "history_topk": (history_topk, HISTORY_TOPK),
     "item_topk": (item_topk, ITEM_TOPK),

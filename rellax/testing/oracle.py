@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import keystr, tree_leaves_with_path, tree_map
 
 FACTOR = 2.0
 ULPS = 2.0
@@ -29,7 +30,7 @@ def check(
         inputs: the keywords of both; tensors that require grad are differentiated.
         dtype: the narrowest floating dtype among the inputs.
     """
-    truth = _differentiate(eager, {name: _widen(value) for name, value in inputs.items()}, dtype)
+    truth = _differentiate(eager, tree_map(_widen, dict(inputs)), dtype)
     yardstick = _differentiate(eager, inputs, dtype)
     with poisoned_memory():
         actual = _differentiate(operator, inputs, dtype)
@@ -64,11 +65,15 @@ def _differentiate(
     function: Callable[..., Any], inputs: Mapping[str, Any], dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """All outputs, and the gradients for random upstream gradients that are exact in `dtype`."""
-    inputs = {name: _leaf(value) for name, value in inputs.items()}
+    inputs = tree_map(_leaf, dict(inputs))
     outputs = function(**inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
-    wanted = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.requires_grad}
+    wanted = {
+        keystr(path).removeprefix("['").replace("']", "", 1): x
+        for path, x in tree_leaves_with_path(inputs)
+        if isinstance(x, Tensor) and x.requires_grad
+    }
     roots = [output for output in outputs if output.requires_grad]
     if wanted:
         generator = torch.Generator().manual_seed(0)
