@@ -23,10 +23,11 @@ struct Dropout {
     float factor;  // 1 / (1 - p)
 };
 
-// A matrix of components (c, d) in the rows' dtype comes in one of two forms, both padded with zeros:
-//     shrinking   (padded_components(c), padded_columns(d))
-//     expanding   (padded_components(c) / 2, padded_columns(d), 2) in bfloat16: pairs of components side by side, as
-//                 dot products of pairs take them; in float32 as for shrinking
+// A matrix of components (c, d) comes in the rows' dtype, padded with zeros to whole blocks of kComponents components
+// and kBlock columns, in one of two forms, both walked from front to back:
+//     shrinking   (components / kComponents, columns / kBlock, kComponents, kBlock)
+//     expanding   (columns / kBlock, components, kBlock), in bfloat16 (columns / kBlock, components / 2, kBlock, 2):
+//                 pairs of components side by side, as dot products of pairs take them
 struct CfloraLayer {
     int64_t d;            // d_out
     void* rows;           // (T, d): y, added to, or dy, read
@@ -70,17 +71,18 @@ struct Tile {
 };
 
 constexpr int64_t kTileTokens = 32;
+constexpr int64_t kBlock = 32;         // columns of a matrix that lie together
 constexpr int64_t kTileColumns = 128;  // of an outer product
 constexpr int64_t kComponents = 4;     // taken together, as are
 constexpr int64_t kTogether = 4;       // rows
 
 constexpr int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 constexpr int64_t padded_components(int64_t count) { return round_up(count, kComponents); }
-constexpr int64_t padded_columns(int64_t d) { return round_up(d, 32); }
+constexpr int64_t padded_columns(int64_t d) { return round_up(d, kBlock); }
 
 // Floats that a tile needs: rows staged for shrinking, three blocks of r numbers a layer and token.
 constexpr int64_t cflora_scratch(int64_t widest, int64_t components) {
-    return kTogether * padded_columns(widest) + 3 * kTileTokens * padded_components(components);
+    return kTileTokens * padded_columns(widest) + 3 * kTileTokens * padded_components(components);
 }
 constexpr int64_t kOuterScratch = kTileTokens * kTileColumns;
 

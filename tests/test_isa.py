@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from rellax import _C
 
+HERE = Path(__file__).parent
 DIGEST = """
 import hashlib, torch
 from rellax import _C
@@ -48,6 +50,27 @@ def test_every_level_gives_the_same_bits_and_the_best_one_is_the_default() -> No
     used = {isa: output.stdout.split() for isa, output in outputs.items()}
     assert {isa: level for isa, (level, _) in used.items()} == {isa: isa or levels[-1] for isa in outputs}
     assert len({digest for _, digest in used.values()}) == 1
+
+
+@pytest.mark.parametrize("isa", _C.supported_isas()[:-1])
+def test_every_level_passes_the_oracle(isa: str) -> None:
+    """The best level runs all tests; the others run those that compare a C++ kernel with fp64."""
+    tests = [
+        "test_cflora.py::test_equals_a_loop_over_instances",
+        "test_cflora.py::test_a_set_equals_its_layers",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *(str(HERE / test) for test in tests),
+    ]
+    environment = os.environ | {"RELLAX_ISA": isa}
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert output.returncode == 0, output.stdout
 
 
 @pytest.mark.parametrize("isa", ["AVX2", "sse9", "avx512 "])

@@ -7,6 +7,8 @@
 namespace rellax::RELLAX_LEVEL {
 namespace {
 
+constexpr int64_t kShrinkColumns = 2048;  // with kComponents components: half of a first cache of 32 KiB
+
 constexpr int64_t at_most(int64_t count) { return count < kWidth ? count : kWidth; }
 
 constexpr Dropout kKeepAll = {nullptr, 0, 0, 1.0f};
@@ -43,12 +45,12 @@ void widen(const T* row, int64_t token, int64_t first, int64_t last, const Dropo
     }
 }
 
-// The `count` <= kTogether rows from token `first` on as operands read them: whole, without what is dropped. Rows that
+// The `count` rows from token `first` on as operands read them: in whole blocks, without what is dropped. Rows that
 // need no change stay where they are, the others are copied to `staging`.
 template <class T>
 void stage(const T* rows, int64_t stride, int64_t d, const Dropout& dropout, int64_t first, int64_t count, T* staging,
            const T** staged) {
-    const bool whole = d % (kWidth * Operand<T>::kGroup) == 0;
+    const bool whole = d % kBlock == 0;
     for (int64_t i = 0; i < count; ++i) {
         const T* row = rows + (first + i) * stride;
         staged[i] = row;
@@ -63,77 +65,103 @@ void stage(const T* rows, int64_t stride, int64_t d, const Dropout& dropout, int
     }
 }
 
-// dots (kHeight, kComponents) of rows and kComponents rows of `matrix`.
+// The dot products of kHeight rows and one block of components, over columns [first, last): whole blocks of columns.
 template <int kHeight, class T>
-inline void dot(const T* const* rows, const T* matrix, int64_t d, float (*dots)[kComponents]) {
+inline void dot(const T* const* rows, const T* components, int64_t first, int64_t last, Four (&dots)[kHeight]) {
     constexpr int kStep = kWidth * Operand<T>::kGroup;
-    const int64_t stride = padded_columns(d);
-    Floats sums[kHeight][kComponents] = {};
-    for (int64_t j = 0; j < d; j += kStep) {
-        for (int c = 0; c < kComponents; ++c) {
-            const auto component = load_operand(matrix + c * stride + j);
-            for (int i = 0; i < kHeight; ++i) sums[i][c] = multiply_add(load_operand(rows[i] + j), component, sums[i][c]);
+    Floats products[kHeight][kComponents] = {};
+    for (int64_t block = first; block < last; block += kBlock) {
+        for (int j = 0; j < kBlock; j += kStep) {
+            for (int c = 0; c < kComponents; ++c) {
+                const auto component = load_operand(components + block * kComponents + c * kBlock + j);
+                for (int i = 0; i < kHeight; ++i) {
+                    products[i][c] = multiply_add(load_operand(rows[i] + block + j), component, products[i][c]);
+                }
+            }
         }
     }
-    for (int i = 0; i < kHeight; ++i) {
-        for (int c = 0; c < kComponents; ++c) dots[i][c] = sum(sums[i][c]);
-    }
+    for (int i = 0; i < kHeight; ++i) dots[i] = sums(products[i]);
 }
 
-// out (count, components) = factor · drop(rows) matrixᵀ for the tile's tokens.
+// out (count, components) = factor · drop(rows) matrixᵀ for the tile's tokens. One block of components and
+// kShrinkColumns stay in the first cache while the tile's rows pass by.
 template <class T>
 void shrink(const T* rows, int64_t row_stride, int64_t d, const T* matrix, int64_t components, const Dropout& dropout,
             const Tile& tile, float factor, T* staging, float* out, int64_t out_stride) {
-    for (int64_t token = tile.first; token < tile.last; token += kTogether) {
-        const int64_t height = tile.last - token < kTogether ? tile.last - token : kTogether;
-        const T* staged[kTogether];
-        stage(rows, row_stride, d, dropout, token, height, staging, staged);
-        for (int64_t component = 0; component < components; component += kComponents) {
-            const T* part = matrix + component * padded_columns(d);
-            float dots[kTogether][kComponents];
-            if (height == kTogether) {
-                dot<kTogether>(staged, part, d, dots);
-            } else {
-                for (int64_t i = 0; i < height; ++i) dot<1>(staged + i, part, d, dots + i);
-            }
-            for (int64_t i = 0; i < height; ++i) {
-                for (int64_t c = 0; c < kComponents && component + c < components; ++c) {
-                    out[(token - tile.first + i) * out_stride + component + c] = factor * dots[i][c];
+    const int64_t count = tile.last - tile.first, columns = padded_columns(d);
+    const T* staged[kTileTokens];
+    stage(rows, row_stride, d, dropout, tile.first, count, staging, staged);
+    for (int64_t component = 0; component < components; component += kComponents) {
+        const T* part = matrix + component * columns;
+        const int64_t width = components - component < kComponents ? components - component : kComponents;
+        for (int64_t first = 0; first < columns; first += kShrinkColumns) {
+            const int64_t last = columns - first < kShrinkColumns ? columns : first + kShrinkColumns;
+            for (int64_t t = 0; t < count; t += kTogether) {
+                const int64_t height = count - t < kTogether ? count - t : kTogether;
+                Four dots[kTogether];
+                if (height == kTogether) {
+                    dot<kTogether>(staged + t, part, first, last, dots);
+                } else {
+                    for (int64_t i = 0; i < height; ++i) {
+                        dot<1>(staged + t + i, part, first, last, reinterpret_cast<Four(&)[1]>(dots[i]));
+                    }
+                }
+                for (int64_t i = 0; i < height; ++i) {
+                    for (int64_t c = 0; c < width; ++c) {
+                        float& at = out[(t + i) * out_stride + component + c];
+                        at = (first == 0 ? 0.0f : at) + factor * dots[i][c];
+                    }
                 }
             }
         }
     }
 }
 
-// Columns [j, j + kVectors * kWidth) of kHeight rows: rows += drop(z matrix). `left` columns of them exist.
-template <int kHeight, int kVectors, class T>
-inline void expand_block(T* rows, int64_t stride, int64_t d, const T* matrix, int64_t components, const T* z,
-                         const Dropout& dropout, int64_t token, int64_t j) {
-    constexpr int kGroup = Operand<T>::kGroup;
-    Floats sums[kHeight][kVectors] = {};
-    for (int64_t c = 0; c < components; c += kGroup) {
-        const T* pairs = matrix + c * padded_columns(d) + j * kGroup;
-        for (int v = 0; v < kVectors; ++v) {
-            const auto component = load_operand(pairs + v * kWidth * kGroup);
-            for (int i = 0; i < kHeight; ++i) {
-                const auto weight = Operand<T>::broadcast(z + i * padded_components(components) + c);
-                sums[i][v] = multiply_add(weight, component, sums[i][v]);
+// One block of columns of kHeight rows: rows += drop(z matrix). `left` columns of it exist.
+template <int kHeight, class T>
+inline void expand_block(T* const* rows, int64_t column, int64_t left, const T* block, int64_t components, const T* z,
+                         const Dropout& dropout, const uint32_t* hashes) {
+    constexpr int kGroup = Operand<T>::kGroup, kVectors = 2;
+    const int64_t padded = padded_components(components);
+    for (int j = 0; j < kBlock; j += kVectors * kWidth) {
+        Floats sums[kHeight][kVectors] = {};
+        for (int64_t c = 0; c < components; c += kGroup) {
+            for (int v = 0; v < kVectors; ++v) {
+                const auto component = load_operand(block + c * kBlock + (j + v * kWidth) * kGroup);
+                for (int i = 0; i < kHeight; ++i) {
+                    const auto weight = Operand<T>::broadcast(z + i * padded + c);
+                    sums[i][v] = multiply_add(weight, component, sums[i][v]);
+                }
+            }
+        }
+        for (int i = 0; i < kHeight; ++i) {
+            for (int v = 0; v < kVectors; ++v) {
+                const int64_t place = j + v * kWidth;
+                if (place >= left) break;
+                T* to = rows[i] + column + place;
+                const Floats added = drop(dropout, hashes[i], column + place, sums[i][v]);
+                if (left - place >= kWidth) {
+                    store(to, load(to) + added);
+                } else {
+                    store_some(to, load_some(to, left - place) + added, left - place);
+                }
             }
         }
     }
+}
+
+// rows += drop(z matrix) for kHeight rows from `token` on.
+template <int kHeight, class T>
+void expand_rows(T* rows, int64_t stride, int64_t d, const T* matrix, int64_t components, const T* z,
+                 const Dropout& dropout, int64_t token) {
+    T* row[kHeight];
+    uint32_t hashes[kHeight];
     for (int i = 0; i < kHeight; ++i) {
-        const uint32_t hash = hash_row(dropout, token + i);
-        for (int v = 0; v < kVectors; ++v) {
-            const int64_t column = j + v * kWidth, left = d - column;
-            if (left <= 0) break;
-            T* to = rows + (token + i) * stride + column;
-            const Floats added = drop(dropout, hash, column, sums[i][v]);
-            if (left >= kWidth) {
-                store(to, load(to) + added);
-            } else {
-                store_some(to, load_some(to, left) + added, left);
-            }
-        }
+        row[i] = rows + (token + i) * stride;
+        hashes[i] = hash_row(dropout, token + i);
+    }
+    for (int64_t j = 0; j < d; j += kBlock) {
+        expand_block<kHeight>(row, j, d - j, matrix + j * padded_components(components), components, z, dropout, hashes);
     }
 }
 
@@ -141,7 +169,6 @@ inline void expand_block(T* rows, int64_t stride, int64_t d, const T* matrix, in
 template <class T>
 void expand(T* rows, int64_t stride, int64_t d, const T* matrix, int64_t components, const float* z,
             const Dropout& dropout, const Tile& tile, T* narrow) {
-    constexpr int kVectors = 2;
     const int64_t count = tile.last - tile.first, padded = padded_components(components);
     for (int64_t t = 0; t < count; ++t) {
         for (int64_t c = 0; c < padded; c += kWidth) {
@@ -151,16 +178,10 @@ void expand(T* rows, int64_t stride, int64_t d, const T* matrix, int64_t compone
     }
     int64_t t = 0;
     for (; t + kTogether <= count; t += kTogether) {
-        for (int64_t j = 0; j < d; j += kVectors * kWidth) {
-            expand_block<kTogether, kVectors>(rows, stride, d, matrix, components, narrow + t * padded, dropout,
-                                              tile.first + t, j);
-        }
+        expand_rows<kTogether>(rows, stride, d, matrix, components, narrow + t * padded, dropout, tile.first + t);
     }
     for (; t < count; ++t) {
-        for (int64_t j = 0; j < d; j += kVectors * kWidth) {
-            expand_block<1, kVectors>(rows, stride, d, matrix, components, narrow + t * padded, dropout,
-                                      tile.first + t, j);
-        }
+        expand_rows<1>(rows, stride, d, matrix, components, narrow + t * padded, dropout, tile.first + t);
     }
 }
 
@@ -212,7 +233,7 @@ struct Scratch {
     Scratch(const Cflora& task, float* memory) {
         const int64_t block = kTileTokens * padded_components(task.layers * task.r);
         staging = reinterpret_cast<T*>(memory);
-        small = memory + kTogether * padded_columns(widest(task));
+        small = memory + kTileTokens * padded_columns(widest(task));
         wide = small + block;
         narrow = reinterpret_cast<T*>(wide + block);
     }

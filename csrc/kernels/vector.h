@@ -126,14 +126,27 @@ inline Floats multiply_add(Words a, Words b, Floats sum) {
 #endif
 }
 
-// The elements added up as a binary tree.
-inline float sum(Floats values) {
-    float lanes[kWidth];
-    __builtin_memcpy(lanes, &values, sizeof lanes);
-    for (int half = kWidth / 2; half > 0; half /= 2) {
-        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-    }
-    return lanes[0];
+using Four = float __attribute__((vector_size(4 * sizeof(float))));
+
+// The vector folded to four elements: sums of those whose places differ by multiples of four.
+inline Four fold(Floats v) {
+#if defined(__AVX512F__)
+    const auto half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                      __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+#elif defined(__AVX2__)
+    return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+#else
+    return v;
+#endif
+}
+
+// Each of four vectors added up.
+inline Four sums(const Floats (&v)[4]) {
+    const Four a = fold(v[0]), b = fold(v[1]), c = fold(v[2]), d = fold(v[3]);
+    const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const Four cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
 }
 
 }  // namespace

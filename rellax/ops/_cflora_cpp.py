@@ -15,7 +15,7 @@ from torch import Tensor
 from rellax.ops._register import extension
 from rellax.reference._numerics import column_hashes, keep_threshold
 
-_COMPONENTS, _COLUMNS = 4, 32  # what csrc/cflora.h pads the components and the columns to
+_COMPONENTS, _BLOCK = 4, 32  # kComponents and kBlock of csrc/cflora.h
 
 
 def cflora_fwd(
@@ -135,7 +135,7 @@ class _Set:
 def _outer(left: Tensor, right: Tensor, dropout: Any) -> Tensor:
     """left (T, c)ᵀ drop(right (T, d)): (c, d) fp32."""
     (tokens, components), d = left.shape, right.shape[1]
-    out = left.new_empty((_round_up(components, _COMPONENTS), _round_up(d, _COLUMNS)))
+    out = left.new_empty((_round_up(components, _COMPONENTS), _round_up(d, _BLOCK)))
     if tokens == 0:
         out.zero_()
     extension().cflora_outer(
@@ -158,7 +158,7 @@ def _dropout(p: float, seed: Tensor | None, columns: int) -> tuple[Any, Tensor |
     """What is dropped, and the hashes it points to."""
     if seed is None:
         return extension().Dropout(), None
-    hashes = column_hashes(seed, _round_up(columns, _COLUMNS))
+    hashes = column_hashes(seed, _round_up(columns, _BLOCK))
     drop = extension().Dropout(
         column=hashes.data_ptr(), seed=int(seed) & 0xFFFFFFFF, threshold=keep_threshold(p), factor=1 / (1 - p)
     )
@@ -173,21 +173,22 @@ def _rows(x: Tensor) -> Tensor:
 
 def _shrinking(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """Components (c, d) in the form for shrinking: see csrc/cflora.h."""
-    matrix = matrix.to(dtype)
-    c, d = matrix.shape
-    if c % _COMPONENTS == 0 and d % _COLUMNS == 0:
-        return matrix.contiguous()
-    padded = matrix.new_zeros((_round_up(c, _COMPONENTS), _round_up(d, _COLUMNS)))
-    padded[:c, :d] = matrix
-    return padded
+    blocks = _padded(matrix, dtype).unflatten(1, (-1, _BLOCK)).unflatten(0, (-1, _COMPONENTS))
+    return blocks.transpose(1, 2).contiguous()
 
 
 def _expanding(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """Components (c, d) in the form for expanding: see csrc/cflora.h."""
-    padded = _shrinking(matrix, dtype)
-    if dtype != torch.bfloat16:
-        return padded
-    return padded.unflatten(0, (-1, 2)).transpose(1, 2).contiguous()
+    group = 2 if dtype == torch.bfloat16 else 1
+    blocks = _padded(matrix, dtype).unflatten(1, (-1, _BLOCK)).unflatten(0, (-1, group))
+    return blocks.permute(2, 0, 3, 1).contiguous()
+
+
+def _padded(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """`matrix` with zeros up to whole blocks."""
+    c, d = matrix.shape
+    missing = (0, -d % _BLOCK, 0, -c % _COMPONENTS)
+    return F.pad(matrix.to(dtype), missing) if any(missing) else matrix.to(dtype)
 
 
 def _round_up(count: int, step: int) -> int:
