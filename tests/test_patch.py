@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from tiny_models import FAMILIES, LAYOUTS, NO, YES, Truth
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from rellax.errors import InputError
 from rellax.patch import CFLoRAConfig, answer_logits, checkpoint, patch_model, unpatch_model
+from rellax.patch.forward import Handed
 
 CHECKPOINTS = ("none", "non-reentrant", "reentrant")
 
@@ -407,6 +409,58 @@ def test_report() -> None:
     assert sum(counted) == sum(p.numel() for p in tiny.trainable(model).values())
     assert sum(counted) + report.base_parameters == sum(p.numel() for p in model.parameters())
     assert "skipped 2 x model.layers.*.mlp.up_proj: not in target_modules" in str(report)
+
+
+ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of one operator."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.count = name, 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += op.name() == self.name
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layers_that_read_one_tensor_run_as_one(layout: str) -> None:
+    """Their outputs and gradients are those of layers on their own."""
+    targets = (*ATTENTION_INPUTS, "gate_proj", "up_proj", "o_proj")
+    model, _ = pair(target_modules=targets)
+    assert model.rellax.report.shared_inputs[:2] == (
+        tuple(f"model.layers.0.self_attn.{name}" for name in ATTENTION_INPUTS),
+        ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"),
+    )
+    assert "sharing 2 x model.layers.*.self_attn.q_proj and k_proj, v_proj" in str(model.rellax.report)
+    batch = tiny.batch(tiny.instances(), layout)
+    results = []
+    for expected in (3, 6):
+        with Calls("rellax::cflora_linear") as calls:
+            loss = model(**batch).loss
+        assert calls.count == expected * len(model.model.layers)
+        results.append((loss, tiny.gradients(model, loss)))
+        for projection in model.rellax.projections.values():
+            assert projection.ready is None
+            projection.sharing = ()
+    assert_close(*results)
+
+
+def test_a_shared_output_is_for_the_tensor_it_was_computed_from() -> None:
+    model, _ = pair(target_modules=ATTENTION_INPUTS)
+    q, k, v = (model.rellax.projections[f"model.layers.0.self_attn.{name}"] for name in ATTENTION_INPUTS)
+    x, other = torch.randn(2, 1, 3, q.in_features, dtype=q.weight.dtype)
+    alone = k(other)
+    expected = v(x)
+    assert q.ready is None  # no attention block handed it anything
+    for layer in (q, k, v):
+        layer.receive(Handed())
+    q(x)
+    close(k(other), alone)
+    close(v(x), expected)
 
 
 def _gpt2() -> Any:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rellax.errors import InputError
-from rellax.ops.cflora import cflora_linear
+from rellax.ops.cflora import cflora_linears
 
 
 class CFLoRA:
@@ -32,17 +33,38 @@ class CFLoRA:
         Returns:
             (B, L, d_out) or (T, d_out).
         """
-        return cflora_linear(
-            x,
-            self.weight,
-            self.bias,
-            self.lora_a,
-            self.lora_b,
-            gate,
-            self.scale,
-            cu_seqlens=cu_seqlens,
-            dropout=self.dropout if self.training else 0.0,
-        )
+        (y,) = forward_together([self], x, None if gate is None else [gate], cu_seqlens=cu_seqlens)
+        return y
+
+
+def forward_together(
+    layers: Sequence[Any],
+    x: Tensor,
+    gates: Sequence[Tensor] | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    tiles: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """The outputs of CFLoRA layers that all read x, for which x is read once.
+
+    Args:
+        layers: modules with `CFLoRA`'s attributes; scale, dropout and training mode are the first one's.
+        x: (B, L, d_in), or packed (T, d_in) with `cu_seqlens`.
+        gates: (B, r, r) for each layer; None: identities.
+        cu_seqlens, tiles: as in `rellax.ops.cflora_linear`.
+    """
+    return cflora_linears(
+        x,
+        [layer.weight for layer in layers],
+        [layer.bias for layer in layers],
+        [layer.lora_a for layer in layers],
+        [layer.lora_b for layer in layers],
+        gates,
+        layers[0].scale,
+        cu_seqlens=cu_seqlens,
+        tiles=tiles,
+        dropout=layers[0].dropout if layers[0].training else 0.0,
+    )
 
 
 class CFLoRALinear(CFLoRA, nn.Linear):

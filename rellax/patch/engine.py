@@ -60,13 +60,18 @@ def patch_model(
         module.__class__ = projection
         module.adopt(config)
         module.gate_index = index
+    sets = _shared_inputs(family, found)
+    for names in sets:
+        members = [found[name] for name in names]
+        for member in members:
+            member.sharing = members
     for layer, attention in zip(layers, attentions, strict=True):
         attention.rellax_projections = [m for m in layer.modules() if isinstance(m, Projection)]
         _put_in_front(attention, Attention)
     _put_in_front(inner, CausalLM)
     inner.rellax = state
     state.set_trainable(lora=True)
-    state.report = _report(inner, skipped)
+    state.report = _report(inner, skipped, sets)
     return model
 
 
@@ -91,7 +96,8 @@ def unpatch_model(model: Model) -> Model:
         if isinstance(module, Projection):
             module.release()
             del module.gate_index
-            vars(module).pop("handed", None)
+            for name in ("sharing", "handed", "ready"):
+                vars(module).pop(name, None)
         elif isinstance(module, Attention):
             del module.rellax_projections
         else:
@@ -224,7 +230,19 @@ def _build_state(
     return RellaxState(config, found, gate_bank, projector, head, flags)
 
 
-def _report(model: Any, skipped: Mapping[str, str]) -> Report:
+def _shared_inputs(family: rules.Family, found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The names of adapted layers that read the same tensor, set by set: two or more, of one dtype."""
+    places: dict[tuple[Any, ...], list[str]] = {}
+    for name, module in found.items():
+        for members in family.shared_inputs:
+            for path in members:
+                if name.endswith(f".{path}"):
+                    place = name.removesuffix(path), members, module.weight.dtype
+                    places.setdefault(place, []).append(name)
+    return [tuple(names) for names in places.values() if len(names) > 1]
+
+
+def _report(model: Any, skipped: Mapping[str, str], sets: list[tuple[str, ...]]) -> Report:
     state: RellaxState = model.rellax
     lora = sum(p.lora_a.numel() + p.lora_b.numel() for p in state.projections.values())
     gates, soft_prompt = (
@@ -235,6 +253,7 @@ def _report(model: Any, skipped: Mapping[str, str]) -> Report:
         model=type(model).__name__,
         patched=tuple(state.projections),
         skipped=dict(skipped),
+        shared_inputs=tuple(sets),
         lora_parameters=lora,
         gate_parameters=gates,
         soft_prompt_parameters=soft_prompt,

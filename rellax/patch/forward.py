@@ -7,9 +7,10 @@ gets the keywords, and the first to run in its layer, also when a checkpointed l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +18,19 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from rellax.errors import InputError
 from rellax.nn import SoftPrompt
-from rellax.nn.cflora import CFLoRA
+from rellax.nn.cflora import CFLoRA, forward_together
+from rellax.ops import cflora_tiles
 from rellax.patch import checkpoint
 from rellax.patch.config import CFLoRAConfig
 from rellax.patch.state import RellaxState
 
-Handed = tuple[Tensor | None, Tensor | None]
-NOTHING: Handed = (None, None)
+
+class Handed(NamedTuple):
+    """What attention hands to a projection; without a gate all tokens are treated alike."""
+
+    gate: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    tiles: Tensor | None = None
 
 
 class ForwardContext:
@@ -32,13 +39,16 @@ class ForwardContext:
     No dataclass: FSDP2 looks for tensors in those, and would put nodes of its own between gates and layers.
     """
 
-    def __init__(self, gates: tuple[Tensor, ...] | None, cu_seqlens: Tensor | None) -> None:
+    def __init__(self, gates: tuple[Tensor, ...] | None, cu_seqlens: Tensor | None, tokens: int) -> None:
         self.gates = gates
         self.cu_seqlens = cu_seqlens
+        self.tiles = None
+        if gates is not None and cu_seqlens is not None and cu_seqlens.is_cuda:
+            self.tiles = cflora_tiles(cu_seqlens, tokens)
 
     def hand(self, gate_index: int) -> Handed:
-        """(gate, cu_seqlens) of one projection; without gates all instances are treated alike."""
-        return NOTHING if self.gates is None else (self.gates[gate_index], self.cu_seqlens)
+        """What the projection with this place in the gate bank gets."""
+        return Handed() if self.gates is None else Handed(self.gates[gate_index], self.cu_seqlens, self.tiles)
 
 
 @dataclass
@@ -60,11 +70,17 @@ class AnswerOutput(ModelOutput):
 
 
 class Projection(CFLoRA):
-    """An adapted linear layer: takes what attention handed it, once."""
+    """An adapted linear layer: takes what attention handed it, once.
+
+    Of layers that share their input the first one to run computes all, in one pass over it. The others find
+    their output ready, and take it only for the very tensor it was computed from.
+    """
 
     rellax_base: type[nn.Module]
     gate_index: int
-    handed: Handed = NOTHING
+    sharing: Sequence[Projection] = ()
+    handed: Handed | None = None
+    ready: tuple[Tensor, Tensor] | None = None
 
     def adopt(self, config: CFLoRAConfig) -> None:
         """Called once, on a module whose class has just become this one: add what it lacks."""
@@ -74,12 +90,30 @@ class Projection(CFLoRA):
         """Take away what `adopt` added."""
         raise NotImplementedError
 
+    def receive(self, handed: Handed | None) -> None:
+        """Take what the next call needs, and forget what an earlier call left."""
+        self.handed, self.ready = handed, None
+
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        gate, cu_seqlens = self.handed
-        self.handed = NOTHING
-        if cu_seqlens is None:
-            return super().forward(x, gate)
-        return super().forward(x.squeeze(0), gate, cu_seqlens=cu_seqlens).unsqueeze(0)
+        handed, ready = self.handed, self.ready
+        self.receive(None)
+        if ready is not None and ready[0] is x:
+            return ready[1]
+        if handed is None:
+            return super().forward(x)
+        waiting = [layer for layer in self.sharing if layer.handed is not None]
+        gates: list[Any] = [handed.gate, *(layer.handed.gate for layer in waiting if layer.handed)]
+        rows = x if handed.cu_seqlens is None else x.squeeze(0)
+        first, *others = forward_together(
+            [self, *waiting],
+            rows,
+            None if handed.gate is None else gates,
+            cu_seqlens=handed.cu_seqlens,
+            tiles=handed.tiles,
+        )
+        for layer, y in zip(waiting, others, strict=True):
+            layer.ready = (x, y.view(*x.shape[:-1], y.shape[-1]))
+        return first.view(*x.shape[:-1], first.shape[-1])
 
 
 class Attention(nn.Module):
@@ -90,7 +124,7 @@ class Attention(nn.Module):
     def forward(self, *args: Any, rellax_context: ForwardContext | None = None, **kwargs: Any) -> Any:
         for projection in self.rellax_projections:
             index = projection.gate_index
-            projection.handed = NOTHING if rellax_context is None else rellax_context.hand(index)
+            projection.receive(Handed() if rellax_context is None else rellax_context.hand(index))
         return super().forward(*args, **kwargs)
 
 
@@ -162,7 +196,7 @@ class CausalLM(nn.Module):
             "past_key_values": past_key_values,
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
-            "rellax_context": ForwardContext(gates, cu_seqlens),
+            "rellax_context": ForwardContext(gates, cu_seqlens, tokens.shape[1]),
         }
         if labels is None and not answer_only:
             return super().forward(**kwargs, logits_to_keep=logits_to_keep)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rellax.errors import InputError
 from rellax.nn.cflora import CFLoRALinear
 from rellax.patch.config import CFLoRAConfig
-from rellax.patch.forward import NOTHING, Projection
+from rellax.patch.forward import Projection
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Family:
         layers: path from the model to its decoder layers.
         attention_path: path from a decoder layer to its attention block.
         projections: paths from a decoder layer to its linear layers; the last part is what a target names.
+        shared_inputs: those of them that read the same tensor.
     """
 
     model: str
@@ -45,6 +46,10 @@ class Family:
         "mlp.gate_proj",
         "mlp.up_proj",
         "mlp.down_proj",
+    )
+    shared_inputs: tuple[tuple[str, ...], ...] = (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("mlp.gate_proj", "mlp.up_proj"),
     )
 
 
@@ -122,7 +127,7 @@ def _patched_peft_linear() -> type[Projection]:
             if self.merged:
                 raise InputError("model: expected PEFT's adapter unmerged, it was merged after patching")
             if self.disable_adapters:
-                self.handed = NOTHING
+                self.receive(None)
                 return self.base_layer(x)
             return super().forward(x)
 

@@ -17,11 +17,15 @@ from rellax.patch.config import CFLoRAConfig
 
 @dataclass(frozen=True)
 class Report:
-    """What patching did: `patched` and `skipped` (with the reason) name linear layers of the decoder."""
+    """What patching did: `patched` and `skipped` (with the reason) name linear layers of the decoder.
+
+    Those in one set of `shared_inputs` read the same tensor and run as one operator.
+    """
 
     model: str
     patched: tuple[str, ...]
     skipped: Mapping[str, str]
+    shared_inputs: tuple[tuple[str, ...], ...]
     lora_parameters: int
     gate_parameters: int
     soft_prompt_parameters: int
@@ -37,6 +41,8 @@ class Report:
         ]
         rows = [("patched", name, "") for name in self.patched]
         rows += [("skipped", name, f": {reason}") for name, reason in self.skipped.items()]
+        for first, *others in self.shared_inputs:
+            rows.append(("sharing", first, " and " + ", ".join(name.rsplit(".", 1)[-1] for name in others)))
         counts = Counter((word, re.sub(r"\.\d+\.", ".*.", name), reason) for word, name, reason in rows)
         return "\n".join(
             lines + [f"  {word} {n} x {name}{reason}" for (word, name, reason), n in counts.items()]
