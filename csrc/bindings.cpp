@@ -36,9 +36,10 @@ class CfloraTask {
 public:
     CfloraTask(const char* dtype, int64_t r, int64_t d_in, Address x, int64_t x_stride, Address a,
                const std::vector<int64_t>& d_out, const Addresses& rows, const std::vector<int64_t>& strides,
-               const Addresses& b, const Addresses& gate, float scale, const rellax::Dropout& dropout, Address h) {
+               const Addresses& added, const std::vector<int64_t>& added_strides, const Addresses& b, const Addresses& gate, float scale, const rellax::Dropout& dropout, Address h) {
         for (size_t i = 0; i < rows.size(); ++i) {
-            layers_.push_back({d_out.at(i), at<void>(rows[i]), strides.at(i), at<const void>(b.at(i)),
+            layers_.push_back({d_out.at(i), at<void>(rows[i]), strides.at(i), at<const void>(added.at(i)),
+                               added_strides.at(i), at<const void>(b.at(i)),
                                gate.empty() ? nullptr : at<const float>(gate.at(i)), nullptr});
         }
         task.dtype = dtype_named(dtype);
@@ -134,15 +135,16 @@ NB_MODULE(_C, m) {
         "Which elements are dropped; by default none. csrc/cflora.h says what the fields hold.");
     nb::class_<CfloraTask>(m, "Cflora")
         .def(nb::init<const char*, int64_t, int64_t, Address, int64_t, Address, const std::vector<int64_t>&,
-                      const Addresses&, const std::vector<int64_t>&, const Addresses&, const Addresses&, float,
+                      const Addresses&, const std::vector<int64_t>&, const Addresses&, const std::vector<int64_t>&,
+                      const Addresses&, const Addresses&, float,
                       const rellax::Dropout&, Address>(),
              nb::kw_only(), "dtype"_a, "r"_a, "d_in"_a, "x"_a, "x_stride"_a, "a"_a, "d_out"_a, "rows"_a, "strides"_a,
-             "b"_a, "gate"_a, "scale"_a, "dropout"_a, "h"_a,
+             "added"_a, "added_strides"_a, "b"_a, "gate"_a, "scale"_a, "dropout"_a, "h"_a,
              "A set of layers over the memory at these addresses; see csrc/cflora.h.");
     m.def("cflora_forward", &cflora_forward, "set"_a, nb::kw_only(), "offsets"_a, "threads"_a,
-          "y += s · (h G) Bᵀ for each layer of a set.");
+          "y = added + s · (h G) Bᵀ for each layer of a set.");
     m.def("cflora_backward", &cflora_backward, "set"_a, nb::kw_only(), "dh"_a, "z"_a, "dgate"_a, "offsets"_a,
-          "threads"_a, "dx += drop(dh A), and each layer's dG, dh and z.");
+          "threads"_a, "dx = drop(dh A), and each layer's dG, dh and z.");
     m.def("cflora_outer", &cflora_outer, nb::kw_only(), "dtype"_a, "tokens"_a, "components"_a, "d"_a, "left"_a,
           "left_stride"_a, "right"_a, "right_stride"_a, "dropout"_a, "out"_a, "threads"_a,
           "leftᵀ drop(right) over the memory at these addresses; see csrc/cflora.h.");

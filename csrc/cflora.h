@@ -1,11 +1,12 @@
 // The low-rank updates of frozen linear layers that read the same x, gated per instance. For each layer, with A and B
 // of its own:
 //
-//     forward, onto y = x Wᵀ + bias     h = drop(x) Aᵀ        y += (s · h G) Bᵀ
-//     backward, onto dx = Σ dy W        dz = s · dy B         dG = Σ hᵀ dz        dh = dz Gᵀ        dx += drop(dh A)
+//     forward      h = drop(x) Aᵀ    z = s · h G       y = base + z Bᵀ, or y = bias + z Bᵀ
+//     backward     dz = s · dy B     dG = Σ hᵀ dz      dh = dz Gᵀ           dx = drop(dh A)
 //
-// Rows shrink to r numbers per layer, these meet a small matrix, and the result expands onto other rows. Dropout keeps
-// or zeroes; its factor 1 / (1 - p) is part of h and of dh.
+// Rows shrink to r numbers per layer, these meet a small matrix, and the result expands to other rows. Dropout keeps or
+// zeroes; its factor 1 / (1 - p) is part of h and of dh. The products with W follow, on top of y and dx: to begin with
+// the update costs one write of these rows, to add it would cost reading them as well.
 #pragma once
 
 #include <cstdint>
@@ -30,8 +31,10 @@ struct Dropout {
 //                 pairs of components side by side, as dot products of pairs take them
 struct CfloraLayer {
     int64_t d;            // d_out
-    void* rows;           // (T, d): y, added to, or dy, read
+    void* rows;           // (T, d): y, written, or dy, read
     int64_t stride;       // elements from row to row
+    const void* added;    // forward: base (T, d), or with a stride of 0 bias (d,), or null
+    int64_t added_stride;
     const void* b;        // Bᵀ (r, d): expanding in the forward pass, shrinking in the backward pass
     const float* gate;    // (B, r, r), or null: the identity
     float* dgate;         // (tiles, r, r) each tile's share of dG, written by the backward pass, or null
@@ -43,7 +46,7 @@ struct Cflora {
     int64_t r, layers;
     const CfloraLayer* layer;
     int64_t d_in;
-    void* x;           // (T, d_in): x, read, or dx, added to; null where dx is not wanted
+    void* x;           // (T, d_in): x, read, or dx, written; null where dx is not wanted
     int64_t x_stride;  // elements from row to row
     const void* a;     // all layers' A (layers r, d_in): shrinking in the forward pass, expanding in the backward pass
     float scale;

@@ -117,10 +117,19 @@ void shrink(const T* rows, int64_t row_stride, int64_t d, const T* matrix, int64
     }
 }
 
-// One block of columns of kHeight rows: rows += drop(z matrix). `left` columns of it exist.
+// Rows to write, and what is added to them: rows of their own, the same one (stride 0), or nothing.
+template <class T>
+struct Rows {
+    T* to;
+    int64_t stride, d;
+    const T* added;
+    int64_t added_stride;
+};
+
+// One block of columns of kHeight rows: rows = added + drop(z matrix). `left` columns of it exist.
 template <int kHeight, class T>
-inline void expand_block(T* const* rows, int64_t column, int64_t left, const T* block, int64_t components, const T* z,
-                         const Dropout& dropout, const uint32_t* hashes) {
+inline void expand_block(T* const* rows, const T* const* added, int64_t column, int64_t left, const T* block,
+                         int64_t components, const T* z, const Dropout& dropout, const uint32_t* hashes) {
     constexpr int kGroup = Operand<T>::kGroup, kVectors = 2;
     const int64_t padded = padded_components(components);
     for (int j = 0; j < kBlock; j += kVectors * kWidth) {
@@ -138,37 +147,42 @@ inline void expand_block(T* const* rows, int64_t column, int64_t left, const T* 
             for (int v = 0; v < kVectors; ++v) {
                 const int64_t place = j + v * kWidth;
                 if (place >= left) break;
-                T* to = rows[i] + column + place;
-                const Floats added = drop(dropout, hashes[i], column + place, sums[i][v]);
-                if (left - place >= kWidth) {
-                    store(to, load(to) + added);
+                const int64_t at = column + place, exist = left - place;
+                Floats values = drop(dropout, hashes[i], at, sums[i][v]);
+                if (exist >= kWidth) {
+                    if (added[i] != nullptr) values += load(added[i] + at);
+                    store(rows[i] + at, values);
                 } else {
-                    store_some(to, load_some(to, left - place) + added, left - place);
+                    if (added[i] != nullptr) values += load_some(added[i] + at, exist);
+                    store_some(rows[i] + at, values, exist);
                 }
             }
         }
     }
 }
 
-// rows += drop(z matrix) for kHeight rows from `token` on.
+// rows = added + drop(z matrix) for kHeight rows from `token` on.
 template <int kHeight, class T>
-void expand_rows(T* rows, int64_t stride, int64_t d, const T* matrix, int64_t components, const T* z,
-                 const Dropout& dropout, int64_t token) {
-    T* row[kHeight];
+void expand_rows(const Rows<T>& rows, const T* matrix, int64_t components, const T* z, const Dropout& dropout,
+                 int64_t token) {
+    T* to[kHeight];
+    const T* added[kHeight];
     uint32_t hashes[kHeight];
     for (int i = 0; i < kHeight; ++i) {
-        row[i] = rows + (token + i) * stride;
+        to[i] = rows.to + (token + i) * rows.stride;
+        added[i] = rows.added == nullptr ? nullptr : rows.added + (token + i) * rows.added_stride;
         hashes[i] = hash_row(dropout, token + i);
     }
-    for (int64_t j = 0; j < d; j += kBlock) {
-        expand_block<kHeight>(row, j, d - j, matrix + j * padded_components(components), components, z, dropout, hashes);
+    for (int64_t j = 0; j < rows.d; j += kBlock) {
+        const T* block = matrix + j * padded_components(components);
+        expand_block<kHeight>(to, added, j, rows.d - j, block, components, z, dropout, hashes);
     }
 }
 
-// rows += drop(z matrix) for the tile's tokens; z (count, components) is narrowed to the rows' dtype first.
+// rows = added + drop(z matrix) for the tile's tokens; z (count, components) is narrowed to the rows' dtype first.
 template <class T>
-void expand(T* rows, int64_t stride, int64_t d, const T* matrix, int64_t components, const float* z,
-            const Dropout& dropout, const Tile& tile, T* narrow) {
+void expand(const Rows<T>& rows, const T* matrix, int64_t components, const float* z, const Dropout& dropout,
+            const Tile& tile, T* narrow) {
     const int64_t count = tile.last - tile.first, padded = padded_components(components);
     for (int64_t t = 0; t < count; ++t) {
         for (int64_t c = 0; c < padded; c += kWidth) {
@@ -178,10 +192,10 @@ void expand(T* rows, int64_t stride, int64_t d, const T* matrix, int64_t compone
     }
     int64_t t = 0;
     for (; t + kTogether <= count; t += kTogether) {
-        expand_rows<kTogether>(rows, stride, d, matrix, components, narrow + t * padded, dropout, tile.first + t);
+        expand_rows<kTogether>(rows, matrix, components, narrow + t * padded, dropout, tile.first + t);
     }
     for (; t < count; ++t) {
-        expand_rows<1>(rows, stride, d, matrix, components, narrow + t * padded, dropout, tile.first + t);
+        expand_rows<1>(rows, matrix, components, narrow + t * padded, dropout, tile.first + t);
     }
 }
 
@@ -249,8 +263,9 @@ void forward(const Cflora& task, const Tile& tile, float* memory) {
     for (int64_t i = 0; i < task.layers; ++i) {
         const CfloraLayer& layer = task.layer[i];
         apply_gate(h + i * r, components, count, gate_of(layer, tile, r), false, r, task.scale, scratch.small, r);
-        expand(static_cast<T*>(layer.rows), layer.stride, layer.d, static_cast<const T*>(layer.b), r, scratch.small,
-               kKeepAll, tile, scratch.narrow);
+        const Rows<T> y{static_cast<T*>(layer.rows), layer.stride, layer.d, static_cast<const T*>(layer.added),
+                        layer.added_stride};
+        expand(y, static_cast<const T*>(layer.b), r, scratch.small, kKeepAll, tile, scratch.narrow);
     }
 }
 
@@ -276,8 +291,8 @@ void backward(const Cflora& task, const Tile& tile, float* memory) {
         apply_gate(dz, r, count, gate, true, r, task.dropout.factor, dh + i * r, components);
     }
     if (task.x != nullptr) {
-        expand(static_cast<T*>(task.x), task.x_stride, task.d_in, static_cast<const T*>(task.a), components, dh,
-               task.dropout, tile, scratch.narrow);
+        const Rows<T> dx{static_cast<T*>(task.x), task.x_stride, task.d_in, nullptr, 0};
+        expand(dx, static_cast<const T*>(task.a), components, dh, task.dropout, tile, scratch.narrow);
     }
 }
 

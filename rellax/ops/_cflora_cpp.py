@@ -1,6 +1,6 @@
 """``rellax._C``'s CFLoRA kernels as implementations of ``rellax::cflora_linear`` and its backward pass.
 
-The products with W are torch's own; the kernels add the low-rank updates to their results in place.
+The kernels begin y and dx with the low-rank updates; torch's own products with W are added on top, in place.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ def cflora_fwd(
 ) -> tuple[list[Tensor], Tensor]:
     """As ``rellax.reference.cflora.cflora_fwd``, for fp32 and bf16."""
     rows = _rows(x)
-    if weight:
-        outputs = [F.linear(x, w, b) for w, b in zip(weight, bias, strict=True)]
-    else:
-        outputs = [y.clone(memory_format=torch.contiguous_format) for y in base]
+    outputs = [rows.new_empty((rows.shape[0], b.shape[0])) for b in lora_b]
+    added = [None if b is None else b.contiguous() for b in bias] if weight else [_rows(y) for y in base]
     h = torch.empty((rows.shape[0], len(lora_a) * lora_a[0].shape[0]))
     a = _shrinking(torch.cat(list(lora_a)), x.dtype)
     b = [_expanding(matrix.t(), x.dtype) for matrix in lora_b]
-    update = _Set(rows, a, [_rows(y) for y in outputs], b, gate, scale, (dropout, seed), h)
+    update = _Set(rows, a, outputs, added, b, gate, scale, (dropout, seed), h)
     extension().cflora_forward(update.task, **_tokens(x, gate, cu_seqlens))
-    return outputs, h
+    for y, w in zip(outputs, weight, strict=bool(weight)):
+        y.addmm_(rows, w.t())
+    return [y.view(*x.shape[:-1], y.shape[1]) for y in outputs], h
 
 
 def cflora_bwd(
@@ -65,19 +65,14 @@ def cflora_bwd(
     need_x, need_gate, need_a, need_b = needs
     dtype, d_in = dy[0].dtype, lora_a[0].shape[1]
     rows = [_rows(dy_i) for dy_i in dy]
-    dx = rows[0].new_empty(0)
-    if need_x:
-        dx = rows[0] @ weight[0] if weight else rows[0].new_zeros((h.shape[0], d_in))
-        for dy_i, w in zip(rows[1:], weight[1:], strict=bool(weight)):
-            dx.addmm_(dy_i, w)
+    dx = rows[0].new_empty((h.shape[0] if need_x else 0, d_in))
     dh = torch.empty_like(h) if need_a else None
     z = torch.empty_like(h) if need_b else None
     dgate = [torch.empty(g.shape) for g in gate] if need_gate else []
 
     a = _expanding(torch.cat(list(lora_a)), dtype)
     b = [_shrinking(matrix.t(), dtype) for matrix in lora_b]
-    shared = dx if need_x else rows[0].new_empty((0, d_in))
-    update = _Set(shared, a, rows, b, gate, scale, (dropout, seed), h)
+    update = _Set(dx, a, rows, [None] * len(dy), b, gate, scale, (dropout, seed), h)
     extension().cflora_backward(
         update.task,
         dh=_address(dh),
@@ -85,6 +80,10 @@ def cflora_bwd(
         dgate=[g.data_ptr() for g in dgate],
         **_tokens(dy[0], gate, cu_seqlens),
     )
+    if need_x:
+        for dy_i, w in zip(rows, weight, strict=bool(weight)):
+            dx.addmm_(dy_i, w)
+        dx = dx.view(*dy[0].shape[:-1], d_in)
     da, db = [], []
     if dh is not None and x is not None:
         for part, a_i in zip(_outer(dh, _rows(x), update.dropout).chunk(len(dy)), lora_a, strict=True):
@@ -94,7 +93,7 @@ def cflora_bwd(
         for z_i, rows_i, b_i in zip(z.chunk(len(dy), 1), rows, lora_b, strict=True):
             db.append(_outer(z_i, rows_i, keep).t().to(b_i.dtype).contiguous())
     dgate = [d.to(g.dtype) for d, g in zip(dgate, gate if need_gate else [], strict=True)]
-    return dx.view(*dy[0].shape[:-1], d_in) if need_x else dx, dgate, da, db
+    return dx if need_x else dy[0].new_empty(0), dgate, da, db
 
 
 class _Set:
@@ -105,6 +104,7 @@ class _Set:
         x: Tensor,
         a: Tensor,
         rows: Sequence[Tensor],
+        added: Sequence[Tensor | None],
         b: Sequence[Tensor],
         gate: Sequence[Tensor],
         scale: float,
@@ -113,7 +113,7 @@ class _Set:
     ) -> None:
         gate = [g.float().contiguous() for g in gate]
         self.dropout, hashes = _dropout(*dropout, x.shape[1])
-        self._kept_alive = (x, a, *rows, *b, *gate, hashes, h)
+        self._kept_alive = (x, a, *rows, *added, *b, *gate, hashes, h)
         self.task = extension().Cflora(
             dtype=str(x.dtype).removeprefix("torch."),
             r=h.shape[1] // len(rows),
@@ -124,6 +124,8 @@ class _Set:
             d_out=[row.shape[1] for row in rows],
             rows=[row.data_ptr() for row in rows],
             strides=[row.stride(0) for row in rows],
+            added=[_address(part) for part in added],
+            added_strides=[part.stride(0) if part is not None and part.dim() == 2 else 0 for part in added],
             b=[matrix.data_ptr() for matrix in b],
             gate=[g.data_ptr() for g in gate],
             scale=scale,
