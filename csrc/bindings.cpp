@@ -9,6 +9,7 @@
 #include "cflora.h"
 #include "dispatch.h"
 #include "history_topk.h"
+#include "parallel.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -126,6 +127,8 @@ NB_MODULE(_C, m) {
     nb::register_exception_translator(raise_input_error);
     m.def("isa", [] { return rellax::level().name; }, "The ISA level in use.");
     m.def("supported_isas", supported_isas, "The ISA levels this machine can run, the plainest first.");
+    m.def("set_parallel_region", [](Address region) { rellax::set_parallel_region(at<rellax::ParallelRegion>(region)); },
+          "region"_a, "Take the threads of the OpenMP runtime whose GOMP_parallel is at this address; 0: one thread.");
     nb::class_<rellax::Dropout>(m, "Dropout").def(
         "__init__",
         [](rellax::Dropout* self, Address column, uint32_t seed, int32_t threshold, float factor) {

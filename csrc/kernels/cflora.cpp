@@ -117,24 +117,45 @@ void shrink(const T* rows, int64_t row_stride, int64_t d, const T* matrix, int64
     }
 }
 
-// Rows to write, and what is added to them: rows of their own, the same one (stride 0), or nothing.
+// What an expansion is added to: rows, or with a stride of 0 the same one for all, or nothing.
 template <class T>
-struct Rows {
-    T* to;
-    int64_t stride, d;
-    const T* added;
-    int64_t added_stride;
+struct AddTo {
+    const T* rows;
+    int64_t stride;
+
+    Floats begin(int64_t token, int64_t column, int64_t left) const {
+        if (rows == nullptr) return Floats{};
+        const T* at = rows + token * stride + column;
+        return left >= kWidth ? load(at) : left > 0 ? load_some(at, left) : Floats{};
+    }
+    Floats finish(int64_t, int64_t, Floats values) const { return values; }
 };
 
-// One block of columns of kHeight rows: rows = added + drop(z matrix). `left` columns of it exist.
-template <int kHeight, class T>
-inline void expand_block(T* const* rows, const T* const* added, int64_t column, int64_t left, const T* block,
-                         int64_t components, const T* z, const Dropout& dropout, const uint32_t* hashes) {
+// What an expansion passes through: dropout.
+struct DropFrom {
+    const Dropout& dropout;
+
+    Floats begin(int64_t, int64_t, int64_t) const { return Floats{}; }
+    Floats finish(int64_t token, int64_t column, Floats values) const {
+        return drop(dropout, hash_row(dropout, token), column, values);
+    }
+};
+
+// One block of columns of kHeight rows. `left` columns of it exist; `to` takes a whole block all the same.
+template <int kHeight, class T, class Ends>
+inline void expand_block(const T* z, const T* block, int64_t components, const Ends& ends, int64_t token,
+                         int64_t column, int64_t left, T* const* to) {
     constexpr int kGroup = Operand<T>::kGroup, kVectors = 2;
     const int64_t padded = padded_components(components);
     for (int j = 0; j < kBlock; j += kVectors * kWidth) {
-        Floats sums[kHeight][kVectors] = {};
-        for (int64_t c = 0; c < components; c += kGroup) {
+        Floats sums[kHeight][kVectors];
+        for (int i = 0; i < kHeight; ++i) {
+            for (int v = 0; v < kVectors; ++v) {
+                const int64_t place = j + v * kWidth;
+                sums[i][v] = ends.begin(token + i, column + place, left - place);
+            }
+        }
+        for (int64_t c = 0; c < padded; c += kGroup) {
             for (int v = 0; v < kVectors; ++v) {
                 const auto component = load_operand(block + c * kBlock + (j + v * kWidth) * kGroup);
                 for (int i = 0; i < kHeight; ++i) {
@@ -146,42 +167,35 @@ inline void expand_block(T* const* rows, const T* const* added, int64_t column, 
         for (int i = 0; i < kHeight; ++i) {
             for (int v = 0; v < kVectors; ++v) {
                 const int64_t place = j + v * kWidth;
-                if (place >= left) break;
-                const int64_t at = column + place, exist = left - place;
-                Floats values = drop(dropout, hashes[i], at, sums[i][v]);
-                if (exist >= kWidth) {
-                    if (added[i] != nullptr) values += load(added[i] + at);
-                    store(rows[i] + at, values);
-                } else {
-                    if (added[i] != nullptr) values += load_some(added[i] + at, exist);
-                    store_some(rows[i] + at, values, exist);
-                }
+                store(to[i] + place, ends.finish(token + i, column + place, sums[i][v]));
             }
         }
     }
 }
 
-// rows = added + drop(z matrix) for kHeight rows from `token` on.
-template <int kHeight, class T>
-void expand_rows(const Rows<T>& rows, const T* matrix, int64_t components, const T* z, const Dropout& dropout,
+// kHeight rows from `token` on: rows = ends(z matrix).
+template <int kHeight, class T, class Ends>
+void expand_rows(T* rows, int64_t stride, int64_t d, const T* matrix, int64_t components, const T* z, const Ends& ends,
                  int64_t token) {
+    const int64_t padded = padded_components(components);
     T* to[kHeight];
-    const T* added[kHeight];
-    uint32_t hashes[kHeight];
-    for (int i = 0; i < kHeight; ++i) {
-        to[i] = rows.to + (token + i) * rows.stride;
-        added[i] = rows.added == nullptr ? nullptr : rows.added + (token + i) * rows.added_stride;
-        hashes[i] = hash_row(dropout, token + i);
+    for (int i = 0; i < kHeight; ++i) to[i] = rows + (token + i) * stride;
+    int64_t j = 0;
+    for (; j + kBlock <= d; j += kBlock) {
+        expand_block<kHeight>(z, matrix + j * padded, components, ends, token, j, kBlock, to);
+        for (int i = 0; i < kHeight; ++i) to[i] += kBlock;
     }
-    for (int64_t j = 0; j < rows.d; j += kBlock) {
-        const T* block = matrix + j * padded_components(components);
-        expand_block<kHeight>(to, added, j, rows.d - j, block, components, z, dropout, hashes);
-    }
+    if (j == d) return;
+    T last[kHeight][kBlock];
+    T* lasts[kHeight];
+    for (int i = 0; i < kHeight; ++i) lasts[i] = last[i];
+    expand_block<kHeight>(z, matrix + j * padded, components, ends, token, j, d - j, lasts);
+    for (int i = 0; i < kHeight; ++i) __builtin_memcpy(to[i], last[i], (d - j) * sizeof(T));
 }
 
-// rows = added + drop(z matrix) for the tile's tokens; z (count, components) is narrowed to the rows' dtype first.
-template <class T>
-void expand(const Rows<T>& rows, const T* matrix, int64_t components, const float* z, const Dropout& dropout,
+// rows = ends(z matrix) for the tile's tokens; z (count, components) is narrowed to the rows' dtype first.
+template <class T, class Ends>
+void expand(T* rows, int64_t stride, int64_t d, const T* matrix, int64_t components, const float* z, const Ends& ends,
             const Tile& tile, T* narrow) {
     const int64_t count = tile.last - tile.first, padded = padded_components(components);
     for (int64_t t = 0; t < count; ++t) {
@@ -192,10 +206,10 @@ void expand(const Rows<T>& rows, const T* matrix, int64_t components, const floa
     }
     int64_t t = 0;
     for (; t + kTogether <= count; t += kTogether) {
-        expand_rows<kTogether>(rows, matrix, components, narrow + t * padded, dropout, tile.first + t);
+        expand_rows<kTogether>(rows, stride, d, matrix, components, narrow + t * padded, ends, tile.first + t);
     }
     for (; t < count; ++t) {
-        expand_rows<1>(rows, matrix, components, narrow + t * padded, dropout, tile.first + t);
+        expand_rows<1>(rows, stride, d, matrix, components, narrow + t * padded, ends, tile.first + t);
     }
 }
 
@@ -263,9 +277,9 @@ void forward(const Cflora& task, const Tile& tile, float* memory) {
     for (int64_t i = 0; i < task.layers; ++i) {
         const CfloraLayer& layer = task.layer[i];
         apply_gate(h + i * r, components, count, gate_of(layer, tile, r), false, r, task.scale, scratch.small, r);
-        const Rows<T> y{static_cast<T*>(layer.rows), layer.stride, layer.d, static_cast<const T*>(layer.added),
-                        layer.added_stride};
-        expand(y, static_cast<const T*>(layer.b), r, scratch.small, kKeepAll, tile, scratch.narrow);
+        const AddTo<T> base{static_cast<const T*>(layer.added), layer.added_stride};
+        expand(static_cast<T*>(layer.rows), layer.stride, layer.d, static_cast<const T*>(layer.b), r, scratch.small,
+               base, tile, scratch.narrow);
     }
 }
 
@@ -291,8 +305,9 @@ void backward(const Cflora& task, const Tile& tile, float* memory) {
         apply_gate(dz, r, count, gate, true, r, task.dropout.factor, dh + i * r, components);
     }
     if (task.x != nullptr) {
-        const Rows<T> dx{static_cast<T*>(task.x), task.x_stride, task.d_in, nullptr, 0};
-        expand(dx, static_cast<const T*>(task.a), components, dh, task.dropout, tile, scratch.narrow);
+        const DropFrom dropped{task.dropout};
+        expand(static_cast<T*>(task.x), task.x_stride, task.d_in, static_cast<const T*>(task.a), components, dh, dropped,
+               tile, scratch.narrow);
     }
 }
 

@@ -13,12 +13,14 @@ triton     Triton, and an error where it cannot run (a CPU needs ``TRITON_INTERP
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.util
 import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,8 +45,20 @@ def extension_built() -> bool:
 
 @functools.cache
 def extension() -> Any:
-    """The C++ extension. It is imported by its name: its parent package imports the operators."""
-    return importlib.import_module("rellax._C")
+    """The C++ extension, on PyTorch's threads. Imported by its name, as its package imports the operators."""
+    module = importlib.import_module("rellax._C")
+    module.set_parallel_region(_openmp_entry())
+    return module
+
+
+def _openmp_entry() -> int:
+    """The address of GOMP_parallel in the OpenMP runtime that PyTorch runs on, 0 where there is none."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        entry = ctypes.CDLL(str(library)).GOMP_parallel
+    except (OSError, AttributeError):
+        return 0
+    return ctypes.cast(entry, ctypes.c_void_p).value or 0
 
 
 @functools.cache
