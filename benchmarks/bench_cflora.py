@@ -1,9 +1,9 @@
-"""cflora_linear against the frozen layer and what users run today. `make bench PYTEST="-k cflora"`.
+"""cflora_linear against the frozen layer and what users run today: `make bench PYTEST="-k cflora"`.
 
 Before each round of a variant the frozen layer runs on the same inputs, so both see the same state of the
-machine: `overhead` is the median of the variant's time over the frozen layer's, less one. Inputs are rotated and
-larger together than the caches. `saved_mb` is what a variant keeps for its backward pass beside its inputs' frozen
-weights; x counts where it is kept.
+machine: `overhead` is the median of the variant's time over the frozen layer's, less one. Inputs are rotated,
+and larger together than the caches. `saved_mb` is what a variant keeps for its backward pass beside frozen
+tensors; x counts where it is kept.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from rellax.ops import cflora_linear, cflora_linears
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-TOKENS, INSTANCES, RANK, ROTATED, ROUNDS = 2048, 8, 8, 4, 20
+TOKENS, INSTANCES, RANK, ROTATED, ROUNDS = 2048, 8, 8, 4, 40
 Run = Callable[..., Any]
 
 
@@ -75,7 +75,7 @@ def test_shared_input(benchmark: Any, direction: str, variant: str) -> None:
     inputs = []
     for seed in range(ROTATED):
         layers = [_inputs(torch.bfloat16, 2048, 3 * seed + i) for i in range(3)]
-        x = [layer.pop("x") for layer in layers][0]
+        x, *_ = [layer.pop("x") for layer in layers]
         inputs.append({"x": x, "layers": layers})
     _measure(benchmark, direction, SHARED[variant], one_by_one(peers.frozen_linear), inputs)
 

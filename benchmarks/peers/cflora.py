@@ -1,4 +1,4 @@
-"""What users run today for a gated or plain low-rank update, from the published formulas; and the frozen layer."""
+"""What users run today for a gated or plain low-rank update, from published formulas; and the frozen layer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def plain_lora(x: Tensor, weight: Tensor, *, a: Tensor, b: Tensor, gate: Tensor,
 
 
 class _AddmmChain(torch.autograd.Function):
-    """CFLoRA by in-place addmm on the results of torch's products, as Unsloth does for LoRA; h is computed again."""
+    """CFLoRA by in-place addmm on torch's products, the way Unsloth does LoRA; h is computed again."""
 
     @staticmethod
     def forward(
