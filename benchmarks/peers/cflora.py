@@ -1,4 +1,4 @@
-"""What users run today for a gated or plain low-rank update, from published formulas; and the frozen layer."""
+"""What users run today for a gated or plain low-rank update, and the frozen layer."""
 
 from __future__ import annotations
 
