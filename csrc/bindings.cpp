@@ -8,6 +8,7 @@
 
 #include "cflora.h"
 #include "dispatch.h"
+#include "gate_bank.h"
 #include "history_topk.h"
 #include "parallel.h"
 
@@ -88,6 +89,20 @@ void cflora_outer(const char* dtype, int64_t tokens, int64_t components, int64_t
     rellax::cflora_outer(task, threads);
 }
 
+void gate_bank_forward(const rellax::GateBank& bank, Address b2, Address flat, int threads) {
+    const nb::gil_scoped_release unlocked;
+    rellax::gate_bank_forward(bank, at<const void>(b2), at<float>(flat), threads);
+}
+
+void gate_bank_backward(const rellax::GateBank& bank, Address dflat, Address du, Address dln_weight,
+                        Address dln_bias, Address dw1, Address db1, Address dw2, Address db2, int threads) {
+    const rellax::GateBankGradients gradients{at<const float>(dflat), at<float>(du), at<void>(dln_weight),
+                                              at<void>(dln_bias),     at<void>(dw1), at<void>(db1),
+                                              at<void>(dw2),          at<void>(db2)};
+    const nb::gil_scoped_release unlocked;
+    rellax::gate_bank_backward(bank, gradients, threads);
+}
+
 void history_topk(Address embeddings, const char* dtype, int64_t dim, Address items, Address offsets, Address target,
                   Address user, Address end, int64_t queries, int64_t k, Address positions, Address scores,
                   int threads) {
@@ -151,6 +166,28 @@ NB_MODULE(_C, m) {
     m.def("cflora_outer", &cflora_outer, nb::kw_only(), "dtype"_a, "tokens"_a, "components"_a, "d"_a, "left"_a,
           "left_stride"_a, "right"_a, "right_stride"_a, "dropout"_a, "out"_a, "threads"_a,
           "leftᵀ drop(right) over the memory at these addresses; see csrc/cflora.h.");
+    nb::class_<rellax::GateBank>(m, "GateBank")
+        .def(
+            "__init__",
+            [](rellax::GateBank* self, const char* dtype, int64_t projections, int64_t instances, int64_t d_u,
+               int64_t hidden, int64_t outputs, Address u, float eps, Address ln_weight, Address ln_bias, Address w1,
+               Address b1, Address w2) {
+                new (self) rellax::GateBank{dtype_named(dtype),        projections,
+                                            instances,                 d_u,
+                                            hidden,                    outputs,
+                                            at<const float>(u),        eps,
+                                            at<const void>(ln_weight), at<const void>(ln_bias),
+                                            at<const void>(w1),        at<const void>(b1),
+                                            at<const void>(w2)};
+            },
+            nb::kw_only(), "dtype"_a, "projections"_a, "instances"_a, "d_u"_a, "hidden"_a, "outputs"_a, "u"_a, "eps"_a,
+            "ln_weight"_a, "ln_bias"_a, "w1"_a, "b1"_a, "w2"_a,
+            "What the forward and the backward pass read. csrc/gate_bank.h says what the fields hold.");
+    m.def("gate_bank_forward", &gate_bank_forward, "bank"_a, nb::kw_only(), "b2"_a, "flat"_a, "threads"_a,
+          "The flat gates (M, B, n) into the memory at this address; see csrc/gate_bank.h.");
+    m.def("gate_bank_backward", &gate_bank_backward, "bank"_a, nb::kw_only(), "dflat"_a, "du"_a, "dln_weight"_a,
+          "dln_bias"_a, "dw1"_a, "db1"_a, "dw2"_a, "db2"_a, "threads"_a,
+          "All gradients into the memory at these addresses; see csrc/gate_bank.h.");
     m.def("history_topk", &history_topk, nb::kw_only(), "embeddings"_a, "dtype"_a, "dim"_a, "items"_a, "offsets"_a,
           "target"_a, "user"_a, "end"_a, "queries"_a, "k"_a, "positions"_a, "scores"_a, "threads"_a,
           "history_topk over the memory at these addresses; see csrc/history_topk.h for what they hold.");

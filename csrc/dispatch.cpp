@@ -6,12 +6,14 @@
 
 namespace rellax {
 
-#define RELLAX_DECLARE_LEVEL(level)     \
-    namespace level {                   \
-    CfloraKernel cflora_forward;     \
-    CfloraKernel cflora_backward;    \
-    CfloraOuterKernel cflora_outer;     \
-    HistoryTopkKernel history_topk;     \
+#define RELLAX_DECLARE_LEVEL(level)            \
+    namespace level {                          \
+    CfloraKernel cflora_forward;               \
+    CfloraKernel cflora_backward;              \
+    CfloraOuterKernel cflora_outer;            \
+    GateBankForwardKernel gate_bank_forward;   \
+    GateBankBackwardKernel gate_bank_backward; \
+    HistoryTopkKernel history_topk;            \
     }
 RELLAX_DECLARE_LEVEL(baseline)
 RELLAX_DECLARE_LEVEL(avx2)
@@ -21,8 +23,9 @@ RELLAX_DECLARE_LEVEL(avx512_bf16)
 
 namespace {
 
-#define RELLAX_KERNELS(level) \
-    level::cflora_forward, level::cflora_backward, level::cflora_outer, level::history_topk
+#define RELLAX_KERNELS(level)                                                                            \
+    level::cflora_forward, level::cflora_backward, level::cflora_outer, level::gate_bank_forward,        \
+        level::gate_bank_backward, level::history_topk
 
 #ifdef RELLAX_X86
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cflora.h"
+#include "gate_bank.h"
 #include "history_topk.h"
 
 namespace rellax {
@@ -15,6 +16,8 @@ struct Level {
     CfloraKernel* cflora_forward;
     CfloraKernel* cflora_backward;
     CfloraOuterKernel* cflora_outer;
+    GateBankForwardKernel* gate_bank_forward;
+    GateBankBackwardKernel* gate_bank_backward;
     HistoryTopkKernel* history_topk;
 };
 

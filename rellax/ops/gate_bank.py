@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rellax.ops import _gate_bank_cpp as cpp
 from rellax.ops._check import bad, check_tensor
 from rellax.ops._register import operator
 from rellax.reference import gate_bank as reference
 
-_forward = operator("gate_bank", reference.gate_bank_fwd)
-_backward = operator("gate_bank_backward", reference.gate_bank_bwd)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_forward = operator("gate_bank", reference.gate_bank_fwd, cpp=cpp.gate_bank_fwd, cpp_dtypes=_DTYPES)
+_backward = operator("gate_bank_backward", reference.gate_bank_bwd, cpp=cpp.gate_bank_bwd, cpp_dtypes=_DTYPES)
 
 
 def gate_bank(
@@ -49,6 +51,7 @@ def gate_bank(
         InputError: a shape, dtype or device does not fit.
     """
     _check(u, ln_weight, ln_bias, w1, b1, w2, b2)
+    u = u.to(torch.promote_types(u.dtype, w1.dtype))  # its dtype chooses the backend
     gate: Tensor = _forward(u, ln_weight, ln_bias, w1, b1, w2, b2, eps)
     return gate
 
