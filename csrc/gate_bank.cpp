@@ -75,9 +75,9 @@ float* scratch_of(int64_t size) {
 void gate_bank_forward(const GateBank& bank, const void* b2, float* flat, int threads) {
     GateBankForwardKernel* const kernel = level().gate_bank_forward;
     const Normalised normed = normalise(bank);
-    const int64_t tiles = (bank.instances + kTileInstances - 1) / kTileInstances;
+    const int64_t tiles = (bank.instances + kTile - 1) / kTile;
     parallel_for(bank.projections * tiles, threads_for(bank, threads), [&](int64_t index) {
-        const int64_t first = index % tiles * kTileInstances, last = std::min(first + kTileInstances, bank.instances);
+        const int64_t first = index % tiles * kTile, last = std::min(first + kTile, bank.instances);
         float* scratch = scratch_of(forward_scratch(bank));
         kernel(bank, b2, flat, normed.rows.data(), index / tiles, first, last, scratch);
     });

@@ -42,18 +42,18 @@ struct GateBankGradients {
     void* db2;
 };
 
-constexpr int64_t kTileInstances = 64;  // of a forward pass, taken together
-constexpr int64_t kTileHidden = 128;    // hidden units, taken together
+constexpr int64_t kTile = 128;  // hidden units, outputs, and in the forward pass instances, taken together
 
 constexpr int64_t padded_embedding(int64_t d_u) { return (d_u + 15) / 16 * 16; }  // with zeros
 constexpr int64_t forward_scratch(const GateBank& bank) {
-    return kTileInstances * (padded_embedding(bank.d_u) + kTileHidden);
+    return 2 * kTile * (padded_embedding(bank.d_u) + kTile);
 }
 constexpr int64_t backward_scratch(const GateBank& bank) {
-    return (2 * bank.instances + kTileHidden + 2) * padded_embedding(bank.d_u) + 2 * bank.instances * kTileHidden;
+    const int64_t stride = padded_embedding(bank.d_u);
+    return 2 * bank.instances * (stride + kTile) + kTile * (stride + 1) + 2 * stride;
 }
 
-// Instances [first, last), at most kTileInstances, of one projection. `normed` (B, padded_embedding(d_u)) is x̂.
+// Instances [first, last), at most kTile, of one projection. `normed` (B, padded_embedding(d_u)) is x̂.
 using GateBankForwardKernel = void(const GateBank& bank, const void* b2, float* flat, const float* normed,
                                    int64_t projection, int64_t first, int64_t last, float* scratch);
 

@@ -17,22 +17,20 @@ using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7>;
 using AllLanes = Lanes<0, 1, 2, 3>;
 #endif
 
-// In every 2 * kHalf lanes: the halves of a, added up, then the halves of b.
+// In every 2 * kHalf lanes: a takes the lower halves of both, b the upper halves.
 template <int kHalf, int... kLane>
-inline Floats add_halves(Floats a, Floats b, Lanes<kLane...>) {
-    return __builtin_shufflevector(a, b, (kLane % (2 * kHalf) < kHalf ? kLane : kLane - kHalf + kWidth)...) +
-           __builtin_shufflevector(a, b, (kLane % (2 * kHalf) < kHalf ? kLane + kHalf : kLane + kWidth)...);
+inline void swap_halves(Floats& a, Floats& b, Lanes<kLane...>) {
+    const Floats lower =
+        __builtin_shufflevector(a, b, (kLane % (2 * kHalf) < kHalf ? kLane : kLane - kHalf + kWidth)...);
+    b = __builtin_shufflevector(a, b, (kLane % (2 * kHalf) < kHalf ? kLane + kHalf : kLane + kWidth)...);
+    a = lower;
 }
 
-// Lane l of the result is the sum of the lanes of vectors[l].
-template <int kCount>
-inline Floats sum_each(Floats* vectors) {
-    if constexpr (kCount > 1) {
-        constexpr int kHalf = kCount / 2;
-        for (int i = 0; i < kHalf; ++i) vectors[i] = add_halves<kHalf>(vectors[i], vectors[i + kHalf], AllLanes());
-        return sum_each<kHalf>(vectors);
-    }
-    return vectors[0];
+// Transposes a square of kWidth rows: squares of kHalf change sides, then what is inside them.
+template <int kHalf, int... kRow>
+inline void transpose_square(Floats* rows, Lanes<kRow...> all) {
+    ((kRow & kHalf ? void() : swap_halves<kHalf>(rows[kRow], rows[kRow + kHalf], all)), ...);
+    if constexpr (kHalf > 1) transpose_square<kHalf / 2>(rows, all);
 }
 
 // The first `count` elements; no more than kWidth are taken.
@@ -81,38 +79,28 @@ inline Normal normal(Floats x) {
     return {x < 0.0f ? tail : 1.0f - tail, 0.39894228f * bell};
 }
 
-// sums[l] += the lanes of row · right[l], for kCount rows of `right`. The row has zeros up to the next multiple of kWidth.
-template <int kCount, class T>
-inline void multiply_lanes(const float* row, const T* right, int64_t right_stride, int64_t inner, Floats* sums) {
-    for (int64_t k = 0; k < inner; k += kWidth) {
-        const Floats values = load(row + k);
-        if (inner - k >= kWidth) {
-            for (int l = 0; l < kCount; ++l) sums[l] += values * load(right + l * right_stride + k);
-        } else {
-            for (int l = 0; l < kCount; ++l) sums[l] += values * load_some(right + l * right_stride + k, inner - k);
+// to (columns, kTile) = from (rows, columns)ᵀ, with zeros past `rows` up to the next multiple of kWidth.
+template <class T>
+void transpose(const T* from, int64_t stride, int64_t rows, int64_t columns, float* to) {
+    for (int64_t i = 0; i < rows; i += kWidth) {
+        for (int64_t j = 0; j < columns; j += kWidth) {
+            Floats square[kWidth];
+            for (int64_t row = 0; row < kWidth; ++row) {
+                square[row] = i + row < rows ? load_most(from + (i + row) * stride + j, columns - j) : Floats{};
+            }
+            transpose_square<kWidth / 2>(square, AllLanes());
+            for (int64_t column = 0; column < kWidth && j + column < columns; ++column) {
+                store(to + (j + column) * kTile + i, square[column]);
+            }
         }
     }
 }
 
-// out (rows, count) += left (rows, inner) rightᵀ, with right (count, inner).
+// Asks for rows that are about to be read in an order that the machine does not foresee.
 template <class T>
-void add_dots(const float* left, int64_t left_stride, int64_t rows, const T* right, int64_t right_stride,
-              int64_t count, int64_t inner, float* out, int64_t out_stride) {
-    int64_t j = 0;
-    for (; j + kWidth <= count; j += kWidth) {
-        for (int64_t i = 0; i < rows; ++i) {
-            Floats sums[kWidth] = {};
-            multiply_lanes<kWidth>(left + i * left_stride, right + j * right_stride, right_stride, inner, sums);
-            float* at = out + i * out_stride + j;
-            store(at, load(at) + sum_each<kWidth>(sums));
-        }
-    }
-    for (; j < count; ++j) {
-        for (int64_t i = 0; i < rows; ++i) {
-            Floats sums[1] = {};
-            multiply_lanes<1>(left + i * left_stride, right + j * right_stride, right_stride, inner, sums);
-            out[i * out_stride + j] += sum(sums[0]);
-        }
+void prefetch(const T* from, int64_t stride, int64_t rows, int64_t columns) {
+    for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < columns; j += 64 / sizeof(T)) __builtin_prefetch(from + i * stride + j);
     }
 }
 
@@ -122,11 +110,14 @@ struct Left {
     int64_t row, step;
 };
 
-// Columns [0, kVectors * kWidth) of kHeight rows of out = left right, as far as there are `columns`.
+// What `multiply` does with kHeight rows and kVectors vectors of columns, or with one vector of `columns` < kWidth.
 template <int kHeight, int kVectors, bool kWhole, class R, class O>
 inline void multiply_block(Left left, const R* right, int64_t right_stride, int64_t inner, O* out, int64_t out_stride,
-                           int64_t columns) {
-    Floats sums[kHeight][kVectors] = {};
+                           int64_t columns, bool add) {
+    Floats sums[kHeight][kVectors];
+    for (int i = 0; i < kHeight; ++i) {
+        for (int v = 0; v < kVectors; ++v) sums[i][v] = Floats{};
+    }
     for (int64_t k = 0; k < inner; ++k) {
         for (int v = 0; v < kVectors; ++v) {
             const R* from = right + k * right_stride + v * kWidth;
@@ -137,6 +128,7 @@ inline void multiply_block(Left left, const R* right, int64_t right_stride, int6
     for (int i = 0; i < kHeight; ++i) {
         for (int v = 0; v < kVectors; ++v) {
             O* to = out + i * out_stride + v * kWidth;
+            if (add) sums[i][v] += kWhole ? load(to) : load_some(to, columns);
             kWhole ? store(to, sums[i][v]) : store_some(to, sums[i][v], columns);
         }
     }
@@ -144,107 +136,177 @@ inline void multiply_block(Left left, const R* right, int64_t right_stride, int6
 
 template <int kVectors, bool kWhole, class R, class O>
 void multiply_columns(Left left, int64_t rows, const R* right, int64_t right_stride, int64_t inner, O* out,
-                      int64_t out_stride, int64_t columns) {
+                      int64_t out_stride, int64_t columns, bool add) {
     constexpr int kHeight = 4;
-    int64_t i = 0;
-    for (; i + kHeight <= rows; i += kHeight) {
-        const Left block = {left.at + i * left.row, left.row, left.step};
-        multiply_block<kHeight, kVectors, kWhole>(block, right, right_stride, inner, out + i * out_stride, out_stride,
-                                                  columns);
+    for (; rows >= kHeight; rows -= kHeight) {
+        multiply_block<kHeight, kVectors, kWhole>(left, right, right_stride, inner, out, out_stride, columns, add);
+        left.at += kHeight * left.row;
+        out += kHeight * out_stride;
     }
-    for (; i < rows; ++i) {
-        const Left row = {left.at + i * left.row, left.row, left.step};
-        multiply_block<1, kVectors, kWhole>(row, right, right_stride, inner, out + i * out_stride, out_stride, columns);
+    for (; rows > 0; --rows) {
+        multiply_block<1, kVectors, kWhole>(left, right, right_stride, inner, out, out_stride, columns, add);
+        left.at += left.row;
+        out += out_stride;
     }
 }
 
-// out (rows, columns) = left (rows, inner) right (inner, columns).
+// Vectors of columns taken together: with four rows, as many sums as the registers hold.
+constexpr int kTogether = kWidth == 16 ? 4 : 2;
+
+// out (rows, columns) = left (rows, inner) right (inner, columns), or += where `add`.
 template <class R, class O>
 void multiply(Left left, int64_t rows, const R* right, int64_t right_stride, int64_t inner, O* out,
-              int64_t out_stride, int64_t columns) {
-    constexpr int kVectors = kWidth == 16 ? 4 : 2;  // with kHeight rows, as many sums as registers allow
+              int64_t out_stride, int64_t columns, bool add) {
     int64_t j = 0;
-    for (; j + kVectors * kWidth <= columns; j += kVectors * kWidth) {
-        multiply_columns<kVectors, true>(left, rows, right + j, right_stride, inner, out + j, out_stride, 0);
+    for (; j + kTogether * kWidth <= columns; j += kTogether * kWidth) {
+        multiply_columns<kTogether, true>(left, rows, right + j, right_stride, inner, out + j, out_stride, 0, add);
     }
     for (; j + kWidth <= columns; j += kWidth) {
-        multiply_columns<1, true>(left, rows, right + j, right_stride, inner, out + j, out_stride, 0);
+        multiply_columns<1, true>(left, rows, right + j, right_stride, inner, out + j, out_stride, 0, add);
     }
     if (j < columns) {
-        multiply_columns<1, false>(left, rows, right + j, right_stride, inner, out + j, out_stride, columns - j);
+        multiply_columns<1, false>(left, rows, right + j, right_stride, inner, out + j, out_stride, columns - j, add);
     }
 }
 
-// out (columns,) = the sum of the rows of `from` (rows, columns).
+// out (columns,) = the sum of the rows of `from`: their product with ones.
 template <class O>
 void sum_rows(const float* from, int64_t stride, int64_t rows, int64_t columns, O* out) {
-    for (int64_t j = 0; j < columns; j += kWidth) {
-        Floats total = {};
-        for (int64_t i = 0; i < rows; ++i) total += load_most(from + i * stride + j, columns - j);
-        store_most(out + j, total, columns - j);
+    const float one = 1.0f;
+    multiply({&one, 0, 0}, 1, from, stride, rows, out, columns, columns, false);
+}
+
+// Lane l is the dot product of `row` and right[l], for kWidth rows of `right`; `inner` is a multiple of kWidth.
+template <class T, int... kLane>
+inline Floats dots(const float* row, const T* right, int64_t right_stride, int64_t inner, Lanes<kLane...> all) {
+    Floats products[kWidth] = {};
+    for (int64_t k = 0; k < inner; k += kWidth) {
+        const Floats values = load(row + k);
+        ((products[kLane] += values * load(right + kLane * right_stride + k)), ...);
+    }
+    transpose_square<kWidth / 2>(products, all);
+    return (products[kLane] + ...);
+}
+
+// out (rows, count) += left (rows, inner) rightᵀ, with right (count, inner), both at most kTile in `count`.
+// Few rows read `right` as it is; many are worth a transposed copy, (inner, kTile).
+template <class T>
+void add_product(const float* left, int64_t left_stride, int64_t rows, const T* right, int64_t right_stride,
+                 int64_t count, int64_t inner, float* copy, float* out, int64_t out_stride) {
+    constexpr int64_t kMany = 8;
+    prefetch(right, right_stride, count, inner);
+    if (rows < kMany && count % kWidth == 0 && inner % kWidth == 0) {
+        for (int64_t j = 0; j < count; j += kWidth) {
+            for (int64_t i = 0; i < rows; ++i) {
+                float* at = out + i * out_stride + j;
+                const T* block = right + j * right_stride;
+                store(at, load(at) + dots(left + i * left_stride, block, right_stride, inner, AllLanes()));
+            }
+        }
+    } else {
+        transpose(right, right_stride, count, inner, copy);
+        multiply({left, left_stride, 1}, rows, copy, kTile, inner, out, out_stride, count, true);
     }
 }
+
+// Every row of out (rows, count) = `row`.
+template <class T, class O>
+void fill_rows(const T* row, int64_t count, int64_t rows, O* out, int64_t out_stride) {
+    for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < count; j += kWidth) {
+            store_most(out + i * out_stride + j, load_most(row + j, count - j), count - j);
+        }
+    }
+}
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // One projection's parameters.
 template <class T>
 struct Projection {
     Projection(const GateBank& bank, int64_t m)
-        : ln_weight(static_cast<const T*>(bank.ln_weight) + m * bank.d_u),
-          ln_bias(static_cast<const T*>(bank.ln_bias) + m * bank.d_u),
-          w1(static_cast<const T*>(bank.w1) + m * bank.hidden * bank.d_u),
-          b1(static_cast<const T*>(bank.b1) + m * bank.hidden),
-          w2(static_cast<const T*>(bank.w2) + m * bank.outputs * bank.hidden) {}
+        : d_u(bank.d_u),
+          stride(padded_embedding(bank.d_u)),
+          hidden(bank.hidden),
+          outputs(bank.outputs),
+          ln_weight(static_cast<const T*>(bank.ln_weight) + m * d_u),
+          ln_bias(static_cast<const T*>(bank.ln_bias) + m * d_u),
+          w1(static_cast<const T*>(bank.w1) + m * hidden * d_u),
+          b1(static_cast<const T*>(bank.b1) + m * hidden),
+          w2(static_cast<const T*>(bank.w2) + m * outputs * hidden) {}
+
+    // x = x̂ ∘ v + c, with zeros past d_u.
+    void affine(const float* normed, int64_t rows, float* x) const {
+        for (int64_t b = 0; b < rows; ++b) {
+            for (int64_t d = 0; d < d_u; d += kWidth) {
+                const Floats weight = load_most(ln_weight + d, d_u - d), bias = load_most(ln_bias + d, d_u - d);
+                store(x + b * stride + d, load(normed + b * stride + d) * weight + bias);
+            }
+        }
+    }
+
+    // a (rows, kTile) = x W1ᵀ + b1 for the hidden units [first, first + count).
+    void hidden_layer(const float* x, int64_t rows, int64_t first, int64_t count, float* copy, float* a) const {
+        fill_rows(b1 + first, count, rows, a, kTile);
+        add_product(x, stride, rows, w1 + first * d_u, d_u, count, d_u, copy, a, kTile);
+    }
+
+    const int64_t d_u, stride, hidden, outputs;
     const T *ln_weight, *ln_bias, *w1, *b1, *w2;
 };
-
-// x = x̂ ∘ v + c, with zeros past d_u.
-template <class T>
-void affine(const GateBank& bank, const Projection<T>& projection, const float* normed, int64_t rows, float* x) {
-    const int64_t stride = padded_embedding(bank.d_u);
-    for (int64_t d = 0; d < bank.d_u; d += kWidth) {
-        const Floats weight = load_most(projection.ln_weight + d, bank.d_u - d);
-        const Floats bias = load_most(projection.ln_bias + d, bank.d_u - d);
-        for (int64_t b = 0; b < rows; ++b) store(x + b * stride + d, load(normed + b * stride + d) * weight + bias);
-    }
-}
-
-// a = x W1ᵀ + b1 for the hidden units [first, first + count), with zeros up to the next multiple of kWidth.
-template <class T>
-void hidden_layer(const GateBank& bank, const Projection<T>& projection, const float* x, int64_t rows, int64_t first,
-                  int64_t count, float* a) {
-    for (int64_t j = 0; j < count; j += kWidth) {
-        const Floats bias = load_most(projection.b1 + first + j, count - j);
-        for (int64_t b = 0; b < rows; ++b) store(a + b * kTileHidden + j, bias);
-    }
-    add_dots(x, padded_embedding(bank.d_u), rows, projection.w1 + first * bank.d_u, bank.d_u, count, bank.d_u, a,
-             kTileHidden);
-}
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class T>
 void forward(const GateBank& bank, const T* b2, float* flat, const float* normed, int64_t m, int64_t first,
              int64_t last, float* scratch) {
     const Projection<T> projection(bank, m);
-    const int64_t rows = last - first, stride = padded_embedding(bank.d_u), n = bank.outputs;
-    float *x = scratch, *hidden = x + kTileInstances * stride;
+    const int64_t rows = last - first, n = bank.outputs;
+    float *x = scratch, *g = x + kTile * projection.stride, *copy = g + kTile * kTile;
     flat += (m * bank.instances + first) * n;
-    affine(bank, projection, normed + first * stride, rows, x);
-    for (int64_t b = 0; b < rows; ++b) {
-        for (int64_t j = 0; j < n; j += kWidth) {
-            store_most(flat + b * n + j, load_most(b2 + m * n + j, n - j), n - j);
-        }
-    }
-    for (int64_t h = 0; h < bank.hidden; h += kTileHidden) {
-        const int64_t count = least(kTileHidden, bank.hidden - h);
-        hidden_layer(bank, projection, x, rows, h, count, hidden);
+    projection.affine(normed + first * projection.stride, rows, x);
+    fill_rows(b2 + m * n, n, rows, flat, n);
+    for (int64_t h = 0; h < bank.hidden; h += kTile) {
+        const int64_t count = least(kTile, bank.hidden - h);
+        projection.hidden_layer(x, rows, h, count, copy, g);
         for (int64_t b = 0; b < rows; ++b) {
-            for (int64_t j = 0; j < count; j += kWidth) {
-                const Floats a = load(hidden + b * kTileHidden + j);
-                store(hidden + b * kTileHidden + j, a * normal(a).cdf);
+            for (float* at = g + b * kTile; at < g + b * kTile + count; at += kWidth) {
+                const Floats a = load(at);
+                store(at, a * normal(a).cdf);
             }
         }
-        add_dots(hidden, kTileHidden, rows, projection.w2 + h, bank.hidden, n, count, flat, n);
+        for (int64_t j = 0; j < n; j += kTile) {
+            const T* w2 = projection.w2 + j * bank.hidden + h;
+            add_product(g, kTile, rows, w2, bank.hidden, least(kTile, n - j), count, copy, flat + j, n);
+        }
+    }
+}
+
+// Columns [d, d + kVectors * kWidth) of dW1 = outer ∘ v + db1 ⊗ c, dv += Σ W1 ∘ outer and dc += db1 W1, all for
+// the hidden units [first, first + count); outer = daᵀ x̂.
+template <int kVectors, class T>
+inline void input_gradient(const Projection<T>& projection, const float* outer, const float* db1, int64_t first,
+                           int64_t count, int64_t d, T* dw1, float* dln_weight, float* dln_bias) {
+    const int64_t d_u = projection.d_u;
+    Floats weight[kVectors], bias[kVectors], dweight[kVectors], dbias[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+        const int64_t at = d + v * kWidth;
+        weight[v] = load_most(projection.ln_weight + at, d_u - at);
+        bias[v] = load_most(projection.ln_bias + at, d_u - at);
+        dweight[v] = load(dln_weight + at);
+        dbias[v] = load(dln_bias + at);
+    }
+    for (int64_t h = 0; h < count; ++h) {
+        for (int v = 0; v < kVectors; ++v) {
+            const int64_t column = d + v * kWidth, at = (first + h) * d_u + column;
+            const Floats w = load_most(projection.w1 + at, d_u - column);
+            const Floats product = load(outer + h * projection.stride + column);
+            store_most(dw1 + at, product * weight[v] + db1[h] * bias[v], d_u - column);
+            dweight[v] += w * product;
+            dbias[v] += w * db1[h];
+        }
+    }
+    for (int v = 0; v < kVectors; ++v) {
+        store(dln_weight + d + v * kWidth, dweight[v]);
+        store(dln_bias + d + v * kWidth, dbias[v]);
     }
 }
 
@@ -252,66 +314,59 @@ template <class T>
 void backward(const GateBank& bank, const GateBankGradients& gradients, const float* normed, float* dnormed, int64_t m,
               float* scratch) {
     const Projection<T> projection(bank, m);
-    const int64_t rows = bank.instances, stride = padded_embedding(bank.d_u), n = bank.outputs;
-    float *x = scratch, *dx = x + rows * stride, *g = dx + rows * stride, *da = g + rows * kTileHidden;
-    float *outer = da + rows * kTileHidden, *dln_weight = outer + kTileHidden * stride, *dln_bias = dln_weight + stride;
+    const int64_t rows = bank.instances, d_u = bank.d_u, stride = projection.stride, n = bank.outputs;
+    float *x = scratch, *dx = x + rows * stride, *g = dx + rows * stride, *da = g + rows * kTile;
+    float *copy = da + rows * kTile, *outer = copy, *db1 = copy + kTile * stride;
+    float *dln_weight = db1 + kTile, *dln_bias = dln_weight + stride;
     const float* dflat = gradients.dflat + m * rows * n;
-    T* dw1 = static_cast<T*>(gradients.dw1) + m * bank.hidden * bank.d_u;
-    T* db1 = static_cast<T*>(gradients.db1) + m * bank.hidden;
+    T* dw1 = static_cast<T*>(gradients.dw1) + m * bank.hidden * d_u;
     T* dw2 = static_cast<T*>(gradients.dw2) + m * n * bank.hidden;
-    affine(bank, projection, normed, rows, x);
-    for (int64_t d = 0; d < 2 * stride; ++d) dln_weight[d] = 0.0f;
-    sum_rows(dflat, n, rows, n, static_cast<T*>(gradients.db2) + m * n);
 
-    for (int64_t h = 0; h < bank.hidden; h += kTileHidden) {
-        const int64_t count = least(kTileHidden, bank.hidden - h);
-        const T* w1 = projection.w1 + h * bank.d_u;
-        hidden_layer(bank, projection, x, rows, h, count, g);
-        multiply({dflat, n, 1}, rows, projection.w2 + h, bank.hidden, n, da, kTileHidden, count);
+    sum_rows(dflat, n, rows, n, static_cast<T*>(gradients.db2) + m * n);
+    projection.affine(normed, rows, x);
+    for (int64_t d = 0; d < 2 * stride; ++d) dln_weight[d] = 0.0f;
+    for (int64_t h = 0; h < bank.hidden; h += kTile) {
+        const int64_t count = least(kTile, bank.hidden - h);
+        projection.hidden_layer(x, rows, h, count, copy, g);
+        for (int64_t j = 0; j < n; j += kTile) {
+            const T* w2 = projection.w2 + j * bank.hidden + h;
+            const int64_t inner = least(kTile, n - j);
+            prefetch(w2, bank.hidden, inner, count);
+            multiply({dflat + j, n, 1}, rows, w2, bank.hidden, inner, da, kTile, count, j > 0);
+        }
         for (int64_t b = 0; b < rows; ++b) {
-            for (int64_t j = 0; j < count; j += kWidth) {
-                const int64_t at = b * kTileHidden + j;
+            for (int64_t at = b * kTile; at < b * kTile + count; at += kWidth) {
                 const Floats a = load(g + at);
                 const Normal gauss = normal(a);
                 store(g + at, a * gauss.cdf);
                 store(da + at, load(da + at) * (gauss.cdf + a * gauss.density));
             }
         }
-        multiply({dflat, 1, n}, n, g, kTileHidden, rows, dw2 + h, bank.hidden, count);
-        float sums[kTileHidden] = {};
-        sum_rows(da, kTileHidden, rows, count, sums);
-        for (int64_t j = 0; j < count; j += kWidth) store_most(db1 + h + j, load(sums + j), count - j);
-        multiply({da, 1, kTileHidden}, count, normed, stride, rows, outer, stride, bank.d_u);
-        for (int64_t d = 0; d < bank.d_u; d += kWidth) {
-            const int64_t left = bank.d_u - d;
-            const Floats weight = load_most(projection.ln_weight + d, left);
-            const Floats bias = load_most(projection.ln_bias + d, left);
-            Floats dweight = load(dln_weight + d), dbias = load(dln_bias + d);
-            for (int64_t j = 0; j < count; ++j) {
-                const Floats w = load_most(w1 + j * bank.d_u + d, left), product = load(outer + j * stride + d);
-                store_most(dw1 + (h + j) * bank.d_u + d, product * weight + sums[j] * bias, left);
-                dweight += w * product;
-                dbias += w * sums[j];
-            }
-            store(dln_weight + d, dweight);
-            store(dln_bias + d, dbias);
+        multiply({dflat, 1, n}, n, g, kTile, rows, dw2 + h, bank.hidden, count, false);
+
+        sum_rows(da, kTile, rows, count, db1);
+        fill_rows(db1, count, 1, static_cast<T*>(gradients.db1) + m * bank.hidden + h, 0);
+        multiply({da, 1, kTile}, count, normed, stride, rows, outer, stride, d_u, false);
+        int64_t d = 0;
+        for (; d + kTogether * kWidth <= d_u; d += kTogether * kWidth) {
+            input_gradient<kTogether>(projection, outer, db1, h, count, d, dw1, dln_weight, dln_bias);
         }
-        if (dnormed != nullptr) {
-            multiply({da, kTileHidden, 1}, rows, w1, bank.d_u, count, dx, stride, bank.d_u);
-            for (int64_t d = 0; d < bank.d_u; d += kWidth) {
-                const Floats weight = load_most(projection.ln_weight + d, bank.d_u - d);
-                for (int64_t b = 0; b < rows; ++b) {
-                    float* at = dnormed + b * stride + d;
-                    store(at, load(at) + load(dx + b * stride + d) * weight);
-                }
+        for (; d < d_u; d += kWidth) {
+            input_gradient<1>(projection, outer, db1, h, count, d, dw1, dln_weight, dln_bias);
+        }
+
+        if (dnormed == nullptr) continue;
+        multiply({da, kTile, 1}, rows, projection.w1 + h * d_u, d_u, count, dx, stride, d_u, false);
+        for (int64_t b = 0; b < rows; ++b) {
+            for (int64_t j = 0; j < d_u; j += kWidth) {
+                const int64_t at = b * stride + j;
+                const Floats weight = load_most(projection.ln_weight + j, d_u - j);
+                store(dnormed + at, load(dnormed + at) + load(dx + at) * weight);
             }
         }
     }
-    for (int64_t d = 0; d < bank.d_u; d += kWidth) {
-        const int64_t at = m * bank.d_u + d;
-        store_most(static_cast<T*>(gradients.dln_weight) + at, load(dln_weight + d), bank.d_u - d);
-        store_most(static_cast<T*>(gradients.dln_bias) + at, load(dln_bias + d), bank.d_u - d);
-    }
+    fill_rows(dln_weight, d_u, 1, static_cast<T*>(gradients.dln_weight) + m * d_u, 0);
+    fill_rows(dln_bias, d_u, 1, static_cast<T*>(gradients.dln_bias) + m * d_u, 0);
 }
 
 }  // namespace
