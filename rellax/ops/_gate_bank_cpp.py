@@ -28,7 +28,7 @@ def gate_bank_fwd(
     u, b2 = u.float().contiguous(), _ready(b2)
     flat = torch.empty((w1.shape[0], u.shape[0], w2.shape[1]))
     extension().gate_bank_forward(
-        _bank(u, *arguments, eps), b2=b2.data_ptr(), flat=flat.data_ptr(), threads=torch.get_num_threads()
+        _bank(eps, u, *arguments), b2=b2.data_ptr(), flat=flat.data_ptr(), threads=torch.get_num_threads()
     )
     r = math.isqrt(w1.shape[1] // 2)
     return flat.unflatten(-1, (r, r)) if flat.shape[-1] == r * r else torch.diag_embed(flat)
@@ -55,7 +55,7 @@ def gate_bank_bwd(
     gradients.append(arguments[-1].new_empty(w2.shape[:2]))
     names = ("dln_weight", "dln_bias", "dw1", "db1", "dw2", "db2")
     extension().gate_bank_backward(
-        _bank(rows, *arguments, eps),
+        _bank(eps, rows, *arguments),
         dflat=dflat.data_ptr(),
         du=du.data_ptr() if need_u else 0,
         **{name: gradient.data_ptr() for name, gradient in zip(names, gradients, strict=True)},
@@ -71,7 +71,7 @@ def _ready(parameter: Tensor) -> Tensor:
 
 
 def _bank(
-    u: Tensor, ln_weight: Tensor, ln_bias: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, eps: float
+    eps: float, u: Tensor, ln_weight: Tensor, ln_bias: Tensor, w1: Tensor, b1: Tensor, w2: Tensor
 ) -> Any:
     return extension().GateBank(
         dtype=str(w1.dtype).removeprefix("torch."),

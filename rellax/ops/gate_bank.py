@@ -13,8 +13,22 @@ from rellax.ops._register import operator
 from rellax.reference import gate_bank as reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_forward = operator("gate_bank", reference.gate_bank_fwd, cpp=cpp.gate_bank_fwd, cpp_dtypes=_DTYPES)
-_backward = operator("gate_bank_backward", reference.gate_bank_bwd, cpp=cpp.gate_bank_bwd, cpp_dtypes=_DTYPES)
+_forward = operator(
+    "gate_bank",
+    reference.gate_bank_fwd,
+    cpp=cpp.gate_bank_fwd,
+    cpp_dtypes=_DTYPES,
+    triton="rellax.kernels.gate_bank:gate_bank_fwd",
+    triton_dtypes=_DTYPES,
+)
+_backward = operator(
+    "gate_bank_backward",
+    reference.gate_bank_bwd,
+    cpp=cpp.gate_bank_bwd,
+    cpp_dtypes=_DTYPES,
+    triton="rellax.kernels.gate_bank:gate_bank_bwd",
+    triton_dtypes=_DTYPES,
+)
 
 
 def gate_bank(
