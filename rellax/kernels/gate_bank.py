@@ -29,7 +29,7 @@ from rellax.kernels._build import Build
 _TILE = {"BLOCK_H": 32, "BLOCK_D": 32, "BLOCK_N": 64}  # hidden units, columns of u, outputs
 _SMALL_BATCH = 128  # up to here a tile has few instances: rather more programs than less to read
 _SUMMED = 4096  # elements that a program of `du` adds up at once
-_LAUNCH = {"num_warps": 8, "num_stages": 2}
+_WARPS, _STAGES = 8, 2
 
 
 @triton.jit
@@ -339,16 +339,17 @@ def gate_bank_bwd(
     columns = triton.cdiv(d_u, tile["BLOCK_D"])
     with torch.cuda.device_of(u):
         normed, rstd = _normalise(u, eps)
-        tensors = (normed, ln_weight, ln_bias, w1, b1, w2, dflat, g, da)
-        _launch(_hidden_bwd_kernel, (instances, units, M), *tensors, B, d_u, hidden, outputs, **tile)
+        sizes = (B, d_u, hidden)
+        tensors: tuple[Tensor, ...] = (normed, ln_weight, ln_bias, w1, b1, w2, dflat, g, da)
+        _launch(_hidden_bwd_kernel, (instances, units, M), *tensors, *sizes, outputs, **tile)
         grid = (units, triton.cdiv(outputs, tile["BLOCK_N"]), M)
         _launch(_output_weights_kernel, grid, dflat, g, dw2, db2, B, hidden, outputs, **tile)
         tensors = (normed, ln_weight, ln_bias, w1, da, dln_weight, dln_bias, dw1, db1)
-        _launch(_input_weights_kernel, (columns, M), *tensors, B, d_u, hidden, **tile)
+        _launch(_input_weights_kernel, (columns, M), *tensors, *sizes, **tile)
         if need_u:
             dnormed = dflat.new_empty((M, B, d_u))
             tensors = (ln_weight, w1, da, dnormed)
-            _launch(_embedding_kernel, (instances, columns, M), *tensors, B, d_u, hidden, **tile)
+            _launch(_embedding_kernel, (instances, columns, M), *tensors, *sizes, **tile)
             blocks = {"BLOCK_M": max(_SUMMED // d_u, 1), "BLOCK_D": d_u}
             blocks = {name: triton.next_power_of_2(size) for name, size in blocks.items()}
             _launch(_du_kernel, (B,), dnormed, normed, rstd, du, M, B, d_u, **blocks)
@@ -369,7 +370,7 @@ def _tile(B: int) -> dict[str, int]:
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **blocks: int) -> None:
     if 0 not in grid:
-        kernel[grid](*arguments, **_taken(kernel, blocks), **_LAUNCH)
+        kernel[grid](*arguments, **_taken(kernel, blocks), num_warps=_WARPS, num_stages=_STAGES)
 
 
 def _taken(kernel: Any, blocks: dict[str, int]) -> dict[str, int]:
@@ -400,5 +401,6 @@ def builds() -> Iterator[Build]:
             | {name: "*fp32" if name in fp32 else f"*{dtype}" for name in pointers},
             blocks,
             (*pointers, *(name for name in names if name in ("d_u", "hidden", "outputs"))),
-            **_LAUNCH,
+            _WARPS,
+            _STAGES,
         )
