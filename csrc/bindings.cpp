@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "answer.h"
 #include "cflora.h"
 #include "dispatch.h"
 #include "gate_bank.h"
@@ -29,6 +30,14 @@ rellax::Dtype dtype_named(const std::string& name) {
     if (name == "bfloat16") return rellax::Dtype::bfloat16;
     if (name == "float16") return rellax::Dtype::float16;
     throw std::invalid_argument("dtype: expected float32, bfloat16 or float16, got " + name);
+}
+
+void answer_forward(const char* dtype, int64_t n, int64_t d, int64_t vocabulary, Address rows, Address weight,
+                    int64_t weight_stride, Address bias, float softcap, Address lse, Address mean, int threads) {
+    const rellax::Answer task{dtype_named(dtype),   n,  d, vocabulary, at<const void>(rows), at<const void>(weight),
+                              weight_stride, at<const float>(bias), softcap, at<float>(lse), at<float>(mean)};
+    const nb::gil_scoped_release unlocked;
+    rellax::answer_forward(task, threads);
 }
 
 using Addresses = std::vector<Address>;
@@ -144,6 +153,9 @@ NB_MODULE(_C, m) {
     m.def("supported_isas", supported_isas, "The ISA levels this machine can run, the plainest first.");
     m.def("set_parallel_region", [](Address region) { rellax::set_parallel_region(at<rellax::ParallelRegion>(region)); },
           "region"_a, "Take the threads of the OpenMP runtime whose GOMP_parallel is at this address; 0: one thread.");
+    m.def("answer_forward", &answer_forward, nb::kw_only(), "dtype"_a, "n"_a, "d"_a, "vocabulary"_a, "rows"_a,
+          "weight"_a, "weight_stride"_a, "bias"_a, "softcap"_a, "lse"_a, "mean"_a, "threads"_a,
+          "What a head says about rows, over the memory at these addresses; see csrc/answer.h.");
     nb::class_<rellax::Dropout>(m, "Dropout").def(
         "__init__",
         [](rellax::Dropout* self, Address column, uint32_t seed, int32_t threshold, float factor) {

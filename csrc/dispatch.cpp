@@ -8,6 +8,7 @@ namespace rellax {
 
 #define RELLAX_DECLARE_LEVEL(level)            \
     namespace level {                          \
+    AnswerKernel answer;                       \
     CfloraKernel cflora_forward;               \
     CfloraKernel cflora_backward;              \
     CfloraOuterKernel cflora_outer;            \
@@ -23,9 +24,9 @@ RELLAX_DECLARE_LEVEL(avx512_bf16)
 
 namespace {
 
-#define RELLAX_KERNELS(level)                                                                            \
-    level::cflora_forward, level::cflora_backward, level::cflora_outer, level::gate_bank_forward,        \
-        level::gate_bank_backward, level::history_topk
+#define RELLAX_KERNELS(level)                                                                   \
+    level::answer, level::cflora_forward, level::cflora_backward, level::cflora_outer,          \
+        level::gate_bank_forward, level::gate_bank_backward, level::history_topk
 
 #ifdef RELLAX_X86
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }

@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "answer.h"
 #include "cflora.h"
 #include "gate_bank.h"
 #include "history_topk.h"
@@ -13,6 +14,7 @@ namespace rellax {
 struct Level {
     const char* name;
     bool (*runs_here)();
+    AnswerKernel* answer;
     CfloraKernel* cflora_forward;
     CfloraKernel* cflora_backward;
     CfloraOuterKernel* cflora_outer;

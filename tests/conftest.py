@@ -7,10 +7,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no 
 
 import pytest
 import torch
-from workspace import Workspace, make_workspace
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: it then runs on the CPU
+    # Read where a kernel is defined, Triton's own among them: before anything imports Triton.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from workspace import Workspace, make_workspace
 
 
 def _mend_interpreter() -> None:

@@ -126,6 +126,19 @@ inline Floats multiply_add(Words a, Words b, Floats sum) {
 #endif
 }
 
+// 2^x for -126 <= x <= 0: 2^f by a polynomial for the rest f after rounding, relative error 2e-9.
+inline Floats exp2(Floats x) {
+    constexpr float kRound = 0x1.8p23f;  // what is added to it is rounded to a whole number, in its lowest bits
+    const Floats shifted = x + kRound, f = x - (shifted - kRound);
+    Floats power = 0.00015345812f * f + 0.00133999313f;
+    power = power * f + 0.00961848896f;
+    power = power * f + 0.0555032878f;
+    power = power * f + 0.240226469f;
+    power = power * f + 0.693147206f;
+    power = power * f + 1.0f;
+    return (Floats)((Integers)power + ((Integers)shifted << 23));
+}
+
 using Four = float __attribute__((vector_size(4 * sizeof(float))));
 
 // The vector folded to four elements: sums of those whose places differ by multiples of four.

@@ -8,14 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rellax.ops import _answer_cpp as cpp
 from rellax.ops._check import bad, can_read, check_range, check_tensor
 from rellax.ops._register import operator
 from rellax.reference import answer as reference
 
 LOSSES = ("vocab", "choice")
 
-_forward = operator("answer_loss", reference.answer_fwd)
-_backward = operator("answer_loss_backward", reference.answer_bwd)
+_forward = operator(
+    "answer_loss",
+    reference.answer_fwd,
+    cpp=cpp.answer_fwd,
+    cpp_dtypes=(torch.float32, torch.bfloat16),
+    triton="rellax.kernels.answer:answer_fwd",
+    triton_dtypes=(torch.float32, torch.bfloat16, torch.float16),
+)
+# It writes zeros and n rows: PyTorch does that at the memory's speed on every device.
+_backward = operator(
+    "answer_loss_backward",
+    reference.answer_bwd,
+    cpp=reference.answer_bwd,
+    triton="rellax.reference.answer:answer_bwd",
+)
 
 
 def answer_loss(
@@ -126,7 +140,8 @@ def _head_gradient(ctx: Any, gradient: Tensor) -> Tensor:
     if ctx.head_rows is None:
         return gradient
     full = gradient.new_zeros((ctx.vocabulary, *gradient.shape[1:]))
-    full[ctx.head_rows] = gradient
+    for row, row_gradient in zip(ctx.head_rows, gradient, strict=True):
+        full[row] = row_gradient
     return full
 
 
@@ -138,7 +153,7 @@ def _denominator(given: float | Tensor | None, labels: Tensor) -> Tensor:
     if given is None:
         return (labels != reference.IGNORED).sum().clamp(min=1)
     if not isinstance(given, Tensor):
-        given = torch.tensor(given, dtype=torch.float32)
+        given = labels.new_full((), given, dtype=torch.float32)
     if given.dim() != 0:
         raise bad("denominator", "a number or a tensor ()", given)
     if can_read(given) and not given > 0:

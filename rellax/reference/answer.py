@@ -18,8 +18,10 @@ from torch import Tensor
 from rellax.reference._numerics import accumulation_dtype, sum_rows
 
 IGNORED = -100
-_BLOCK = 2**24
-"""At most so many logits, and elements of a widened W, are held at once (64 MiB in fp32)."""
+_LOGITS = 2**24
+"""At most so many logits are held at once (64 MiB in fp32)."""
+_WIDENED = 2**20
+"""At most so many elements of W are widened at once: 4 MiB in fp32, which stay in a CPU's cache."""
 
 
 def answer_fwd(
@@ -40,12 +42,11 @@ def answer_fwd(
     """
     dtype = accumulation_dtype(torch.promote_types(hidden.dtype, lm_head_weight.dtype))
     rows = hidden.flatten(0, -2)[positions].to(dtype)
-    choice = torch.tensor(choice_ids, dtype=torch.int64, device=rows.device)
-    two_rows = lm_head_weight[choice], None if bias is None else bias[choice]
-    logits = _logits(rows, *two_rows, softcap)
+    two_rows = select_rows(lm_head_weight, bias, choice_ids)
+    logits = head_logits(rows, *two_rows, softcap).contiguous()
     if loss == "choice":
         lm_head_weight, bias = two_rows
-        labels = torch.where(labels == IGNORED, IGNORED, (labels == choice[1]).long())
+        labels = torch.where(labels == IGNORED, IGNORED, (labels == choice_ids[1]).long())
     value, dh, dweight, dbias = _cross_entropy(
         rows, lm_head_weight, bias, labels, denominator, softcap, needs
     )
@@ -57,8 +58,10 @@ def answer_bwd(
 ) -> Tensor:
     """d hidden of `shape` (…, d) in `dtype`: dloss · dh at `positions`, else zero."""
     dhidden = dh.new_zeros((*shape,), dtype=dtype)
-    distinct, index = positions.unique(return_inverse=True)
-    dhidden.view(-1, shape[-1])[distinct] = sum_rows(dloss * dh, index, len(distinct)).to(dtype)
+    positions, order = positions.sort()
+    run = positions.diff(prepend=positions[:1]).ne(0).cumsum(0)  # of equal positions: their rows are added
+    rows = sum_rows(dloss * dh[order], run, len(order)).to(dtype)
+    dhidden.view(-1, shape[-1])[positions] = rows[run]
     return dhidden
 
 
@@ -80,8 +83,8 @@ def _cross_entropy(
     ignored = (labels == IGNORED)[:, None]
     share = ~ignored / denominator.to(rows.dtype)
     rows, labels = rows.masked_fill(ignored, 0), labels[:, None].masked_fill(ignored, 0)
-    for part in _blocks(rows.shape[0], weight.shape[0]):
-        logits = _logits(rows[part], weight, bias, softcap)
+    for part in _blocks(rows.shape[0], weight.shape[0], _LOGITS):
+        logits = head_logits(rows[part], weight, bias, softcap)
         lse = logits.logsumexp(1, keepdim=True)
         loss += ((lse - logits.gather(1, labels[part])) * share[part]).sum()
         if not any(needs):
@@ -91,8 +94,8 @@ def _cross_entropy(
         if softcap is not None:
             dlogits *= 1 - (logits / softcap).square()
         if need_rows:
-            for block in _blocks(*weight.shape):
-                drows[part].addmm_(dlogits[:, block], weight[block].to(rows.dtype))
+            for block, wide in _widened(weight, rows.dtype):
+                drows[part].addmm_(dlogits[:, block], wide)
         if need_weight:
             dweight.addmm_(dlogits.t(), rows[part])
         if need_bias:
@@ -100,17 +103,39 @@ def _cross_entropy(
     return loss, drows, dweight, dbias
 
 
-def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
-    """cap(rows Wᵀ + bias) in the dtype of `rows`; W is widened one block at a time."""
-    logits = rows.new_empty((rows.shape[0], weight.shape[0]))
-    for block in _blocks(*weight.shape):
-        logits[:, block] = rows @ weight[block].to(rows.dtype).t()
+def head_logits(rows: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+    """cap(rows Wᵀ + bias) in the dtype of `rows`."""
+    transposed = rows.new_empty((weight.shape[0], rows.shape[0]))  # on a CPU W is better on the left
+    for block, wide in _widened(weight, rows.dtype):
+        torch.mm(wide, rows.t(), out=transposed[block])
+    logits = transposed.t()
     if bias is not None:
         logits += bias
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
-def _blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Cut the rows of a matrix into blocks of at most `_BLOCK` elements."""
-    step = max(_BLOCK // max(columns, 1), 1)
+def select_rows(weight: Tensor, bias: Tensor | None, tokens: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """The head's rows of `tokens`: without a tensor of indices, whose copy to a GPU makes the host wait."""
+
+    def select(table: Tensor) -> Tensor:
+        return torch.cat([table[:0], *(table[token : token + 1] for token in tokens)])
+
+    return select(weight), None if bias is None else select(bias)
+
+
+def _widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """All rows of W in `dtype`, some at a time, each time in the same memory."""
+    if weight.dtype == dtype:
+        yield slice(None), weight
+        return
+    buffer: Tensor | None = None
+    for block in _blocks(weight.shape[0], weight.shape[1], _WIDENED):
+        part = weight[block]
+        buffer = torch.empty_like(part, dtype=dtype) if buffer is None else buffer[: len(part)]
+        yield block, buffer.copy_(part)
+
+
+def _blocks(rows: int, columns: int, size: int) -> Iterator[slice]:
+    """Cut the rows of a matrix into blocks of at most `size` elements."""
+    step = max(size // max(columns, 1), 1)
     return (slice(start, start + step) for start in range(0, rows, step))

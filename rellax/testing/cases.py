@@ -99,6 +99,7 @@ ANSWER: Table = {
     "many-rows": {"shape": (2, 129), "vocabulary": 65, "d": 7, "n": 129},
     "wide": {"vocabulary": 257, "d": 129},
     "softcap": {"softcap": 2.0},
+    "high-softcap": {"softcap": 30.0, "train_head": False},
     "bias": {"bias": True},
     "frozen-head": {"train_head": False},
     "packed": {"shape": (33,)},

@@ -1,0 +1,114 @@
+"""answer_loss against full logits. `make bench PYTEST="-k answer"` prints the table.
+
+B = 16 prompts of L = 1024 tokens with an answer each, V = 2^17, frozen head, forward + backward. On a CPU the
+full logits are those of the first four prompts; `seconds_of_all` in the JSON is four times their median.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peers import answer as peers
+from torch import Tensor
+
+from rellax.ops import answer_loss
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+INSTANCES, LENGTH, HIDDEN, VOCABULARY, ROTATED = 16, 1024, 1024, 2**17, 2
+FULL = INSTANCES if DEVICE.type == "cuda" else 4
+"""Prompts whose full logits are made at once."""
+
+
+def rellax_vocab(hidden: Tensor, weight: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
+    return answer_loss(hidden, weight, positions, labels)[0]
+
+
+def rellax_choice(hidden: Tensor, weight: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
+    return answer_loss(hidden, weight, positions, labels, choice_ids=(0, 1))[0]
+
+
+VARIANTS = {
+    "rellax_vocab": rellax_vocab,
+    "rellax_choice": rellax_choice,
+    "gathered": peers.gathered,
+    "full_logits": peers.full_logits,
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_answer(benchmark: Any, variant: str) -> None:
+    instances = FULL if variant == "full_logits" else INSTANCES
+    inputs = itertools.cycle([_inputs(instances, seed) for seed in range(ROTATED)])
+    rounds, warmup_rounds = (2, 0) if variant == "full_logits" else (8, 2)
+    benchmark.pedantic(
+        _step,
+        setup=lambda: ((VARIANTS[variant], next(inputs)), {}),
+        rounds=rounds,
+        warmup_rounds=warmup_rounds,
+    )
+    benchmark.extra_info["seconds_of_all"] = benchmark.stats.stats.median * INSTANCES / instances
+    benchmark.extra_info["flops"] = 4 * instances * HIDDEN * VOCABULARY
+    benchmark.extra_info["bytes"] = 2 * VOCABULARY * HIDDEN  # W, read once
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_answer_peak_memory(benchmark: Any, variant: str) -> None:
+    """The largest growth during a step, the gradient of the hidden states included; in its own process."""
+    instances = FULL if variant == "full_logits" else INSTANCES
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        grown = pool.apply(_peak_growth, (variant, instances))
+    benchmark.pedantic(lambda: None)
+    benchmark.extra_info["peak_bytes_of_all"] = grown * INSTANCES // instances
+    print(f"\n{variant}: {grown * INSTANCES / instances / 2**20:.1f} MiB")
+
+
+def _inputs(instances: int, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    place: dict[str, Any] = {"dtype": torch.bfloat16, "device": DEVICE}
+    hidden = torch.empty(instances, LENGTH, HIDDEN, **place).normal_(generator=generator)
+    weight = torch.empty(VOCABULARY, HIDDEN, **place).normal_(std=HIDDEN**-0.5, generator=generator)
+    return {
+        "hidden": hidden.requires_grad_(),
+        "weight": weight,
+        "positions": torch.arange(instances, device=DEVICE) * LENGTH + LENGTH - 2,
+        "labels": torch.arange(instances, device=DEVICE) % 2,
+    }
+
+
+def _step(run: Callable[..., Tensor], inputs: dict[str, Tensor]) -> None:
+    torch.autograd.grad(run(**inputs), inputs["hidden"])
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _peak_growth(variant: str, instances: int) -> int:
+    """Bytes beyond the inputs, at most."""
+    inputs = _inputs(instances, 0)
+    _step(VARIANTS["rellax_choice"], _small())  # what a first call loads is no part of a step
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        _step(VARIANTS[variant], inputs)
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew at what is resident now
+    before = _resident("VmRSS")
+    _step(VARIANTS[variant], inputs)
+    return _resident("VmHWM") - before
+
+
+def _small() -> dict[str, Tensor]:
+    inputs = _inputs(1, 0)
+    return {**inputs, "weight": inputs["weight"][:16]}
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))

@@ -1,0 +1,239 @@
+"""The answer head on a GPU: two passes over some rows' logits, between torch's products with the head.
+
+    logits = h Wᵀ        in fp32, torch; at most `_LOGITS` of them at once
+    statistics           largest and Σ exp of each block of a row's logits, and its label's logit: one read
+    gradient             the row's loss, and softmax - onehot in W's dtype: one read, one write
+    dh, dW               torch's products with the gradients
+
+A row is cut into blocks, so that a few rows keep the whole GPU busy; each block of the second pass merges the
+row's statistics anew, in the same order. The reference, ``rellax.reference.answer``, has the maths.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rellax.kernels._build import Build
+
+_IGNORED = -100
+_LOGITS = 2**25
+_BLOCK = 4096
+_WARPS = 8
+
+
+@triton.jit
+def _tanh(x):
+    """In fp32 to some ulps: near 0, where 1 - 1 would be left of exponentials, by its series."""
+    square = x * x
+    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+    return tl.where(square < 0.09, series, 1 - 2 / (tl.exp(2 * x) + 1))
+
+
+@triton.jit
+def _logits(logits_ptr, bias_ptr, row, column, vocabulary, softcap):
+    """cap(logits + bias) of one row, in fp32; -inf past the vocabulary."""
+    inside = column < vocabulary
+    logits = tl.load(logits_ptr + row.to(tl.int64) * vocabulary + column, mask=inside, other=0.0)
+    if bias_ptr is not None:
+        logits += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if softcap is not None:
+        logits = softcap * _tanh(logits / softcap)
+    return tl.where(inside, logits, -float("inf"))
+
+
+@triton.jit
+def _statistics_kernel(
+    logits_ptr,
+    bias_ptr,
+    labels_ptr,
+    largest_ptr,
+    total_ptr,
+    target_ptr,
+    vocabulary,
+    softcap,
+    BLOCK: tl.constexpr,
+):
+    """Of a block of a row: its largest logit, Σ exp(logit - largest), and the label's logit if it is here."""
+    row, block = tl.program_id(0), tl.program_id(1)
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    logits = _logits(logits_ptr, bias_ptr, row, column, vocabulary, softcap)
+    largest = tl.max(logits, 0)
+    total = tl.sum(tl.exp(logits - tl.where(largest == -float("inf"), 0.0, largest)), 0)
+    part = row * tl.num_programs(1) + block
+    tl.store(largest_ptr + part, largest)
+    tl.store(total_ptr + part, total)
+    label = tl.load(labels_ptr + row)
+    target = tl.sum(tl.where(column == label, logits, 0.0), 0)
+    tl.store(target_ptr + row, target, mask=(label >= block * BLOCK) & (label < (block + 1) * BLOCK))
+
+
+@triton.jit
+def _gradient_kernel(
+    logits_ptr,
+    bias_ptr,
+    labels_ptr,
+    largest_ptr,
+    total_ptr,
+    target_ptr,
+    loss_ptr,
+    dlogits_ptr,
+    vocabulary,
+    blocks,
+    softcap,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """The row's loss and, where `dlogits_ptr` is not None, one block of its gradient; 0 without a label."""
+    row, block = tl.program_id(0), tl.program_id(1)
+    part = tl.arange(0, BLOCKS)
+    largest = tl.load(largest_ptr + row * blocks + part, mask=part < blocks, other=-float("inf"))
+    total = tl.load(total_ptr + row * blocks + part, mask=part < blocks, other=0.0)
+    top = tl.max(largest, 0)
+    lse = top + tl.log(tl.sum(total * tl.exp(largest - top), 0))
+    label = tl.load(labels_ptr + row)
+    if block == 0:
+        loss = lse - tl.load(target_ptr + row)
+        tl.store(loss_ptr + row, tl.where(label >= 0, loss, 0.0))
+    if dlogits_ptr is not None:
+        column = block * BLOCK + tl.arange(0, BLOCK)
+        logits = _logits(logits_ptr, bias_ptr, row, column, vocabulary, softcap)
+        gradient = tl.exp(logits - lse) - tl.where(column == label, 1.0, 0.0)
+        if softcap is not None:
+            capped = tl.where(column < vocabulary, logits / softcap, 0.0)
+            gradient *= 1 - capped * capped
+        gradient = tl.where(label >= 0, gradient, 0.0)
+        out = dlogits_ptr + row.to(tl.int64) * vocabulary + column
+        tl.store(out, gradient.to(dlogits_ptr.dtype.element_ty), mask=column < vocabulary)
+
+
+def answer_fwd(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    bias: Tensor | None,
+    positions: Tensor,
+    labels: Tensor,
+    denominator: Tensor,
+    choice_ids: Sequence[int],
+    loss: str,
+    softcap: float | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As ``rellax.reference.answer.answer_fwd``, for fp32, bf16 and fp16.
+
+    Gradients of logits are rounded to W's dtype, before they are divided by the denominator.
+    """
+    need_hidden, need_weight, need_bias = needs
+    rows = hidden.flatten(0, -2)[positions]
+    two_rows = _select(lm_head_weight, choice_ids), None if bias is None else _select(bias, choice_ids)
+    choice = _product(rows, two_rows[0].t())
+    if two_rows[1] is not None:
+        choice += two_rows[1]
+    if softcap is not None:
+        choice = softcap * torch.tanh(choice / softcap)
+    weight = lm_head_weight
+    if loss == "choice":
+        weight, bias = two_rows
+        labels = torch.where(labels == _IGNORED, _IGNORED, (labels == choice_ids[1]).long())
+
+    rows = rows.masked_fill((labels == _IGNORED)[:, None], 0)
+    losses = torch.empty_like(labels, dtype=torch.float32)
+    drows = losses.new_empty(rows.shape if need_hidden else 0)
+    dweight = losses.new_zeros(weight.shape if need_weight else 0)
+    dbias = losses.new_zeros(weight.shape[0] if need_bias else 0)
+    gradient_dtype = weight.dtype if any(needs) else None
+    step = max(_LOGITS // weight.shape[0], 1)
+    for first in range(0, len(labels), step):
+        part = slice(first, first + step)
+        logits = _product(rows[part], weight.t())
+        dlogits = _launch(logits, bias, labels[part], losses[part], softcap, gradient_dtype)
+        if dlogits is None:
+            continue
+        if need_hidden:
+            drows[part] = _product(dlogits, weight)
+        if need_weight:
+            dweight += _product(dlogits.t(), rows[part])
+        if need_bias:
+            dbias += dlogits.sum(0, dtype=torch.float32)
+    share = denominator.float().reciprocal()
+    return losses.sum() * share, choice, drows.mul_(share), dweight.mul_(share), dbias.mul_(share)
+
+
+def _launch(
+    logits: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    losses: Tensor,
+    softcap: float | None,
+    dtype: torch.dtype | None,
+) -> Tensor | None:
+    """Write the rows' losses; return their logits' gradients in `dtype`, in the same memory if they fit."""
+    (n, vocabulary), dlogits = logits.shape, None
+    if dtype is not None:
+        dlogits = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
+    blocks = triton.cdiv(vocabulary, _BLOCK)
+    largest, total = logits.new_empty(2, n, blocks)
+    target = logits.new_empty(n)
+    common = (logits, bias, labels, largest, total, target)
+    with torch.cuda.device_of(logits):
+        _statistics_kernel[(n, blocks)](*common, vocabulary, softcap, BLOCK=_BLOCK, num_warps=_WARPS)
+        _gradient_kernel[(n, 1 if dlogits is None else blocks)](
+            *common,
+            losses,
+            dlogits,
+            vocabulary,
+            blocks,
+            softcap,
+            BLOCK=_BLOCK,
+            BLOCKS=triton.next_power_of_2(blocks),
+            num_warps=_WARPS,
+        )
+    return dlogits
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in fp32; on a GPU the product of two half precision matrices needs no widened copies."""
+    if left.is_cuda and left.dtype == right.dtype and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
+def _select(table: Tensor, tokens: Sequence[int]) -> Tensor:
+    """These rows, without a tensor of indices, whose copy to the GPU the host would wait for."""
+    return torch.cat([table[:0], *(table[token : token + 1] for token in tokens)])
+
+
+def builds() -> Iterator[Build]:
+    """See ``rellax.kernels._build``; for vocabularies of one block and of 2^18 tokens."""
+    pointers = dict.fromkeys(("logits_ptr", "largest_ptr", "total_ptr", "target_ptr"), "*fp32")
+    aligned = ("logits_ptr", "bias_ptr", "dlogits_ptr", "vocabulary")
+    for dtype, extras in itertools.product(("fp32", "bf16", "fp16"), (False, True)):
+        name = f"{dtype} bias softcap" if extras else dtype
+        signature = {**pointers, "labels_ptr": "*i64", "vocabulary": "i32"}
+        constants: dict[str, Any] = {"BLOCK": _BLOCK}
+        if extras:
+            signature |= {"bias_ptr": f"*{dtype}", "softcap": "fp32"}
+        else:
+            constants |= {"bias_ptr": None, "softcap": None}
+        yield Build(f"answer statistics {name}", _statistics_kernel, signature, constants, aligned, _WARPS)
+        signature |= {"loss_ptr": "*fp32", "blocks": "i32"}
+        for blocks in (1, 64):
+            constants = {**constants, "BLOCKS": blocks}
+            for title, more, fixed in (
+                ("gradient", {"dlogits_ptr": f"*{dtype}"}, {}),
+                ("loss", {}, {"dlogits_ptr": None}),
+            ):
+                yield Build(
+                    f"answer {title} {name}, {blocks} blocks",
+                    _gradient_kernel,
+                    signature | more,
+                    constants | fixed,
+                    aligned,
+                    _WARPS,
+                )
