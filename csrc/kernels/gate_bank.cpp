@@ -44,19 +44,6 @@ inline void store_most(T* target, Floats values, int64_t count) {
     count >= kWidth ? store(target, values) : store_some(target, values, count);
 }
 
-// 2^x for -126 <= x <= 0: 2^f by a polynomial for the rest f after rounding, relative error 2e-9.
-inline Floats exp2(Floats x) {
-    constexpr float kRound = 0x1.8p23f;  // what is added to it is rounded to a whole number, in its lowest bits
-    const Floats shifted = x + kRound, f = x - (shifted - kRound);
-    Floats power = 0.00015345812f * f + 0.00133999313f;
-    power = power * f + 0.00961848896f;
-    power = power * f + 0.0555032878f;
-    power = power * f + 0.240226469f;
-    power = power * f + 0.693147206f;
-    power = power * f + 1.0f;
-    return (Floats)((Integers)power + ((Integers)shifted << 23));
-}
-
 // The normal distribution: GELU(x) = x Φ(x), and its derivative is Φ(x) + x φ(x).
 struct Normal {
     Floats cdf, density;
