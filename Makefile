@@ -12,10 +12,10 @@ DEMO   ?=
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.rellax-installed
 
-.PHONY: help setup demo test lint bench gpu clean
+.PHONY: help setup demo test lint bench gpu kernels clean
 
 help:
-	@echo "make setup | demo | test | lint | bench | gpu | clean"
+	@echo "make setup | demo | test | lint | bench | gpu | kernels | clean"
 
 setup: $(STAMP)
 
@@ -46,6 +46,10 @@ bench: setup
 gpu: setup
 	$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'no CUDA device')"
 	$(BIN)/python -m pytest $(PYTEST)
+
+# What every Triton kernel compiles to, for GPUs that need not be here (minutes).
+kernels: setup
+	env -u TRITON_INTERPRET $(BIN)/python -m rellax.testing.aot table docs/kernels.md
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache $(STAMP)

@@ -1,17 +1,20 @@
-"""Which tokens each program of a kernel takes, for packed batches."""
+"""Which tokens each program of a kernel takes: tiles, runs of tokens of one instance."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-TILE_TOKENS = 64
+
+def tile_tokens(tokens: int, instances: int) -> int:
+    """Tokens of a tile: few where most of a larger tile would be empty."""
+    return 64 if tokens >= 32 * instances else 16
 
 
 def tile_table(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """The tiles of a packed batch: runs of at most `TILE_TOKENS` tokens of one instance.
+    """The tiles of a packed batch, each of at most `tile_tokens` tokens.
 
-    The host knows how many there can be at most, ceil(T / TILE_TOKENS) + B: nothing waits for the device.
+    The host knows how many there can be at most, ceil(T / tile_tokens) + B: nothing waits for the device.
 
     Args:
         cu_seqlens: (B + 1,) int32.
@@ -22,8 +25,9 @@ def tile_table(cu_seqlens: Tensor, tokens: int) -> Tensor:
         that are not needed.
     """
     instances = cu_seqlens.shape[0] - 1
+    size = tile_tokens(tokens, instances)
     before = torch.zeros_like(cu_seqlens)
-    before[1:] = ((cu_seqlens.diff() + (TILE_TOKENS - 1)) // TILE_TOKENS).cumsum(0)
-    tile = torch.arange(-(-tokens // TILE_TOKENS) + instances, dtype=torch.int32, device=cu_seqlens.device)
+    before[1:] = ((cu_seqlens.diff() + (size - 1)) // size).cumsum(0)
+    tile = torch.arange(-(-tokens // size) + instances, dtype=torch.int32, device=cu_seqlens.device)
     instance = torch.bucketize(tile, before[1:], right=True, out_int32=True)
     return torch.cat([before, instance])

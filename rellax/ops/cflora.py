@@ -15,9 +15,22 @@ from rellax.ops._register import operator
 from rellax.reference import cflora as reference
 
 _CPP_DTYPES = (torch.float32, torch.bfloat16)
-_forward = operator("cflora_linear", reference.cflora_fwd, cpp=cpp.cflora_fwd, cpp_dtypes=_CPP_DTYPES)
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_forward = operator(
+    "cflora_linear",
+    reference.cflora_fwd,
+    cpp=cpp.cflora_fwd,
+    cpp_dtypes=_CPP_DTYPES,
+    triton="rellax.kernels.cflora:cflora_fwd",
+    triton_dtypes=_TRITON_DTYPES,
+)
 _backward = operator(
-    "cflora_linear_backward", reference.cflora_bwd, cpp=cpp.cflora_bwd, cpp_dtypes=_CPP_DTYPES
+    "cflora_linear_backward",
+    reference.cflora_bwd,
+    cpp=cpp.cflora_bwd,
+    cpp_dtypes=_CPP_DTYPES,
+    triton="rellax.kernels.cflora:cflora_bwd",
+    triton_dtypes=_TRITON_DTYPES,
 )
 
 

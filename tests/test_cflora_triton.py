@@ -1,0 +1,240 @@
+"""The Triton kernels of ``rellax::cflora_linear``: tiles, splits and blocks, what they read and write.
+
+``test_cflora.py`` runs all backends against the oracle; here are the paths that its small inputs do not take.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_cflora import naive, naive_set
+from test_contracts import Recorder
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from rellax.errors import InputError
+from rellax.kernels import cflora as kernels
+from rellax.kernels._tiles import tile_tokens
+from rellax.ops import cflora_linear, cflora_linears, cflora_tiles, cflora_update
+from rellax.testing import oracle
+from rellax.testing.cases import CFLORA_SET, cflora, cflora_set
+from rellax.testing.cases import cflora_update as build_update
+
+
+@pytest.fixture(autouse=True)
+def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RELLAX_BACKEND", "triton")
+
+
+def run(function: Callable[..., Any], inputs: dict[str, Any]) -> list[Tensor]:
+    """Outputs, and the gradients of everything that requires one."""
+    outputs = function(**inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    leaves = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.requires_grad]
+    upstream = [torch.linspace(-1, 1, y.numel()).view(y.shape).to(y) for y in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, leaves, upstream)]
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [],
+        [0],
+        [0, 0, 0],
+        [1],
+        [63, 64, 65, 0, 128, 129],
+        [0, 500, 0],
+        [1] * 100,
+        [15, 16, 17, 0, 33],
+        [0, 31],
+    ],
+    ids=str,
+)
+def test_tiles_cover_every_token_once(lengths: list[int]) -> None:
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    instances, tokens = len(lengths), sum(lengths)
+    table, size = cflora_tiles(offsets, tokens), tile_tokens(tokens, instances)
+    before, instance = table[: instances + 1].tolist(), table[instances + 1 :].tolist()
+    assert table.dtype == torch.int32
+    assert len(instance) == -(-tokens // size) + instances
+    covered = []
+    for tile, b in enumerate(instance):
+        if b == instances:
+            assert tile >= before[-1]
+            continue
+        start = int(offsets[b]) + (tile - before[b]) * size
+        run_of_tokens = range(start, min(start + size, int(offsets[b + 1])))
+        assert len(run_of_tokens) > 0
+        covered += run_of_tokens
+    assert covered == list(range(tokens))
+
+
+def test_tiles_are_small_where_instances_are_short() -> None:
+    assert [tile_tokens(tokens, 8) for tokens in (0, 255, 256, 10**6)] == [16, 16, 64, 64]
+
+
+LENGTHS = {"short": [7, 1, 17, 0, 16], "long": [67, 64, 5], "many": [4099]}
+LAYERS = [(16, 1), (16, 9), (16, 17), (32, 1), (32, 5), (64, 1), (64, 3)]
+"""Ranks and numbers of layers: (16, 17) needs two passes of the shrink kernel."""
+
+
+def blocks(itemsize: int, lengths: list[int], rank: int, layers: int) -> set[tuple[str, int, int, int]]:
+    """What the launchers choose."""
+    tokens, most = sum(lengths), max(kernels._SHRINK) // kernels._padded(rank)
+    shrink = kernels._shrink_tokens(tokens, itemsize)
+    expand = tile_tokens(tokens, len(lengths))
+    return {
+        (name, *kernels._blocks(table, size, rank, n, itemsize)[:3])
+        for name, table, size, n in (
+            ("shrink", kernels._SHRINK, shrink, 1),
+            ("shrink", kernels._SHRINK, shrink, min(layers, most)),
+            ("expand", kernels._EXPAND, expand, 1),
+            ("combine", kernels._EXPAND, expand, layers),
+        )
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize(("rank", "layers"), LAYERS)
+def test_every_block_meets_the_oracle(rank: int, layers: int, lengths: str, dtype: torch.dtype) -> None:
+    d_in, d_outs = (9, [5, 3, 7]) if lengths == "many" else (135, [70, 3, 1])
+    sizes = {"d_in": d_in, "d_outs": (d_outs * 6)[:layers], "r": rank, "lengths": LENGTHS[lengths]}
+    oracle.check(cflora_linears, naive_set, cflora_set(dtype, packed=True, **sizes), dtype)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_these_are_all_blocks_that_the_launchers_can_choose(itemsize: int) -> None:
+    def union(cases: Iterable[tuple[int, int]]) -> set[tuple[str, int, int, int]]:
+        return set().union(*(blocks(itemsize, x, *case) for x in LENGTHS.values() for case in cases))
+
+    ranks = range(1, kernels.MAX_RANK + 1)
+    assert union(LAYERS) == union((rank, n) for rank in ranks for n in range(1, 1024 // max(rank, 16) + 1))
+
+
+@pytest.mark.parametrize("case", [{}, {"dropout": 0.3}, {"packed": True, "lengths": [3, 0, 4]}], ids=str)
+def test_few_tokens_are_split_over_columns(case: dict[str, Any]) -> None:
+    """The parts of h and of dy B are added in order by the kernel that reads them."""
+    inputs = cflora_set(torch.float32, **{"d_in": 300, "d_outs": (1030, 9), "r": 3, **case})
+    rows = inputs["x"].flatten(0, -2)
+    assert len(kernels._new_partial(rows, 300, 3, 2)) == 4
+    assert len(kernels._new_partial(rows, 1030, 3, 2)) == 8
+    oracle.check(cflora_linears, naive_set, inputs, torch.float32)
+    for first, second in zip(run(cflora_linears, inputs), run(cflora_linears, inputs), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_many_tokens_are_split_for_the_gradients_of_a_and_b() -> None:
+    inputs = cflora(torch.float32, lengths=[2 * 4 * 32 + 5], dropout=0.3)
+    assert len(kernels._outer(torch.zeros(261, 4), inputs["x"][0], False, 0.0, None)) == 2
+    oracle.check(cflora_linear, naive, inputs, torch.float32)
+
+
+def test_a_set_gives_the_bits_of_its_layers() -> None:
+    """Outputs and the gradients of gates, A and B; dx is added up in another order."""
+    inputs = cflora_set(torch.float32, dropout=0.3)
+    together = run(cflora_linears, inputs)
+    plural = {
+        "weights": "weight",
+        "biases": "bias",
+        "loras_a": "lora_a",
+        "loras_b": "lora_b",
+        "gates": "gate",
+    }
+    for i in range(3):
+        layer = {plural.get(name, name): x[i] if name in plural else x for name, x in inputs.items()}
+        y, _, da, db, dgate = run(cflora_linear, layer)
+        expected = (together[i], *together[4 + i :: 3])
+        for actual, one in zip((y, da, db, dgate), expected, strict=True):
+            assert torch.equal(actual, one)
+
+
+def test_a_foreign_layer_gives_what_its_own_weight_gives() -> None:
+    inputs = cflora(torch.float32, dropout=0.3)
+    y = cflora_linear(**inputs)
+    weight, bias = inputs.pop("weight"), inputs.pop("bias")
+    base = torch.nn.functional.linear(inputs["x"], weight, bias)
+    torch.testing.assert_close(cflora_update(base, **inputs), y)
+
+
+@pytest.mark.parametrize("case", [{}, {"packed": True, "lengths": [7, 0, 33]}], ids=str)
+@pytest.mark.parametrize("build", [cflora_set, build_update])
+def test_inputs_are_not_written(build: Callable[..., dict[str, Any]], case: dict[str, Any]) -> None:
+    function = cflora_linears if build is cflora_set else cflora_update
+    inputs = build(torch.float32, **case)
+    before = tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, inputs)
+    for result in run(function, inputs):
+        assert all(result.data_ptr() != x.data_ptr() for x in tree_leaves(inputs) if isinstance(x, Tensor))
+    for x, old in zip(tree_leaves(inputs), tree_leaves(before), strict=True):
+        assert torch.equal(x, old) if isinstance(x, Tensor) else x == old
+
+
+@pytest.mark.parametrize("case", [{}, {"packed": True, "lengths": [7, 0, 33, 1]}, {"r": 17}], ids=str)
+def test_nothing_beside_the_inputs_is_read(case: dict[str, Any]) -> None:
+    """Between NaNs; what an interpreted kernel multiplies of them, if only to mask it later, is an error."""
+    inputs = cflora_set(torch.float32, dropout=0.3, **case)
+    expected = run(cflora_linears, inputs)
+    guarded = tree_map(between_nans, inputs)
+    with np.errstate(invalid="raise"):
+        for actual, plain in zip(run(cflora_linears, guarded), expected, strict=True):
+            assert torch.equal(actual, plain)
+
+
+def between_nans(x: Any) -> Any:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return x
+    room = x.new_full((x.numel() + 2 * 4096,), torch.nan)
+    return room[4096:-4096].view(x.shape).copy_(x.detach()).requires_grad_(x.requires_grad)
+
+
+def test_tensors_need_not_be_contiguous() -> None:
+    """A gate shared by all instances, transposed A and B, and the gradient of a sum, which is one number."""
+    inputs = cflora(torch.float32, lengths=[5, 5, 5])
+    inputs["gate"] = inputs["gate"][0].detach().expand(3, 4, 4).requires_grad_()
+    for name in ("lora_a", "lora_b"):
+        inputs[name] = inputs[name].detach().t().contiguous().t().requires_grad_()
+    leaves = [inputs[name] for name in ("x", "gate", "lora_a", "lora_b")]
+    actual, expected = (
+        torch.autograd.grad(function(**inputs).sum(), leaves) for function in (cflora_linear, naive)
+    )
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    "needed", [*itertools.combinations(("x", "lora_a", "lora_b", "gate"), 2), ("gate",)], ids=str
+)
+def test_each_gradient_alone(needed: tuple[str, ...]) -> None:
+    inputs = cflora(torch.float32)
+    everything = dict(zip(("x", "lora_a", "lora_b", "gate"), run(cflora_linear, inputs)[1:], strict=True))
+    some = {
+        name: x.detach().requires_grad_(name in needed) if name in everything else x
+        for name, x in inputs.items()
+    }
+    for name, gradient in zip(needed, run(cflora_linear, some)[1:], strict=True):
+        assert torch.equal(gradient, everything[name])
+
+
+def test_too_large_a_rank() -> None:
+    with pytest.raises(InputError, match=r"^lora_a: expected a rank"):
+        cflora_linear(**cflora(torch.float32, r=65))
+    with pytest.raises(InputError, match=r"^lora_a: expected"):
+        cflora_linears(**cflora_set(torch.float32, d_outs=[1] * 17, r=33))
+
+
+@pytest.mark.parametrize("case", ["plain", "packed-dropout"])
+def test_contract_and_compiler(case: str) -> None:
+    """What `test_contracts.py` asks of the backend that a CPU has by default."""
+    inputs = cflora_set(torch.float32, **CFLORA_SET[case])
+    with Recorder() as recorder:
+        expected = run(cflora_linears, inputs)
+    for op, arguments in recorder.calls:
+        torch.library.opcheck(op, tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, arguments))
+    torch._dynamo.reset()
+    compiled = torch.compile(cflora_linears, fullgraph=True, backend="aot_eager")
+    for actual, eager in zip(run(compiled, inputs), expected, strict=True):
+        assert torch.equal(actual, eager)
