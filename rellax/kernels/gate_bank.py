@@ -9,12 +9,13 @@
                 embedding         (da W1) ∘ v of each projection, and
                 du                their sum through the layer norm, where the gradient of u is wanted
 
-Every product is fp32 (`ieee`: no tf32), and every sum has one order: the same bits on every run.
+Every product is fp32, and every sum has one order: the same bits on every run. Narrower parameters are
+widened before: of a tile that a kernel widens itself, Triton may make tf32 although it is told `ieee`
+(https://github.com/triton-lang/triton/issues/10176).
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -41,18 +42,17 @@ def _gelu(a):
 
 @triton.jit
 def _load(pointer, row, column, rows, columns, stride):
-    """A tile in fp32, with zeros outside (rows, columns)."""
+    """A tile, with zeros outside (rows, columns)."""
     known = (row[:, None] < rows) & (column[None, :] < columns)
-    return tl.load(pointer + row.to(tl.int64)[:, None] * stride + column[None, :], mask=known, other=0.0).to(
-        tl.float32
-    )
+    offset = row.to(tl.int64)[:, None] * stride + column[None, :]
+    return tl.load(pointer + offset, mask=known, other=0.0)
 
 
 @triton.jit
 def _store(pointer, tile, row, column, rows, columns, stride):
     known = (row[:, None] < rows) & (column[None, :] < columns)
     offset = row.to(tl.int64)[:, None] * stride + column[None, :]
-    tl.store(pointer + offset, tile.to(pointer.dtype.element_ty), mask=known)
+    tl.store(pointer + offset, tile, mask=known)
 
 
 @triton.jit
@@ -81,12 +81,12 @@ def _hidden(
     a = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
     for d in range(0, d_u, BLOCK_D):
         column = d + tl.arange(0, BLOCK_D)
-        weight = tl.load(ln_weight_ptr + m * d_u + column, mask=column < d_u, other=0.0).to(tl.float32)
-        bias = tl.load(ln_bias_ptr + m * d_u + column, mask=column < d_u, other=0.0).to(tl.float32)
+        weight = tl.load(ln_weight_ptr + m * d_u + column, mask=column < d_u, other=0.0)
+        bias = tl.load(ln_bias_ptr + m * d_u + column, mask=column < d_u, other=0.0)
         x = _load(normed_ptr, row, column, B, d_u, d_u) * weight[None, :] + bias[None, :]
         w1 = _load(w1_ptr + m * hidden * d_u, unit, column, hidden, d_u, d_u)
         a = _dot(x, tl.trans(w1), a)
-    b1 = tl.load(b1_ptr + m * hidden + unit, mask=unit < hidden, other=0.0).to(tl.float32)
+    b1 = tl.load(b1_ptr + m * hidden + unit, mask=unit < hidden, other=0.0)
     return a + b1[None, :]
 
 
@@ -133,7 +133,7 @@ def _gate_bank_fwd_kernel(
         g, _ = _gelu(a)
         w2 = _load(w2_ptr + m * outputs * hidden, output, unit, outputs, hidden, hidden)
         sums = _dot(g, tl.trans(w2), sums)
-    b2 = tl.load(b2_ptr + m * outputs + output, mask=output < outputs, other=0.0).to(tl.float32)
+    b2 = tl.load(b2_ptr + m * outputs + output, mask=output < outputs, other=0.0)
     _store(flat_ptr + m * B * outputs, sums + b2[None, :], row, output, B, outputs, outputs)
 
 
@@ -200,7 +200,7 @@ def _output_weights_kernel(
         db2 += tl.sum(dflat, 0)
     _store(dw2_ptr + m * outputs * hidden, dw2, output, unit, outputs, hidden, hidden)
     first = (tl.program_id(0) == 0) & (output < outputs)
-    tl.store(db2_ptr + m * outputs + output, db2.to(db2_ptr.dtype.element_ty), mask=first)
+    tl.store(db2_ptr + m * outputs + output, db2, mask=first)
 
 
 @triton.jit
@@ -223,8 +223,8 @@ def _input_weights_kernel(
 ):
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     m = tl.program_id(1).to(tl.int64)
-    weight = tl.load(ln_weight_ptr + m * d_u + column, mask=column < d_u, other=0.0).to(tl.float32)
-    bias = tl.load(ln_bias_ptr + m * d_u + column, mask=column < d_u, other=0.0).to(tl.float32)
+    weight = tl.load(ln_weight_ptr + m * d_u + column, mask=column < d_u, other=0.0)
+    bias = tl.load(ln_bias_ptr + m * d_u + column, mask=column < d_u, other=0.0)
     dweight = tl.zeros((BLOCK_D,), tl.float32)
     dbias = tl.zeros((BLOCK_D,), tl.float32)
     for h in range(0, hidden, BLOCK_H):
@@ -243,10 +243,9 @@ def _input_weights_kernel(
         dw1 = product * weight[None, :] + db1[:, None] * bias[None, :]
         _store(dw1_ptr + m * hidden * d_u, dw1, unit, column, hidden, d_u, d_u)
         first = (tl.program_id(0) == 0) & (unit < hidden)
-        tl.store(db1_ptr + m * hidden + unit, db1.to(db1_ptr.dtype.element_ty), mask=first)
-    dtype = dln_weight_ptr.dtype.element_ty
-    tl.store(dln_weight_ptr + m * d_u + column, dweight.to(dtype), mask=column < d_u)
-    tl.store(dln_bias_ptr + m * d_u + column, dbias.to(dtype), mask=column < d_u)
+        tl.store(db1_ptr + m * hidden + unit, db1, mask=first)
+    tl.store(dln_weight_ptr + m * d_u + column, dweight, mask=column < d_u)
+    tl.store(dln_bias_ptr + m * d_u + column, dbias, mask=column < d_u)
 
 
 @triton.jit
@@ -271,7 +270,7 @@ def _embedding_kernel(
         da = _load(da_ptr + m * B * hidden, row, unit, B, hidden, hidden)
         w1 = _load(w1_ptr + m * hidden * d_u, unit, column, hidden, d_u, d_u)
         dx = _dot(da, w1, dx)
-    weight = tl.load(ln_weight_ptr + m * d_u + column, mask=column < d_u, other=0.0).to(tl.float32)
+    weight = tl.load(ln_weight_ptr + m * d_u + column, mask=column < d_u, other=0.0)
     _store(dnormed_ptr + m * B * d_u, dx * weight[None, :], row, column, B, d_u, d_u)
 
 
@@ -303,7 +302,7 @@ def gate_bank_fwd(
 ) -> Tensor:
     """As ``rellax.reference.gate_bank.gate_bank_fwd``."""
     (M, hidden, d_u), B, outputs = w1.shape, u.shape[0], w2.shape[1]
-    parameters = [tensor.contiguous() for tensor in (ln_weight, ln_bias, w1, b1, w2, b2)]
+    parameters = [x.float().contiguous() for x in (ln_weight, ln_bias, w1, b1, w2, b2)]
     flat = u.new_empty((M, B, outputs), dtype=torch.float32)
     with torch.cuda.device_of(u):
         normed, _ = _normalise(u, eps)
@@ -330,9 +329,11 @@ def gate_bank_bwd(
     (M, hidden, d_u), B, outputs = w1.shape, u.shape[0], w2.shape[1]
     full = outputs == dgate.shape[-1] ** 2
     dflat = (dgate.flatten(2) if full else dgate.diagonal(dim1=-2, dim2=-1)).contiguous()
-    ln_weight, ln_bias, w1, b1, w2 = (x.contiguous() for x in (ln_weight, ln_bias, w1, b1, w2))
-    dln_weight, dln_bias, dw1, db1, dw2 = (torch.empty_like(x) for x in (ln_weight, ln_bias, w1, b1, w2))
-    db2, du = w2.new_empty((M, outputs)), u.new_empty(u.shape if need_u else (0,))
+    dtype, parameters = w1.dtype, (ln_weight, ln_bias, w1, b1, w2)
+    ln_weight, ln_bias, w1, b1, w2 = (x.float().contiguous() for x in parameters)
+    gradients = [torch.empty_like(x) for x in (ln_weight, ln_bias, w1, b1, w2, w2[:, :, 0])]
+    dln_weight, dln_bias, dw1, db1, dw2, db2 = gradients
+    du = u.new_empty(u.shape if need_u else (0,))
     g, da = (dflat.new_empty((M, B, hidden)) for _ in range(2))
     tile = _tile(B)
     instances, units = triton.cdiv(B, tile["BLOCK_B"]), triton.cdiv(hidden, tile["BLOCK_H"])
@@ -353,6 +354,7 @@ def gate_bank_bwd(
             blocks = {"BLOCK_M": max(_SUMMED // d_u, 1), "BLOCK_D": d_u}
             blocks = {name: triton.next_power_of_2(size) for name, size in blocks.items()}
             _launch(_du_kernel, (B,), dnormed, normed, rstd, du, M, B, d_u, **blocks)
+    dln_weight, dln_bias, dw1, db1, dw2, db2 = (gradient.to(dtype) for gradient in gradients)
     return du, dln_weight, dln_bias, dw1, db1, dw2, db2
 
 
@@ -378,8 +380,7 @@ def _taken(kernel: Any, blocks: dict[str, int]) -> dict[str, int]:
 
 
 def builds() -> Iterator[Build]:
-    """See ``rellax.kernels._build``; the parameters and u in each dtype, small and large batches."""
-    fp32 = ("normed_ptr", "rstd_ptr", "flat_ptr", "dflat_ptr", "g_ptr", "da_ptr", "dnormed_ptr")
+    """See ``rellax.kernels._build``; u in each dtype, small and large batches."""
     tiled = (
         _gate_bank_fwd_kernel,
         _hidden_bwd_kernel,
@@ -388,9 +389,10 @@ def builds() -> Iterator[Build]:
         _embedding_kernel,
     )
     whole = {"BLOCK_M": 64, "BLOCK_D": 64}
-    shapes = [(kernel, whole) for kernel in (_normalise_kernel, _du_kernel)]
-    shapes += [(kernel, _tile(B)) for kernel in tiled for B in (_SMALL_BATCH, _SMALL_BATCH + 1)]
-    for dtype, (kernel, shape) in itertools.product(("fp32", "bf16", "fp16"), shapes):
+    cases = [(kernel, _tile(B), "fp32") for kernel in tiled for B in (_SMALL_BATCH, _SMALL_BATCH + 1)]
+    cases += [(_normalise_kernel, whole, dtype) for dtype in ("fp32", "bf16", "fp16")]
+    cases += [(_du_kernel, whole, dtype) for dtype in ("fp32", "bf16", "fp16")]
+    for kernel, shape, dtype in cases:
         blocks = _taken(kernel, shape)
         names = [name for name in kernel.arg_names if name not in blocks]
         pointers = [name for name in names if name.endswith("_ptr")]
@@ -398,7 +400,7 @@ def builds() -> Iterator[Build]:
             f"gate_bank {kernel.__name__} {dtype} {blocks}",
             kernel,
             {name: "fp32" if name == "eps" else "i32" for name in names}
-            | {name: "*fp32" if name in fp32 else f"*{dtype}" for name in pointers},
+            | {name: f"*{dtype}" if name in ("u_ptr", "du_ptr") else "*fp32" for name in pointers},
             blocks,
             (*pointers, *(name for name in names if name in ("d_u", "hidden", "outputs"))),
             _WARPS,
