@@ -12,6 +12,7 @@
 #include "gate_bank.h"
 #include "history_topk.h"
 #include "parallel.h"
+#include "soft_prompt.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -131,6 +132,27 @@ void history_topk(Address embeddings, const char* dtype, int64_t dim, Address it
     rellax::history_topk(task, threads);
 }
 
+void soft_prompt(const rellax::Rows& words, const rellax::Rows& soft, float word_scale, Address input_ids,
+                 Address soft_index, int64_t tokens, int64_t d, Address out, int threads) {
+    const rellax::SoftPrompt task{words,
+                                  soft,
+                                  word_scale,
+                                  at<const int64_t>(input_ids),
+                                  at<const int64_t>(soft_index),
+                                  tokens,
+                                  d,
+                                  at<void>(out)};
+    const nb::gil_scoped_release unlocked;
+    rellax::soft_prompt(task, threads);
+}
+
+void row_sums(const rellax::Rows& rows, Address index, float factor, int64_t d, int64_t count, const char* dtype,
+              Address out, int threads) {
+    const rellax::RowSums task{rows, at<const int64_t>(index), factor, d, count, dtype_named(dtype), at<void>(out)};
+    const nb::gil_scoped_release unlocked;
+    rellax::row_sums(task, threads);
+}
+
 nb::list supported_isas() {
     nb::list names;
     for (const rellax::Level* level : rellax::supported_levels()) names.append(level->name);
@@ -203,4 +225,16 @@ NB_MODULE(_C, m) {
     m.def("history_topk", &history_topk, nb::kw_only(), "embeddings"_a, "dtype"_a, "dim"_a, "items"_a, "offsets"_a,
           "target"_a, "user"_a, "end"_a, "queries"_a, "k"_a, "positions"_a, "scores"_a, "threads"_a,
           "history_topk over the memory at these addresses; see csrc/history_topk.h for what they hold.");
+    nb::class_<rellax::Rows>(m, "Rows").def(
+        "__init__",
+        [](rellax::Rows* self, Address data, const char* dtype, int64_t count, int64_t stride) {
+            new (self) rellax::Rows{at<const void>(data), dtype_named(dtype), count, stride};
+        },
+        nb::kw_only(), "data"_a, "dtype"_a, "count"_a, "stride"_a,
+        "Rows of a table. csrc/soft_prompt.h says what the fields hold.");
+    m.def("soft_prompt", &soft_prompt, nb::kw_only(), "words"_a, "soft"_a, "word_scale"_a, "input_ids"_a,
+          "soft_index"_a, "tokens"_a, "d"_a, "out"_a, "threads"_a,
+          "The tokens' embeddings over the memory at these addresses; see csrc/soft_prompt.h.");
+    m.def("row_sums", &row_sums, nb::kw_only(), "rows"_a, "index"_a, "factor"_a, "d"_a, "count"_a, "dtype"_a, "out"_a,
+          "threads"_a, "Sums of rows by index over the memory at these addresses; see csrc/soft_prompt.h.");
 }

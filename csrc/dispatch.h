@@ -7,6 +7,7 @@
 #include "cflora.h"
 #include "gate_bank.h"
 #include "history_topk.h"
+#include "soft_prompt.h"
 
 namespace rellax {
 
@@ -21,6 +22,8 @@ struct Level {
     GateBankForwardKernel* gate_bank_forward;
     GateBankBackwardKernel* gate_bank_backward;
     HistoryTopkKernel* history_topk;
+    ConvertKernel* convert;
+    RowSumsKernel* row_sums;
 };
 
 // The levels that were built and that this machine can run, the plainest first.

@@ -15,8 +15,8 @@ HERE = Path(__file__).parent
 DIGEST = """
 import hashlib, torch
 from rellax import _C
-from rellax.ops import history_topk
-generator = torch.Generator().manual_seed(0)
+from rellax.ops import history_topk, soft_prompt
+generator = torch.manual_seed(0)
 offsets = torch.tensor([0, 0, 1, 50, 300])
 items = torch.randint(200, (300,), generator=generator)
 digest = hashlib.sha256()
@@ -25,6 +25,15 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         embeddings = torch.randn(200, dim, generator=generator).to(dtype)
         for result in history_topk(embeddings, items, offsets, 30):
             digest.update(result.numpy().tobytes())
+ids, index = torch.randint(9, (2, 5, 40), generator=generator)
+index, scale = torch.where(index < 5, index, -1), torch.tensor(1.7)
+for words in (torch.float32, torch.bfloat16, torch.float16):
+    for soft in (torch.float32, torch.bfloat16, torch.float16):
+        table = torch.randn(9, 1041, generator=generator).to(words).requires_grad_()
+        rows = torch.randn(5, 1041, generator=generator).to(soft).requires_grad_()
+        y = soft_prompt(ids, table, rows, index, word_scale=scale)
+        for result in (y.detach(), *torch.autograd.grad(y, (table, rows), torch.randn(y.shape).to(words))):
+            digest.update(result.view(torch.uint8).numpy().tobytes())
 print(_C.isa(), digest.hexdigest())
 """
 

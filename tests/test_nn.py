@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from rellax.errors import InputError
 from rellax.nn import AnswerHead, CFLoRALinear, GateBank, SoftPrompt
 from rellax.nn.answer import find_answers
+from rellax.testing.cases import device
 
 F64 = torch.float64
 
@@ -120,9 +121,9 @@ def test_gate_bank_refuses() -> None:
 # ---- SoftPrompt
 
 
-def soft_prompt() -> tuple[SoftPrompt, Tensor]:
+def soft_prompt(items: int = 6) -> tuple[SoftPrompt, Tensor]:
     torch.manual_seed(0)
-    return SoftPrompt(torch.randn(6, 4, dtype=F64), 5, (8, 99), dtype=F64), torch.randn(9, 5, dtype=F64)
+    return SoftPrompt(torch.randn(items, 4, dtype=F64), 5, (8, 99), dtype=F64), torch.randn(9, 5, dtype=F64)
 
 
 def by_hand(module: SoftPrompt, ids: Tensor, items: Tensor, words: Tensor, scale: float = 1.0) -> Tensor:
@@ -161,8 +162,23 @@ def test_soft_prompt_projects_each_item_once() -> None:
     module, words = soft_prompt()
     seen = []
     module.projector.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    module(IDS, ITEM_IDS, words)
-    assert torch.equal(seen[0], module.item_embeddings[[0, 3, 5]])
+    items = torch.tensor([[5, 2, -1], [2, 2, 3], [-1, -1, -1]])
+    module(IDS, items, words)
+    assert torch.equal(seen[0], module.item_embeddings[[2, 3, 5]])
+
+
+def test_soft_prompt_follows_a_resized_table_and_trains_it() -> None:
+    module, words = soft_prompt()
+    words = torch.cat([words, torch.randn(91, 5, dtype=F64)]).requires_grad_()  # 99 has become a word
+    embeds = module(IDS, ITEM_IDS, words, torch.tensor(7.5))
+    expected = by_hand(module, IDS, ITEM_IDS, words, 7.5)
+    assert_close(embeds, expected)
+    weight = torch.randn_like(expected)
+    leaves = [words, *module.projector.parameters()]
+    assert_close(
+        torch.autograd.grad((embeds * weight).sum(), leaves),
+        torch.autograd.grad((expected * weight).sum(), leaves),
+    )
 
 
 def test_soft_prompt_without_any_placeholder() -> None:
@@ -177,10 +193,62 @@ def test_soft_prompt_keeps_the_dtype_of_the_words() -> None:
     assert module(IDS, ITEM_IDS, words.to(torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_soft_prompt_compiles_to_one_graph() -> None:
-    module, words = soft_prompt()
+@pytest.mark.parametrize("items", [6, 60], ids=["fewer-than-ids", "more-than-ids"])
+def test_soft_prompt_compiles_to_one_graph(items: int) -> None:
+    """How many items are distinct is then as unknown as on a GPU."""
+    module, words = soft_prompt(items)
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
-    assert_close(compiled(IDS, ITEM_IDS, words), by_hand(module, IDS, ITEM_IDS, words))
+    embeds, expected = compiled(IDS, ITEM_IDS, words), by_hand(module, IDS, ITEM_IDS, words)
+    assert_close(embeds, expected)
+    weight = torch.randn_like(expected)
+    parameters = list(module.projector.parameters())
+    assert_close(
+        torch.autograd.grad((embeds * weight).sum(), parameters),
+        torch.autograd.grad((expected * weight).sum(), parameters),
+    )
+
+
+@pytest.mark.parametrize("items", [6, 60])
+@pytest.mark.parametrize("wrong", [-1, -7, 60, 2**40])
+def test_soft_prompt_compiled_on_a_gpu_gives_nan_for_what_is_no_item(
+    items: int, wrong: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RELLAX_BACKEND", "triton")
+    module, words = (made.to(device(), torch.float32) for made in soft_prompt(items))
+    ids, item_ids = IDS.to(device()), ITEM_IDS.to(device(), copy=True)
+    item_ids[1, 2] = wrong
+    with torch.no_grad():
+        embeds = torch.compile(module, backend="aot_eager", fullgraph=True)(ids, item_ids, words)
+    lacks = torch.zeros_like(ids, dtype=torch.bool)
+    lacks[1, 4] = True
+    assert torch.equal(embeds.isnan().all(-1), lacks)
+    item_ids[1, 2] = 0
+    assert_close(embeds[~lacks], by_hand(module, ids, item_ids, words)[~lacks])
+
+
+def test_soft_prompt_says_what_was_wrong_when_the_values_have_arrived(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a CPU a stand-in for the way from a GPU, which takes a call."""
+    monkeypatch.setenv("RELLAX_BACKEND", "triton")
+    module, words = (made.to(device(), torch.float32) for made in soft_prompt())
+    ids, right = IDS.to(device()), ITEM_IDS.to(device())
+    wrong = right.clone()
+    wrong[1, 2] = -1
+    if device().type == "cpu":
+        underway: list[Tensor] = []
+
+        def exchange(values: Tensor) -> list[Tensor]:
+            arrived = underway.copy()
+            underway[:] = [values]
+            return arrived
+
+        monkeypatch.setattr(module._arrivals, "exchange", exchange)
+    assert module(ids, wrong, words)[1, 4].isnan().all()
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+    with pytest.raises(InputError, match=r"expected 3 ids in row 1, .*, got 2, in an earlier batch"):
+        module(ids, right, words)
 
 
 def _step(module: SoftPrompt) -> None:
@@ -240,8 +308,8 @@ def test_soft_prompt_has_gradients_beside_a_table() -> None:
 @pytest.mark.parametrize(
     ("items", "message"),
     [
-        ([[5, -1, -1], [0, 0, 3], [-1, -1, -1]], "row 0 of input_ids has 2 placeholders, .* has 1 ids"),
-        ([[5, 0, -1], [0, 0, 3], [-1, -1, 2]], "row 2 of input_ids has 0 placeholders, .* has 1 ids"),
+        ([[5, -1, -1], [0, 0, 3], [-1, -1, -1]], "expected 2 ids in row 0, .*, got 1"),
+        ([[5, 0, -1], [0, 0, 3], [-1, -1, 2]], "expected 0 ids in row 2, .*, got 1"),
         ([[5, -1, 0], [0, 0, 3], [-1, -1, -1]], "expected -1 at the end of a row only"),
         ([[5, 6, -1], [0, 0, 3], [-1, -1, -1]], r"expected ids in \[0, 6\), padded with -1, got 6"),
         ([[5, 0, -2], [0, 0, 3], [-1, -1, -1]], "padded with -1, got -2"),

@@ -70,6 +70,20 @@ inline void store(BFloat16* target, Floats values) {
     __builtin_memcpy(target, &halves, sizeof halves);
 }
 
+// Rounds to nearest, ties to even; infinite from 65520 on. What is subnormal in fp16 is rounded by a sum with 0.5,
+// whose last place is fp16's smallest number.
+inline void store(Float16* target, Floats values) {
+    const Words sign = (Words)values & 0x80000000u, magnitude = (Words)values ^ sign;
+    const Words subnormal = (Words)((Floats)magnitude + 0.5f) - 0x3f000000u;
+    const Words normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    const Integers order = (Integers)magnitude;
+    const Words large = order > 0x7f800000 ? Words{} + 0x7e00u : Words{} + 0x7c00u;
+    const Words finite = order < 0x38800000 ? subnormal : normal;
+    const Words bits = (order < 0x47800000 ? finite : large) | sign >> 16;
+    const Halves halves = __builtin_convertvector(bits, Halves);
+    __builtin_memcpy(target, &halves, sizeof halves);
+}
+
 // The first `count` < kWidth elements alone; the others load as zero.
 template <class T>
 inline Floats load_some(const T* source, int64_t count) {

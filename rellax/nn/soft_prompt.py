@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -43,6 +44,7 @@ class SoftPrompt(nn.Module):
             nn.GELU(),
             nn.Linear(hidden_size, hidden_size, device=device, dtype=dtype),
         )
+        self._arrivals = _Arrivals()
         self._table: Tensor | None = None
         self._table_of: list[tuple[Tensor, int]] = []
 
@@ -51,15 +53,20 @@ class SoftPrompt(nn.Module):
     ) -> Tensor:
         """The embeddings (B, L, d) of a prompt; a row's k-th placeholder takes the k-th id of its `item_ids`.
 
+        Each distinct item is projected once. On a GPU, how many a batch has is not known without waiting:
+        there every entry of `item_ids` is projected, or each of the N items where these are fewer.
+
         Args:
             input_ids: (B, L); a packed batch is one row.
             item_ids: (B, K) ids in [0, N), padded with -1 at the end of a row; a packed batch is one row.
-            word_embeddings: (V, d), frozen.
+            word_embeddings: (V, d).
             scale: (), what the model multiplies its word embeddings by; soft rows are not scaled.
 
         Raises:
-            InputError: a row's numbers of placeholders and of ids differ, or an id is not in [0, N). Values
-                are not looked at under ``torch.compile``.
+            InputError: a row's numbers of placeholders and of ids differ, or an id is not in [0, N). A GPU's
+                values are looked at when they have arrived, in a later call. Under ``torch.compile`` and in a
+                CUDA graph they are not. Till then, or for good, a placeholder without an item has NaN for
+                its embedding; on a CPU it is an error of the operator.
         """
         if item_ids.dim() != 2 or item_ids.shape[0] != input_ids.shape[0] or item_ids.is_floating_point():
             raise InputError(
@@ -69,13 +76,12 @@ class SoftPrompt(nn.Module):
         placeholder = self.is_placeholder(input_ids)
         if not torch.compiler.is_compiling():
             self._check(placeholder, item_ids)
-        rows, row_of_item = self._project(item_ids)
-        nth = placeholder.cumsum(1)  # 1 at a row's first placeholder, hence the column in front
-        index = F.pad(row_of_item, (1, 0), value=-1).gather(1, nth).where(placeholder, -1)
-        embeds = soft_prompt(input_ids, word_embeddings, rows, index)
-        if scale is None:
-            return embeds
-        return embeds * torch.where(index < 0, scale.to(embeds.dtype), 1).unsqueeze(-1)
+        rows, row_of_item = self._project(item_ids.long())
+        # A column after the last stands for all items that a row of the batch should have and has not.
+        row_of_item = F.pad(row_of_item, (0, 1), value=rows.shape[0])
+        nth = (placeholder.cumsum(1) - 1).clamp(0, item_ids.shape[1])
+        index = row_of_item.gather(1, nth).where(placeholder, -1)
+        return soft_prompt(input_ids, word_embeddings, rows, index, word_scale=scale)
 
     def is_placeholder(self, input_ids: Tensor) -> Tensor:
         """Boolean mask of the placeholder tokens, in the shape of `input_ids`."""
@@ -113,36 +119,72 @@ class SoftPrompt(nn.Module):
         return self._table
 
     def _project(self, item_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Soft rows (S, d), and which of them each entry of `item_ids` takes; each item is projected once."""
-        items = item_ids.long().clamp(min=0)
-        if torch.compiler.is_compiling():
-            # How many items are distinct is not known while tracing, nor whether a weight has changed.
-            row_of_item = torch.arange(items.numel(), device=items.device).view_as(items)
-            return self._rows(self.item_embeddings[items.flatten()]), row_of_item
-        if (table := self._cached_table()) is not None:
-            return table, items
-        distinct, row_of_item = items.unique(return_inverse=True)
-        return self._rows(self.item_embeddings[distinct]), row_of_item
+        """Soft rows (S, d), and which of them each id takes: S, which does not exist, where it is no item."""
+        items = self.item_embeddings.shape[0]
+        known = (item_ids >= 0) & (item_ids < items)
+        compiling = torch.compiler.is_compiling()  # then it cannot be told whether a table is stale
+        if not compiling and (table := self._cached_table()) is not None:
+            rows, row_of_item = table, item_ids
+        elif not compiling and item_ids.device.type == "cpu":
+            distinct, inverse = item_ids[known].unique(return_inverse=True)
+            rows = self._rows(self.item_embeddings[distinct])
+            row_of_item = torch.zeros_like(item_ids).masked_scatter(known, inverse)
+        elif items <= item_ids.numel():
+            rows, row_of_item = self._rows(self.item_embeddings), item_ids
+        else:
+            rows = self._rows(self.item_embeddings[item_ids.flatten().clamp(0, items - 1)])
+            row_of_item = torch.arange(item_ids.numel(), device=item_ids.device).view_as(item_ids)
+        return rows, row_of_item.where(known, rows.shape[0])
 
     def _rows(self, embeddings: Tensor) -> Tensor:
         rows: Tensor = self.projector(embeddings.to(next(self.projector.parameters()).dtype))
         return rows
 
     def _check(self, placeholder: Tensor, item_ids: Tensor) -> None:
-        """Raise unless the ids fit the placeholders; a device is waited for once."""
-        given, items = item_ids >= 0, len(self.item_embeddings)
-        wrong = placeholder.sum(1) != given.sum(1)
-        gaps = given.int().diff(dim=1) > 0
-        unknown = (item_ids < -1) | (item_ids >= items)
-        if not (wrong.any() | gaps.any() | unknown.any()):
-            return
-        if wrong.any():
-            row = int(wrong.nonzero()[0])
-            raise InputError(
-                f"item_ids: row {row} of input_ids has {int(placeholder[row].sum())} placeholders, "
-                f"row {row} of item_ids has {int(given[row].sum())} ids"
-            )
-        if gaps.any():
-            raise InputError("item_ids: expected -1 at the end of a row only, got it before an id")
-        got = int(item_ids[unknown][0])
-        raise InputError(f"item_ids: expected ids in [0, {items}), padded with -1, got {got}")
+        """Raise unless ids fit the placeholders: in this batch, or in one whose values have arrived."""
+        sent = torch.cat([placeholder.sum(1, keepdim=True), item_ids], 1)
+        for values in self._arrivals.exchange(sent):
+            if problem := _problem(values[:, 0], values[:, 1:], self.item_embeddings.shape[0]):
+                raise InputError(f"item_ids: {problem}" + ("" if values is sent else ", in an earlier batch"))
+
+
+class _Arrivals:
+    """Copies of a GPU's small tensors, handed out once they have arrived: nobody waits for them."""
+
+    def __init__(self) -> None:
+        self._pending: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+
+    def exchange(self, values: Tensor) -> list[Tensor]:
+        """Send `values` to the host; return what has arrived there. Not on CUDA: `values` itself."""
+        if values.device.type != "cuda":
+            return [values]
+        if torch.cuda.is_current_stream_capturing():
+            return []
+        arrived = []
+        while self._pending and self._pending[0][1].query():
+            arrived.append(self._pending.popleft()[0])
+        copied = torch.cuda.Event()
+        self._pending.append((values.to("cpu", non_blocking=True), copied))
+        copied.record(torch.cuda.current_stream(values.device))
+        return arrived
+
+    def __reduce__(self) -> tuple[type[_Arrivals], tuple[()]]:
+        """A copy of a module waits for nothing of the original's."""
+        return _Arrivals, ()
+
+
+def _problem(placeholders: Tensor, item_ids: Tensor, items: int) -> str | None:
+    """What is wrong with the ids (B, K) of rows with so many placeholders (B,), as 'expected …, got …'."""
+    given = item_ids >= 0
+    unknown = (item_ids < -1) | (item_ids >= items)
+    wrong = placeholders != given.sum(1)
+    first = torch.arange(item_ids.shape[1], device=item_ids.device) < placeholders[:, None]
+    if not (wrong.any() or (unknown | (given != first)).any()):
+        return None
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        expected = f"{int(placeholders[row])} ids in row {row}, one for each placeholder of that row"
+        return f"expected {expected}, got {int(given[row].sum())}"
+    if unknown.any():
+        return f"expected ids in [0, {items}), padded with -1, got {int(item_ids[unknown][0])}"
+    return "expected -1 at the end of a row only, got it before an id"

@@ -92,6 +92,9 @@ SOFT_PROMPT: Table = {
     "only-soft": {"share": 1.0},
     "frozen-words": {"train_words": False},
     "fp32-soft-rows": {"soft_dtype": torch.float32},
+    "scaled-words": {"scale": 7.5},
+    "strided": {"strided": True},
+    "wide": {"shape": (2, 3), "d": 2060},
     "no-tokens": {"shape": (2, 0)},
 }
 
@@ -228,16 +231,21 @@ def soft_prompt(
     share: float = 0.4,
     train_words: bool = True,
     soft_dtype: torch.dtype | None = None,
+    scale: float | None = None,
+    strided: bool = False,
 ) -> dict[str, Any]:
     """Keywords of ``soft_prompt``; a `share` of the tokens takes a soft row and has no word's id."""
     new = _Source()
     soft = new.uniform(*shape) < share
     ids = new.integers(vocabulary, *shape)
+    words = new.tensor(vocabulary, 2 * d if strided else d, dtype=dtype)
+    soft_rows = new.tensor(rows, 2 * d if strided else d, dtype=soft_dtype or dtype)
     return {
         "input_ids": torch.where(soft, torch.where(new.uniform(*shape) < 0.5, ids + vocabulary, -5), ids),
-        "word_embeddings": new.tensor(vocabulary, d, dtype=dtype).requires_grad_(train_words),
-        "soft_rows": new.tensor(rows, d, dtype=soft_dtype or dtype).requires_grad_(),
+        "word_embeddings": (words[:, 1::2] if strided else words).requires_grad_(train_words),
+        "soft_rows": soft_rows[:, :d].requires_grad_(),
         "soft_index": torch.where(soft, new.integers(max(rows, 1), *shape), -1),
+        "word_scale": None if scale is None else torch.tensor(scale, device=device()),
     }
 
 
