@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rellax.errors import InputError
 from rellax.ops import answer_loss
@@ -200,6 +201,22 @@ def test_same_bits_every_time() -> None:
         loss, _ = answer_loss(**inputs)
         runs.append((loss, *torch.autograd.grad(loss, [inputs["hidden"], inputs["lm_head_weight"]])))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("case", ["many-rows", "choice-softcap-bias", "vocab-and-choice-logits"])
+def test_nothing_waits_for_a_gpu(case: str) -> None:
+    """Tensors without values raise where one is asked for, or where it would decide a shape."""
+    with FakeTensorMode(), torch.no_grad():
+        inputs = inputs_of(torch.float32, **ANSWER[case])
+        names = ("hidden", "lm_head_weight", "bias", "positions", "labels")
+        ids = inputs["choice_ids"] or ()
+        options = (ids, inputs["loss"] or ("choice" if ids else "vocab"), inputs["softcap"], [True] * 3)
+        tensors = [inputs[name] for name in names]
+        total = torch.empty(())
+        loss, _, dh, *_ = reference.answer_fwd(*tensors, total, *options)
+        assert loss.shape == ()
+        shape = [*inputs["hidden"].shape]
+        assert list(reference.answer_bwd(loss, dh, inputs["positions"], shape, dh.dtype).shape) == shape
 
 
 WRONG = {

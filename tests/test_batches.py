@@ -60,4 +60,28 @@ def test_only_the_answer_is_supervised() -> None:
         [-100, -100, 12, -100],
     ]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]
-    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert batch["answer_positions"].tolist() == [2, 4, 9]
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "answer_positions"}
+
+
+def test_packed_prompts_follow_one_another() -> None:
+    embeddings = torch.arange(10.0).view(5, 2)
+    batch = Collator(0, (11, 12), embeddings, soft_prompt=True, packed=True).prompts(EXAMPLES)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]
+    assert batch["cu_seqlens"].tolist() == [0, 3, 4, 6]
+    assert batch["cu_seqlens"].dtype == torch.int32
+    assert batch["max_seqlen"] == 3
+    assert batch["item_ids"].tolist() == [[2, 9, 3]]
+    assert batch["instance_embed"].tolist() == [[8.0, 9.0], [0.0, 1.0], [4.0, 5.0]]
+    names = {"input_ids", "position_ids", "cu_seqlens", "max_seqlen", "item_ids", "instance_embed"}
+    assert set(batch) == names
+
+
+def test_packed_answers_end_their_prompts() -> None:
+    batch = Collator(0, (11, 12), packed=True).supervised(EXAMPLES)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 12, 8, 11, 9, 10, 12]]
+    assert batch["labels"].tolist() == [[-100, -100, -100, 12, -100, 11, -100, -100, 12]]
+    assert batch["answer_positions"].tolist() == [2, 4, 7]
+    assert batch["cu_seqlens"].tolist() == [0, 4, 6, 9]
+    assert batch["max_seqlen"] == 4

@@ -1,9 +1,11 @@
-"""From prompts to padded tensors: examples, the order in which they are seen, and the batches of a step."""
+"""From prompts to tensors: examples, the order in which they are seen, and the batches of a step."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,48 +33,72 @@ class Example:
 
 @dataclass(frozen=True)
 class Collator:
-    """Makes right-padded batches for a patched model.
+    """Makes batches for a patched model: padded on the right, or packed.
 
     Attributes:
         pad_id: token to pad with.
         answer_ids: tokens of (No, Yes).
         instance_embeddings: (n, d_u) float32, a row per sample; None for a model without gates.
         soft_prompt: whether the model takes item ids.
+        packed: put the prompts of a batch one after another, without padding.
     """
 
     pad_id: int
     answer_ids: tuple[int, int]
     instance_embeddings: Tensor | None = None
     soft_prompt: bool = False
+    packed: bool = False
 
-    def prompts(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+    def prompts(self, examples: Sequence[Example]) -> dict[str, Any]:
         """A batch to predict.
 
-        input_ids and attention_mask (B, L); where the model takes them also item_ids (B, K), padded with -1,
-        and instance_embed (B, d_u).
+        Padded: input_ids and attention_mask (B, L); where the model takes them also item_ids (B, K), padded
+        with -1, and instance_embed (B, d_u). Packed: input_ids and position_ids (1, T), cu_seqlens (B + 1,)
+        int32, max_seqlen, an int; item_ids is (1, n).
         """
-        return self._batch(examples, [list(example.input_ids) for example in examples])
+        return self._batch(examples, [example.input_ids for example in examples])
 
-    def supervised(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """A batch to train on: each prompt ends in its answer, the only token that `labels` (B, L) has."""
+    def supervised(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """A batch to train on: each prompt ends in its answer, the only token that `labels` has.
+
+        `labels` are of input_ids' shape; `answer_positions` (B,) are the tokens before the answers.
+        """
         answers = [self.answer_ids[example.label] for example in examples]
         rows = [[*example.input_ids, answer] for example, answer in zip(examples, answers, strict=True)]
         batch = self._batch(examples, rows)
+        lengths = torch.tensor([len(row) for row in rows])
+        length = batch["input_ids"].shape[1]
+        ends = lengths.cumsum(0) if self.packed else torch.arange(len(rows)) * length + lengths
         labels = torch.full_like(batch["input_ids"], -100)
-        last = torch.tensor([len(row) - 1 for row in rows])
-        labels[torch.arange(len(rows)), last] = torch.tensor(answers)
-        return batch | {"labels": labels}
+        labels.view(-1)[ends - 1] = torch.tensor(answers)
+        return batch | {"labels": labels, "answer_positions": ends - 2}
 
-    def _batch(self, examples: Sequence[Example], rows: list[list[int]]) -> dict[str, Tensor]:
-        batch = {
-            "input_ids": _padded(rows, self.pad_id),
-            "attention_mask": _padded([[1] * len(row) for row in rows], 0),
-        }
+    def _batch(self, examples: Sequence[Example], rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+        items = [example.item_ids for example in examples]
+        batch: dict[str, Any]
+        if self.packed:
+            lengths = [len(row) for row in rows]
+            batch = {
+                "input_ids": _joined(rows),
+                "position_ids": _joined([range(length) for length in lengths]),
+                "cu_seqlens": torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
+                "max_seqlen": max(lengths),
+            }
+        else:
+            batch = {
+                "input_ids": _padded(rows, self.pad_id),
+                "attention_mask": _padded([[1] * len(row) for row in rows], 0),
+            }
         if self.soft_prompt:
-            batch["item_ids"] = _padded([example.item_ids for example in examples], -1)
+            batch["item_ids"] = _joined(items) if self.packed else _padded(items, -1)
         if self.instance_embeddings is not None:
             batch["instance_embed"] = self.instance_embeddings[[example.sample for example in examples]]
         return batch
+
+
+def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on `device`."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def epoch_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> list[np.ndarray]:
@@ -97,6 +123,11 @@ def scoring_batches(lengths: Sequence[int], batch_size: int) -> list[np.ndarray]
 
 def _cut(rows: np.ndarray, size: int) -> list[np.ndarray]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _joined(rows: Sequence[Sequence[int]]) -> Tensor:
+    """(1, T) int64, the rows one after another."""
+    return torch.tensor([list(itertools.chain.from_iterable(rows))], dtype=torch.int64)
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rellax.ctr.config import INTERACTIONS, PROMPTS, STAGES, DemoConfig, TrainConfig
+from rellax.ctr.config import INTERACTIONS, PACKING, PROMPTS, STAGES, DemoConfig, TrainConfig
 from rellax.errors import InputError
 
 _WORK = Path("runs/ml-100k")
@@ -22,6 +22,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "interaction": INTERACTIONS,
     "loss": ("choice", "vocab"),
     "select": ("auc", "log_loss"),
+    "packing": PACKING,
     "dtype": ("auto", "float32", "bfloat16"),
     "device": ("auto", "cpu", "cuda"),
 }
@@ -47,10 +48,11 @@ _TRAIN_HELP = {
     "validate_every": "steps between validations (default: an epoch)",
     "select": "validation metric that chooses the step that is kept",
     "checkpoint_every": "steps between checkpoints",
+    "packing": "a batch's prompts one after another, not padded; auto: where that is no slower",
     "dtype": "of the frozen weights; auto: bfloat16 where the hardware has it",
     "seed": "of samples, their order, initial values and dropout",
 }
-_PROMPT_FIELDS = ("prompts", "k", "max_tokens", "dtype")
+_PROMPT_FIELDS = ("prompts", "k", "max_tokens", "packing", "dtype")
 _DEMO_HELP = {
     "shots": "training samples",
     "k": "behaviours in a prompt",

@@ -12,6 +12,7 @@ from rellax.errors import InputError
 
 STAGES = ("1", "2", "joint")
 PROMPTS = ("recent", "retrieved", "mixture")
+PACKING = ("auto", "always", "never")
 INTERACTIONS = ("none", "diagonal", "full")
 LEARNING_RATES = {"1": 1e-3, "2": 3e-4, "joint": 1e-3}
 
@@ -49,6 +50,8 @@ class TrainConfig:
         validate_every: steps between two validations; None validates after each epoch.
         select: the validation metric that chooses the step whose adapter is kept, "auc" or "log_loss".
         checkpoint_every: steps between two checkpoints.
+        packing: whether the prompts of a batch follow one another instead of being padded: "always", "never",
+            or "auto", where the machine's attention is then no slower. It changes rounding alone.
         dtype: of the frozen weights; "auto" is bfloat16 where the processor has it, else float32. What is
             trained, and its optimiser state, are float32.
     """
@@ -83,6 +86,7 @@ class TrainConfig:
     validate_every: int | None = None
     select: str = "auc"
     checkpoint_every: int = 20
+    packing: str = "auto"
     dtype: str = "auto"
     seed: int = 0
 
@@ -119,6 +123,7 @@ class TrainConfig:
             "interaction": INTERACTIONS,
             "loss": ("choice", "vocab"),
             "select": ("auc", "log_loss"),
+            "packing": PACKING,
             "dtype": ("auto", "float32", "bfloat16"),
         }
         for name, allowed in choices.items():

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from rellax._files import atomic_file, atomic_folder, read_json, sha256_file, write_json
 from rellax.ctr import metrics, runs
-from rellax.ctr.batches import Collator, Example, scoring_batches
+from rellax.ctr.batches import Collator, Example, on_device, scoring_batches
 from rellax.ctr.config import TrainConfig, read_config
 from rellax.ctr.llm import resolve_device
 from rellax.ctr.task import Task, input_hashes, load_inputs
@@ -45,7 +45,7 @@ def predict_probabilities(
     with tqdm(total=len(examples), desc="score", unit="prompt", disable=not progress) as bar:
         for rows in scoring_batches([len(example.input_ids) for example in examples], batch_size):
             batch = collator.prompts([examples[row] for row in rows])
-            logits = answer_logits(model, **{name: tensor.to(device) for name, tensor in batch.items()})
+            logits = answer_logits(model, **on_device(batch, device))
             probabilities[rows] = logits.double().softmax(dim=-1)[:, 1].cpu().numpy()
             bar.update(len(rows))
     return probabilities
@@ -139,8 +139,7 @@ def _evaluate(
     where = resolve_device(device)
     inputs = load_inputs(config)
     chosen = inputs.dataset.choose(split, samples, seed)
-    task = Task(config, inputs, adapter)
-    task.model.to(where)
+    task = Task(config, inputs, adapter, device=where)
     examples = task.examples(chosen, config.evaluation_prompts)
     probabilities = predict_probabilities(task.model, task.collator, examples, progress=progress)
     labels, users = inputs.dataset.samples.label[chosen], inputs.dataset.samples.user[chosen]

@@ -53,8 +53,7 @@ def predict(
     config = read_config(run)
     dataset = Dataset.load(config.data if data is None else data)
     inputs = _inputs(config, dataset, _samples(rows, dataset, Path(table)))
-    task = Task(config, inputs, Path(run) / "adapter")
-    task.model.to(where)
+    task = Task(config, inputs, Path(run) / "adapter", device=where)
     examples = task.examples(range(rows.num_rows), config.evaluation_prompts)
     probabilities = predict_probabilities(task.model, task.collator, examples, progress=progress)
     with atomic_file(out) as part:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from rellax.ctr.llm import load_model, load_tokenizer
 from rellax.ctr.prompts import PromptBuilder, add_placeholder, answer_ids, recent
 from rellax.ctr.retrieval import read_positions
 from rellax.errors import InputError
-from rellax.patch import CFLoRAConfig, SoftPromptConfig, load_adapter, patch_model
+from rellax.patch import CFLoRAConfig, SoftPromptConfig, load_adapter, packing_pays, patch_model
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,18 @@ def input_hashes(config: TrainConfig) -> dict[str, str]:
 class Task:
     """A language model patched for `config`, and what makes prompts and batches for it.
 
-    The model is on the CPU. Without an adapter, A, gates and projector come from the configuration's seed and
-    B is zero, so that, but for soft prompts, it predicts what the unpatched model would.
+    The model is on `device`. Without an adapter, A, gates and projector come from the configuration's seed
+    and B is zero, so that, but for soft prompts, it predicts what the unpatched model would.
     """
 
-    def __init__(self, config: TrainConfig, inputs: Inputs, adapter: Path | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        inputs: Inputs,
+        adapter: Path | None = None,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.config, self.inputs = config, inputs
         tokenizer = load_tokenizer(config.model)
         answers = answer_ids(tokenizer)
@@ -98,10 +105,10 @@ class Task:
             soft_prompt=placeholder is not None,
         )
         model = load_model(config.model, dtype=config.dtype)
-        if adapter is None:
-            self.model = self._patched(model, placeholder)
-        else:
-            self.model = load_adapter(model, adapter)
+        model = self._patched(model, placeholder) if adapter is None else load_adapter(model, adapter)
+        self.model = model.to(device)
+        packed = config.packing == "always" or (config.packing == "auto" and packing_pays(model))
+        self.collator = replace(self.collator, packed=packed)
 
     def examples(self, samples: Iterable[int], prompts: str) -> list[Example]:
         """The prompts of `samples`: "recent", "retrieved", or a "mixture" of one of each."""

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from rellax._files import atomic_file, read_json, write_json
 from rellax.ctr import metrics, runs
-from rellax.ctr.batches import epoch_batches
+from rellax.ctr.batches import epoch_batches, on_device
 from rellax.ctr.config import TrainConfig, inherited
 from rellax.ctr.dataset import SPLITS
 from rellax.ctr.evaluate import predict_probabilities, read_predictions, write_predictions
@@ -101,7 +101,7 @@ class _Trainer:
                 f"validation_samples: the {len(self.chosen)} chosen ones have one label and so no AUC, "
                 "expected more of them, or select='log_loss'"
             )
-        self.task = Task(config, inputs)
+        self.task = Task(config, inputs, device=accelerator.device)
         self._begin_stage()
         self.examples = self.task.examples(shots, config.prompts)
         self.validation = self.task.examples(self.chosen, config.evaluation_prompts)
@@ -190,7 +190,7 @@ class _Trainer:
         total = torch.zeros((), device=self.accelerator.device)
         for number, (part, share) in enumerate(zip(parts, shares, strict=True), start=1):
             batch = self.task.collator.supervised([self.examples[row] for row in part])
-            batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+            batch = on_device(batch, self.accelerator.device)
             last = number == len(parts)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 loss = self.model(**batch).loss * share

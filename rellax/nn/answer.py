@@ -50,6 +50,7 @@ class AnswerHead(nn.Module):
         bias: Tensor | None = None,
         *,
         cu_seqlens: Tensor | None = None,
+        positions: Tensor | None = None,
         denominator: Tensor | float | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The loss, a scalar in fp32, and the logits (B, 2) of [No, Yes] at each instance's first label.
@@ -62,6 +63,7 @@ class AnswerHead(nn.Module):
             labels: int64 in the shape of the tokens, -100 where nothing is supervised.
             lm_head_weight: (V, d).
             bias: (V,), or None.
+            positions: (n,) int64, rising: where the labels are predicted, for who knows; see `find_answers`.
             denominator: what the sum of losses is divided by; None: the number of labels.
 
         Raises:
@@ -71,7 +73,7 @@ class AnswerHead(nn.Module):
             raise InputError(f"labels: expected shape {tuple(hidden.shape[:-1])}, got {tuple(labels.shape)}")
         if self.loss == "choice":
             self._require_answer_ids()
-        answers = find_answers(labels, cu_seqlens, first_only=self.loss == "choice")
+        answers = find_answers(labels, cu_seqlens, positions, first_only=self.loss == "choice")
         loss, logits = answer_loss(
             hidden.flatten(0, 1),
             lm_head_weight,
@@ -115,11 +117,14 @@ class AnswerHead(nn.Module):
         return f"answer_ids={self.answer_ids}, loss={self.loss!r}, softcap={self.softcap}"
 
 
-def find_answers(labels: Tensor, cu_seqlens: Tensor | None, *, first_only: bool) -> Answers:
+def find_answers(
+    labels: Tensor, cu_seqlens: Tensor | None, positions: Tensor | None = None, *, first_only: bool
+) -> Answers:
     """The positions that predict the labels (B, L), or packed (1, T): all of them, or one for each instance.
 
     With `first_only` the result's shapes depend on the shape of the batch alone: position i is that of
-    instance i's first label, and the label is ignored (-100) where it has none.
+    instance i's first label, and the label is ignored (-100) where it has none. All labels of a batch on a
+    GPU can be counted without waiting for it only where `positions` (n,) tells what would be found.
     """
     tokens, length = labels.numel(), labels.shape[1]
     token = torch.arange(tokens, device=labels.device)
@@ -127,6 +132,8 @@ def find_answers(labels: Tensor, cu_seqlens: Tensor | None, *, first_only: bool)
     labels = labels.flatten()
     instance = torch.bucketize(token, starts, right=True) - 1
     supervised = (labels != -100) & (token != starts[instance])  # nothing predicts an instance's first token
+    if positions is not None and positions.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_positions(positions, supervised)
     first = starts.new_full(starts.shape, tokens, dtype=torch.int64)
     first = first.scatter_reduce(0, instance, token.where(supervised, tokens), "amin")
     if first_only:
@@ -136,5 +143,14 @@ def find_answers(labels: Tensor, cu_seqlens: Tensor | None, *, first_only: bool)
             labels=labels[first.clamp(max=tokens - 1)].where(answered, -100),
             first=torch.arange(len(first), device=labels.device).where(answered, len(first)),
         )
-    found = supervised.nonzero().squeeze(1)
+    found = supervised.nonzero().squeeze(1) if positions is None else positions + 1
     return Answers(found - 1, labels[found], torch.searchsorted(found, first))
+
+
+def _check_positions(positions: Tensor, supervised: Tensor) -> None:
+    expected = supervised.nonzero().squeeze(1) - 1
+    if not torch.equal(positions, expected):
+        raise InputError(
+            f"answer_positions: expected the tokens before the labels, {expected.tolist()}, "
+            f"got {positions.tolist()}"
+        )

@@ -2,13 +2,14 @@
 
 from rellax.patch.adapter import load_adapter, save_adapter
 from rellax.patch.config import CFLoRAConfig, SoftPromptConfig
-from rellax.patch.engine import answer_logits, patch_model, unpatch_model
+from rellax.patch.engine import answer_logits, packing_pays, patch_model, unpatch_model
 
 __all__ = [
     "CFLoRAConfig",
     "SoftPromptConfig",
     "answer_logits",
     "load_adapter",
+    "packing_pays",
     "patch_model",
     "save_adapter",
     "unpatch_model",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rellax.errors import InputError
 from rellax.nn import AnswerHead, GateBank, SoftPrompt
-from rellax.patch import rules
+from rellax.patch import attention, rules
 from rellax.patch.config import CFLoRAConfig, SoftPromptConfig
 from rellax.patch.forward import Attention, CausalLM, Projection
 from rellax.patch.state import RellaxState, Report
@@ -65,10 +65,11 @@ def patch_model(
         members = [found[name] for name in names]
         for member in members:
             member.sharing = members
-    for layer, attention in zip(layers, attentions, strict=True):
-        attention.rellax_projections = [m for m in layer.modules() if isinstance(m, Projection)]
-        _put_in_front(attention, Attention)
+    for layer, block in zip(layers, attentions, strict=True):
+        block.rellax_projections = [m for m in layer.modules() if isinstance(m, Projection)]
+        _put_in_front(block, Attention)
     _put_in_front(inner, CausalLM)
+    attention.adopt(inner.config)
     inner.rellax = state
     state.set_trainable(lora=True)
     state.report = _report(inner, skipped, sets)
@@ -103,6 +104,7 @@ def unpatch_model(model: Model) -> Model:
         else:
             del module.rellax
         module.__class__ = vars(type(module))["rellax_base"]
+    attention.release(inner.config)
     for name, parameter in inner.named_parameters():
         parameter.requires_grad_(state.original_requires_grad.get(name, parameter.requires_grad))
     return model
@@ -120,6 +122,12 @@ def answer_logits(model: nn.Module, **batch: Any) -> Tensor:
     with torch.no_grad():
         logits: Tensor = model(**batch, answer_only=True).answer_logits
     return logits
+
+
+def packing_pays(model: nn.Module) -> bool:
+    """Whether a patched model, where and as it is now, is no slower on packed batches than on padded ones."""
+    inner = hf_model(model)
+    return attention.packing_pays(inner.config, inner.get_input_embeddings().weight)
 
 
 def hf_model(model: Any) -> Any:
@@ -150,7 +158,7 @@ def _check_model(
     """Raise unless the parts that patching builds on are of the classes it knows."""
     _check_forward(model)
     embeddings, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
-    expected = [(attention, family.attention) for attention in attentions] + [(lm_head, "Linear")]
+    expected = [(block, family.attention) for block in attentions] + [(lm_head, "Linear")]
     if soft_prompt is not None:
         expected.append((embeddings, family.embedding))
     for module, name in expected:

@@ -20,9 +20,12 @@ from rellax.errors import InputError
 from rellax.nn import SoftPrompt
 from rellax.nn.cflora import CFLoRA, forward_together
 from rellax.ops import cflora_tiles
-from rellax.patch import checkpoint
+from rellax.patch import attention, checkpoint
 from rellax.patch.config import CFLoRAConfig
 from rellax.patch.state import RellaxState
+
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""What transformers' attention functions call the offsets of a packed batch and its longest instance."""
 
 
 class Handed(NamedTuple):
@@ -132,6 +135,7 @@ class CausalLM(nn.Module):
     """A causal language model that takes instance embeddings, item ids, packed batches and answer labels."""
 
     rellax: RellaxState
+    config: Any
     base_model: Any
     get_input_embeddings: Any
     get_output_embeddings: Any
@@ -150,6 +154,8 @@ class CausalLM(nn.Module):
         instance_embed: Tensor | None = None,
         item_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        answer_positions: Tensor | None = None,
         answer_only: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -163,6 +169,10 @@ class CausalLM(nn.Module):
             item_ids: (B, K) int64 padded with -1; packed: (1, n). The k-th placeholder takes the k-th id.
             cu_seqlens: (B + 1,) int32: input_ids is (1, T), B instances one after another; `cu_seq_lens_q` is
                 the same.
+            max_seqlen: the longest instance of a packed batch; `max_length_q` is the same. A GPU is waited
+                for where it is not given.
+            answer_positions: (n,) int64, rising: the tokens before the labels, in the flattened batch. The
+                vocab loss waits for a GPU to count the labels where they are not given.
             answer_only: return only `answer_logits`, at the last token of each instance.
             num_items_in_batch: what the sum of losses is divided by; None: the number of labels.
 
@@ -172,13 +182,19 @@ class CausalLM(nn.Module):
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None:
             raise InputError("input_ids: expected token ids, got None (and no inputs_embeds)")
-        if cu_seqlens is None:
-            cu_seqlens = kwargs.get("cu_seq_lens_q")
+        given = {name: kwargs.pop(name, None) for name in PACKING}
+        cu_seqlens = given["cu_seq_lens_q"] if cu_seqlens is None else cu_seqlens
         if cu_seqlens is not None:
             _check_packed(tokens, cu_seqlens, attention_mask, past_key_values, use_cache)
             use_cache = False
             if position_ids is None:
                 position_ids = _packed_positions(cu_seqlens, tokens.shape[1])
+            if attention.runs_by_segment(self.config, self.get_input_embeddings().weight):
+                attention_mask = cu_seqlens.new_empty(1, 1, 0, 0)  # given one, transformers makes none
+            if attention_mask is not None or "flash" in self.config._attn_implementation:
+                longest = given["max_length_q"] if max_seqlen is None else max_seqlen
+                longest = int(cu_seqlens.diff().max()) if longest is None else longest
+                kwargs |= dict(zip(PACKING, (cu_seqlens, cu_seqlens, longest, longest), strict=True))
 
         instances = tokens.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         stacked = self._rellax_gates(instance_embed, instances)
@@ -200,7 +216,7 @@ class CausalLM(nn.Module):
         }
         if labels is None and not answer_only:
             return super().forward(**kwargs, logits_to_keep=logits_to_keep)
-        return self._rellax_answer(kwargs, None if answer_only else labels, cu_seqlens)
+        return self._rellax_answer(kwargs, None if answer_only else labels, cu_seqlens, answer_positions)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *, inputs_embeds: Tensor | None = None, **kwargs: Any
@@ -240,7 +256,11 @@ class CausalLM(nn.Module):
         return soft_prompt(input_ids, item_ids, table.weight, getattr(table, "embed_scale", None))
 
     def _rellax_answer(
-        self, inputs: dict[str, Any], labels: Tensor | None, cu_seqlens: Tensor | None
+        self,
+        inputs: dict[str, Any],
+        labels: Tensor | None,
+        cu_seqlens: Tensor | None,
+        positions: Tensor | None,
     ) -> AnswerOutput:
         """The decoder, then the answers alone: where the labels are, else at each instance's last token."""
         denominator = inputs.pop("num_items_in_batch", None)
@@ -255,7 +275,14 @@ class CausalLM(nn.Module):
             last = _last_tokens(hidden, inputs["attention_mask"], cu_seqlens)
             logits = head.logits(hidden, last, *vocabulary)
         else:
-            loss, logits = head(hidden, labels, *vocabulary, cu_seqlens=cu_seqlens, denominator=denominator)
+            loss, logits = head(
+                hidden,
+                labels,
+                *vocabulary,
+                cu_seqlens=cu_seqlens,
+                positions=positions,
+                denominator=denominator,
+            )
         return AnswerOutput(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
 
 

@@ -1,0 +1,131 @@
+"""Attention over a packed batch, one segment after another.
+
+transformers gives SDPA a mask of T x T for a packed batch, and so does B times the work of a padded one. A
+model that was loaded with SDPA gets this implementation instead. On a GPU all segments are one call of the
+flash attention that torch carries; on a CPU each segment is a call of its own, as fast as if it stood alone.
+A batch that is not packed goes to transformers' SDPA.
+
+What is imported of transformers here loads its models' code: only a call does that, no import of rellax.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    _FLASH = False
+else:
+    _FLASH = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+NAME = "rellax_sdpa"
+
+
+def adopt(config: Any) -> None:
+    """Make a model's attention this one, if it is transformers' SDPA."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, segment_sdpa)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    if config._attn_implementation == "sdpa":
+        config._attn_implementation = NAME
+
+
+def release(config: Any) -> None:
+    """Undo `adopt`."""
+    if config._attn_implementation == NAME:
+        config._attn_implementation = "sdpa"
+
+
+def segment_sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention function as transformers calls it.
+
+    Args:
+        query, key, value: (B, heads, L, size); packed (1, heads, T, size). Keys may have fewer heads.
+        attention_mask: of no account for a packed batch.
+        sliding_window: how many tokens a token sees, itself included; None: all before it.
+        cu_seq_lens_q: (B + 1,) int32, the offsets of a packed batch; None where it is not packed.
+        max_length_q: the longest segment.
+
+    Returns:
+        (B, L, heads, size), and no attention weights.
+    """
+    if cu_seq_lens_q is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if _takes_flash(query) and query.shape[-1] <= 256 and max_length_q is not None and not dropout:
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+        out = varlen_attn(
+            q,
+            k,
+            v,
+            cu_seq_lens_q,
+            cu_seq_lens_q,
+            max_length_q,
+            max_length_q,
+            scale=scaling,
+            window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+            enable_gqa=True,
+        )
+        assert isinstance(out, Tensor), "no logarithms of sums were asked for"
+        return out.unsqueeze(0), None
+    lengths = cu_seq_lens_q.diff().tolist()
+    segments = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    outputs = []
+    for q, k, v in segments:
+        mask = _band(q, sliding_window)
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=True
+        )
+        outputs.append(out.transpose(1, 2))
+    return torch.cat(outputs, dim=1), None
+
+
+def runs_by_segment(config: Any, weight: Tensor) -> bool:
+    """Whether `segment_sdpa` takes a packed batch of a model with weights like this.
+
+    Where a graph is traced the host does not know the segments' lengths; flash attention alone needs none.
+    """
+    return config._attn_implementation == NAME and (not torch.compiler.is_compiling() or _takes_flash(weight))
+
+
+def packing_pays(config: Any, weight: Tensor) -> bool:
+    """Whether a model with weights like this is no slower on a packed batch than on a padded one."""
+    if "flash" in config._attn_implementation:
+        return True
+    return config._attn_implementation == NAME and (weight.device.type == "cpu" or _takes_flash(weight))
+
+
+def _band(query: Tensor, sliding_window: int | None) -> Tensor | None:
+    """What each token sees where that is not all before it, (L, L) bool."""
+    length = query.shape[2]
+    if sliding_window is None or length <= sliding_window:
+        return None
+    ones = torch.ones(length, length, dtype=torch.bool, device=query.device)
+    return ones.tril().triu(1 - sliding_window)
+
+
+def _takes_flash(x: Tensor) -> bool:
+    return _FLASH and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)

@@ -1,0 +1,170 @@
+"""Packed batches: attention segment by segment, and all that a patched model returns as without packing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny_models as tiny
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+from transformers import masking_utils
+
+from rellax.errors import InputError
+from rellax.patch import answer_logits, attention, packing_pays, unpatch_model
+
+LENGTHS = (5, 1, 9, 4)
+
+
+def heads(*counts: int, size: int = 6) -> list[Tensor]:
+    """Random query, key and value of a packed batch, (1, heads, T, size) as the projections make them."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(LENGTHS)
+    shape = [(1, tokens, count, size) for count in counts]
+    return [
+        torch.randn(s, generator=generator, dtype=torch.float64).transpose(1, 2).requires_grad_()
+        for s in shape
+    ]
+
+
+def block_mask_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
+    """The whole batch at once, with a mask (T, T)."""
+    segment = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
+    position = torch.cat([torch.arange(length) for length in LENGTHS])
+    back = position[:, None] - position
+    mask = (segment[:, None] == segment) & (back >= 0) & (back < window)
+    groups = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * scale
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    return (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("counts", [(4, 4, 4), (4, 2, 2)], ids=["heads", "grouped"])
+def test_segments_equal_a_block_mask(counts: tuple[int, ...], window: int | None) -> None:
+    inputs = heads(*counts)
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    options: dict[str, Any] = {"scaling": 0.3, "sliding_window": window, "cu_seq_lens_q": ends}
+    out, weights = attention.segment_sdpa(nn.Module(), *inputs, None, **options)
+    expected = block_mask_attention(*inputs, 0.3, window or 1000)
+    assert weights is None
+    assert_close(out, expected)
+    upstream = torch.randn_like(expected)
+    assert_close(torch.autograd.grad(out, inputs, upstream), torch.autograd.grad(expected, inputs, upstream))
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_flash_attention_is_called_for_all_segments_at_once(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU would be asked for, computed by a stand-in that takes its arguments at their word."""
+
+    def varlen(
+        q: Tensor, k: Tensor, v: Tensor, ends: Tensor, ends_k: Tensor, *longest: int, **options: Any
+    ) -> Tensor:
+        assert ends is ends_k
+        assert longest == (max(LENGTHS), max(LENGTHS))
+        assert options.pop("enable_gqa")
+        left, right = options["window_size"]
+        assert right == 0
+        rows = [x.transpose(0, 1)[None] for x in (q, k, v)]
+        window = 1000 if left == -1 else left + 1  # a token sees itself and `left` tokens before it
+        return block_mask_attention(*rows, options["scale"], window).squeeze(0)
+
+    monkeypatch.setattr(attention, "varlen_attn", varlen)
+    monkeypatch.setattr(attention, "_takes_flash", lambda x: True)
+    inputs = heads(4, 2, 2)
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    options: dict[str, Any] = {"scaling": 0.3, "sliding_window": window, "cu_seq_lens_q": ends}
+    out, _ = attention.segment_sdpa(nn.Module(), *inputs, None, max_length_q=max(LENGTHS), **options)
+    assert_close(out, block_mask_attention(*inputs, 0.3, window or 1000))
+
+
+def test_flash_attention_is_for_half_precision_on_a_gpu() -> None:
+    assert not attention._takes_flash(torch.zeros(1, dtype=torch.bfloat16, device="meta"))
+    assert not attention._takes_flash(torch.zeros(1))
+
+
+def patched(implementation: str, family: str = "llama", **options: Any) -> Any:
+    base = tiny.base_model(family)
+    base.set_attn_implementation(implementation)
+    return tiny.patched(base, **options)
+
+
+@pytest.mark.parametrize("loss", ["choice", "vocab"])
+@pytest.mark.parametrize(
+    ("implementation", "family"), [("sdpa", "llama"), ("sdpa", "mistral"), ("eager", "llama")]
+)
+def test_packed_equals_padded(implementation: str, family: str, loss: str) -> None:
+    """Loss, answer logits and the gradient of every parameter."""
+    model = patched(implementation, family, loss=loss)
+    made = tiny.instances()
+    results = []
+    for layout in ("right", "packed"):
+        out = model(**tiny.batch(made, layout))
+        prediction = answer_logits(model, **tiny.batch(made, layout, answers=False))
+        results.append((out.loss, out.answer_logits, prediction, tiny.gradients(model, out.loss)))
+    assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)  # transformers' norms and softmax are fp32
+
+
+def test_packed_equals_padded_with_flex_attention() -> None:
+    """On a CPU it has no backward pass."""
+    base = tiny.base_model(dtype=torch.float32)
+    base.set_attn_implementation("flex_attention")
+    model = tiny.patched(base).eval()
+    made = tiny.instances()
+    with torch.no_grad():
+        padded, packed = (model(**tiny.batch(made, layout)) for layout in ("right", "packed"))
+    assert_close(
+        (packed.loss, packed.answer_logits), (padded.loss, padded.answer_logits), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_segments_need_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError("transformers looks for packed sequences to mask")
+
+    model = patched("sdpa")
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", fail)
+    model(**tiny.batch(tiny.instances(), "packed"))
+
+
+def test_transformers_names_of_a_packing_are_taken() -> None:
+    model = patched("sdpa")
+    batch = tiny.batch(tiny.instances(), "packed")
+    expected = model(**batch).loss
+    ends, longest = batch.pop("cu_seqlens"), max(tiny.LENGTHS)
+    names = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+    assert torch.equal(model(**batch, **names).loss, expected)
+
+
+def test_patching_changes_sdpa_alone_and_unpatching_restores_it() -> None:
+    for given, used in (("sdpa", attention.NAME), ("eager", "eager"), ("flex_attention", "flex_attention")):
+        model = patched(given, soft_prompt=False)
+        assert model.config._attn_implementation == used
+        assert packing_pays(model) == (given == "sdpa")
+        unpatch_model(model)
+        assert model.config._attn_implementation == given
+
+
+def test_an_implementation_that_is_set_later_is_used() -> None:
+    model = patched("sdpa")
+    batch = tiny.batch(tiny.instances(), "packed")
+    expected = model(**batch).loss
+    model.set_attn_implementation("eager")
+    assert_close(model(**batch).loss, expected)
+    assert not packing_pays(model)
+
+
+def test_known_positions_change_nothing() -> None:
+    for layout in ("right", "packed"):
+        model = patched("sdpa", loss="vocab")
+        batch = tiny.batch(tiny.instances(), layout)
+        batch["labels"].view(-1)[3] = 5  # a second label of the first instance
+        found = (batch["labels"].flatten() != -100).nonzero().squeeze(1) - 1
+        expected, out = model(**batch), model(**batch, answer_positions=found)
+        assert torch.equal(out.loss, expected.loss)
+        assert torch.equal(out.answer_logits, expected.answer_logits)
+        with pytest.raises(InputError, match=r"^answer_positions: expected the tokens before the labels"):
+            model(**batch, answer_positions=found[:-1])
