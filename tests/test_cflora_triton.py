@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -78,43 +78,48 @@ def test_tiles_are_small_where_instances_are_short() -> None:
     assert [tile_tokens(tokens, 8) for tokens in (0, 255, 256, 10**6)] == [16, 16, 64, 64]
 
 
-LENGTHS = {"short": [7, 1, 17, 0, 16], "long": [67, 64, 5], "many": [4099]}
-LAYERS = [(16, 1), (16, 9), (16, 17), (32, 1), (32, 5), (64, 1), (64, 3)]
-"""Ranks and numbers of layers: (16, 17) needs two passes of the shrink kernel."""
-
-
-def blocks(itemsize: int, lengths: list[int], rank: int, layers: int) -> set[tuple[str, int, int, int]]:
-    """What the launchers choose."""
-    tokens, most = sum(lengths), max(kernels._SHRINK) // kernels._padded(rank)
-    shrink = kernels._shrink_tokens(tokens, itemsize)
-    expand = tile_tokens(tokens, len(lengths))
-    return {
-        (name, *kernels._blocks(table, size, rank, n, itemsize)[:3])
-        for name, table, size, n in (
-            ("shrink", kernels._SHRINK, shrink, 1),
-            ("shrink", kernels._SHRINK, shrink, min(layers, most)),
-            ("expand", kernels._EXPAND, expand, 1),
-            ("combine", kernels._EXPAND, expand, layers),
-        )
-    }
+LENGTHS = {"short": [1, 17], "long": [67]}
+LAYERS = [(16, 1), (16, 9), (32, 1), (32, 5), (64, 1), (64, 3)]
+"""Ranks and numbers of layers: with few components in all, and with many."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize(("rank", "layers"), LAYERS)
 def test_every_block_meets_the_oracle(rank: int, layers: int, lengths: str, dtype: torch.dtype) -> None:
-    d_in, d_outs = (9, [5, 3, 7]) if lengths == "many" else (135, [70, 3, 1])
-    sizes = {"d_in": d_in, "d_outs": (d_outs * 6)[:layers], "r": rank, "lengths": LENGTHS[lengths]}
-    oracle.check(cflora_linears, naive_set, cflora_set(dtype, packed=True, **sizes), dtype)
+    sizes = {"d_in": 135, "d_outs": [135, *[1] * (layers - 1)], "r": rank, "lengths": LENGTHS[lengths]}
+    inputs = cflora_set(dtype, packed=True, train_lora=False, **sizes)
+    oracle.check(cflora_linears, naive_set, inputs, dtype)
+
+
+@pytest.mark.parametrize(("rank", "layers"), [*LAYERS, (64, 5)])
+def test_every_tall_block_of_x_meets_the_oracle(rank: int, layers: int) -> None:
+    """Of many tokens; five layers of rank 64 take two passes."""
+    inputs = cflora_set(torch.float16, lengths=[4099], d_in=70, d_outs=[1] * layers, r=rank)
+    x, factors = inputs["x"].detach()[0], [a.detach() for a in inputs["loras_a"]]
+    partial = kernels._new_partial(x, 70, rank, layers)
+    kernels._shrink(partial.fill_(torch.nan), x, factors, False, 0.0, None)
+    a = torch.cat(factors)
+    oracle.check_tensor("h", partial.sum(0), x @ a.T, x.double() @ a.double().T, torch.float16)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_these_are_all_blocks_that_the_launchers_can_choose(itemsize: int) -> None:
-    def union(cases: Iterable[tuple[int, int]]) -> set[tuple[str, int, int, int]]:
-        return set().union(*(blocks(itemsize, x, *case) for x in LENGTHS.values() for case in cases))
+    def blocks(rank: int, layers: int) -> set[tuple[Any, ...]]:
+        most = max(kernels._SHRINK) // kernels._padded(rank)
+        tables = [(kernels._SHRINK, 64, min(layers, most)), (kernels._SHRINK, 128, min(layers, most))]
+        tables += [(kernels._EXPAND, 16, layers), (kernels._EXPAND, 64, layers)]
+        return {
+            (table is kernels._SHRINK, *kernels._blocks(table, tokens, rank, n, itemsize)[:3])
+            for table, tokens, layers in tables
+            for n in (1, layers)
+        }
 
     ranks = range(1, kernels.MAX_RANK + 1)
-    assert union(LAYERS) == union((rank, n) for rank in ranks for n in range(1, 1024 // max(rank, 16) + 1))
+    reachable = ((rank, n) for rank in ranks for n in range(1, 1024 // kernels._padded(rank) + 1))
+    assert set().union(*(blocks(*case) for case in LAYERS)) == set().union(
+        *(blocks(*case) for case in reachable)
+    )
 
 
 @pytest.mark.parametrize("case", [{}, {"dropout": 0.3}, {"packed": True, "lengths": [3, 0, 4]}], ids=str)

@@ -382,7 +382,7 @@ class _Blocks(NamedTuple):
         return {**sizes, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-# Up to so many components, of all layers, padded: bytes of a row in a block of 64 tokens, warps, stages.
+# Up to so many components, padded and of all layers: bytes of a row in a block of 64 tokens, warps, stages.
 _SHRINK = {64: (128, 4, 4), 128: (128, 8, 3), 256: (64, 8, 3)}
 _EXPAND = {16: (128, 4, 2), 128: (128, 8, 2), 256: (64, 8, 2), 1024: (64, 8, 1)}
 _OUTER = {32: (128, 4, 3), 64: (128, 8, 3)}
@@ -400,7 +400,7 @@ def _blocks(
     row_bytes, num_warps, num_stages = table[min(most for most in table if most >= layers * components)]
     if torch.version.hip is not None:  # warps twice as wide, 64 KB of shared memory
         num_warps, num_stages = 4, min(num_stages, 2)
-    columns = row_bytes // itemsize * max(1, 64 // tokens)
+    columns = row_bytes // itemsize * (1 if tokens >= 64 else 2)
     return _Blocks(tokens, columns, components, num_warps, num_stages)
 
 
