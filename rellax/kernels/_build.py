@@ -23,7 +23,8 @@ class Build:
         signature: type of each argument that is no constant, in Triton's words: "*bf16", "i32", "fp32"; a
             tuple of types where the argument is a tuple.
         constants: value of each `tl.constexpr` argument, and None for an absent pointer.
-        aligned: the arguments that are multiples of 16 (addresses, strides), as they mostly are at run time.
+        aligned: the arguments that are multiples of 16 (addresses, strides), as they mostly are at run time;
+            constants among them do not count.
         num_warps, num_stages: as in the launch.
         uses_dot: whether matrix instructions are expected in the result.
         backend: "cuda" or "hip" where the launcher asks for this on that one only.

@@ -116,7 +116,7 @@ def compile_build(build: Build, target: str) -> Compiled:
     """Compile without a GPU."""
     backend, names = TARGETS[target].backend, build.kernel.arg_names
     aligned: dict[tuple[int, ...], list[list[Any]]] = {}
-    for name in build.aligned:
+    for name in build.signature.keys() & set(build.aligned):
         kind = build.signature[name]
         within = [()] if isinstance(kind, str) else [(i,) for i in range(len(kind))]
         aligned |= {(names.index(name), *path): [["tt.divisibility", 16]] for path in within}
