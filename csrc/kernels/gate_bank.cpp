@@ -176,10 +176,10 @@ inline Floats dots(const float* row, const T* right, int64_t right_stride, int64
 }
 
 // out (rows, count) += left (rows, inner) rightᵀ, with right (count, inner), both at most kTile in `count`.
-// Few rows read `right` as it is; many are worth a transposed copy, `panel` (inner, kTile).
+// Few rows read `right` as it is; many are worth a transposed copy, (inner, kTile).
 template <class T>
 void add_product(const float* left, int64_t left_stride, int64_t rows, const T* right, int64_t right_stride,
-                 int64_t count, int64_t inner, float* panel, float* out, int64_t out_stride) {
+                 int64_t count, int64_t inner, float* copy, float* out, int64_t out_stride) {
     constexpr int64_t kMany = 8;
     prefetch(right, right_stride, count, inner);
     if (rows < kMany && count % kWidth == 0 && inner % kWidth == 0) {
@@ -191,8 +191,8 @@ void add_product(const float* left, int64_t left_stride, int64_t rows, const T* 
             }
         }
     } else {
-        transpose(right, right_stride, count, inner, panel);
-        multiply({left, left_stride, 1}, rows, panel, kTile, inner, out, out_stride, count, true);
+        transpose(right, right_stride, count, inner, copy);
+        multiply({left, left_stride, 1}, rows, copy, kTile, inner, out, out_stride, count, true);
     }
 }
 
@@ -233,9 +233,9 @@ struct Projection {
     }
 
     // a (rows, kTile) = x W1ᵀ + b1 for the hidden units [first, first + count).
-    void hidden_layer(const float* x, int64_t rows, int64_t first, int64_t count, float* panel, float* a) const {
+    void hidden_layer(const float* x, int64_t rows, int64_t first, int64_t count, float* copy, float* a) const {
         fill_rows(b1 + first, count, rows, a, kTile);
-        add_product(x, stride, rows, w1 + first * d_u, d_u, count, d_u, panel, a, kTile);
+        add_product(x, stride, rows, w1 + first * d_u, d_u, count, d_u, copy, a, kTile);
     }
 
     const int64_t d_u, stride, hidden, outputs;
@@ -247,13 +247,13 @@ void forward(const GateBank& bank, const T* b2, float* flat, const float* normed
              int64_t last, float* scratch) {
     const Projection<T> projection(bank, m);
     const int64_t rows = last - first, n = bank.outputs;
-    float *x = scratch, *g = x + kTile * projection.stride, *panel = g + kTile * kTile;
+    float *x = scratch, *g = x + kTile * projection.stride, *copy = g + kTile * kTile;
     flat += (m * bank.instances + first) * n;
     projection.affine(normed + first * projection.stride, rows, x);
     fill_rows(b2 + m * n, n, rows, flat, n);
     for (int64_t h = 0; h < bank.hidden; h += kTile) {
         const int64_t count = least(kTile, bank.hidden - h);
-        projection.hidden_layer(x, rows, h, count, panel, g);
+        projection.hidden_layer(x, rows, h, count, copy, g);
         for (int64_t b = 0; b < rows; ++b) {
             for (float* at = g + b * kTile; at < g + b * kTile + count; at += kWidth) {
                 const Floats a = load(at);
@@ -262,7 +262,7 @@ void forward(const GateBank& bank, const T* b2, float* flat, const float* normed
         }
         for (int64_t j = 0; j < n; j += kTile) {
             const T* w2 = projection.w2 + j * bank.hidden + h;
-            add_product(g, kTile, rows, w2, bank.hidden, least(kTile, n - j), count, panel, flat + j, n);
+            add_product(g, kTile, rows, w2, bank.hidden, least(kTile, n - j), count, copy, flat + j, n);
         }
     }
 }
@@ -314,7 +314,7 @@ void backward(const GateBank& bank, const GateBankGradients& gradients, const fl
     for (int64_t d = 0; d < 2 * stride; ++d) dln_weight[d] = 0.0f;
     for (int64_t h = 0; h < bank.hidden; h += kTile) {
         const int64_t count = least(kTile, bank.hidden - h);
-        projection.hidden_layer(x, rows, h, count, panel, g);
+        projection.hidden_layer(x, rows, h, count, copy, g);
         for (int64_t j = 0; j < n; j += kTile) {
             const T* w2 = projection.w2 + j * bank.hidden + h;
             const int64_t inner = least(kTile, n - j);
