@@ -234,6 +234,6 @@ def builds() -> Iterator[Build]:
                     _gradient_kernel,
                     signature | more,
                     constants | fixed,
-                    aligned,
+                    aligned if more else (),
                     _WARPS,
                 )

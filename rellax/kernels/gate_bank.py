@@ -396,13 +396,14 @@ def builds() -> Iterator[Build]:
         blocks = _taken(kernel, shape)
         names = [name for name in kernel.arg_names if name not in blocks]
         pointers = [name for name in names if name.endswith("_ptr")]
+        sizes = [name for name in names if name in ("d_u", "hidden", "outputs")]
         yield Build(
             f"gate_bank {kernel.__name__} {dtype} {blocks}",
             kernel,
             {name: "fp32" if name == "eps" else "i32" for name in names}
             | {name: f"*{dtype}" if name in ("u_ptr", "du_ptr") else "*fp32" for name in pointers},
             blocks,
-            (*pointers, *(name for name in names if name in ("d_u", "hidden", "outputs"))),
+            () if kernel is _normalise_kernel else (*pointers, *sizes),
             _WARPS,
             _STAGES,
         )

@@ -234,7 +234,6 @@ def builds() -> Iterator[Build]:
         _occurrences_kernel,
         pointers | {"rows": "i32"},
         {"CAPACITY": _CAPACITY, "BLOCK_T": _COUNTED},
-        ("index_ptr",),
     )
     for dy, out in itertools.product(sizes, sizes):
         yield Build(
