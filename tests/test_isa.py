@@ -68,6 +68,8 @@ def test_every_level_passes_the_oracle(isa: str) -> None:
         "test_answer.py::test_equals_cross_entropy_of_full_logits",
         "test_cflora.py::test_equals_a_loop_over_instances",
         "test_cflora.py::test_a_set_equals_its_layers",
+        "test_gate_bank.py::test_equals_separate_perceptrons",
+        "test_gate_bank.py::test_gelu_everywhere",
     ]
     command = [
         sys.executable,
@@ -76,6 +78,8 @@ def test_every_level_passes_the_oracle(isa: str) -> None:
         "-q",
         "-p",
         "no:cacheprovider",
+        "-k",
+        "not reference and not triton",
         *(str(HERE / test) for test in tests),
     ]
     environment = os.environ | {"RELLAX_ISA": isa}

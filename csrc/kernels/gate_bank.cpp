@@ -33,6 +33,8 @@ inline void transpose_square(Floats* rows, Lanes<kRow...> all) {
     if constexpr (kHalf > 1) transpose_square<kHalf / 2>(rows, all);
 }
 
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // The first `count` elements; no more than kWidth are taken.
 template <class T>
 inline Floats load_most(const T* source, int64_t count) {
@@ -98,9 +100,9 @@ struct Left {
 };
 
 // What `multiply` does with kHeight rows and kVectors vectors of columns, or with one vector of `columns` < kWidth.
-template <int kHeight, int kVectors, bool kWhole, class R, class O>
-inline void multiply_block(Left left, const R* right, int64_t right_stride, int64_t inner, O* out, int64_t out_stride,
-                           int64_t columns, bool add) {
+template <int kHeight, int kVectors, bool kWhole, class R>
+inline void multiply_block(Left left, const R* right, int64_t right_stride, int64_t inner, float* out,
+                           int64_t out_stride, int64_t columns, bool add) {
     Floats sums[kHeight][kVectors];
     for (int i = 0; i < kHeight; ++i) {
         for (int v = 0; v < kVectors; ++v) sums[i][v] = Floats{};
@@ -114,15 +116,15 @@ inline void multiply_block(Left left, const R* right, int64_t right_stride, int6
     }
     for (int i = 0; i < kHeight; ++i) {
         for (int v = 0; v < kVectors; ++v) {
-            O* to = out + i * out_stride + v * kWidth;
+            float* to = out + i * out_stride + v * kWidth;
             if (add) sums[i][v] += kWhole ? load(to) : load_some(to, columns);
             kWhole ? store(to, sums[i][v]) : store_some(to, sums[i][v], columns);
         }
     }
 }
 
-template <int kVectors, bool kWhole, class R, class O>
-void multiply_columns(Left left, int64_t rows, const R* right, int64_t right_stride, int64_t inner, O* out,
+template <int kVectors, bool kWhole, class R>
+void multiply_columns(Left left, int64_t rows, const R* right, int64_t right_stride, int64_t inner, float* out,
                       int64_t out_stride, int64_t columns, bool add) {
     constexpr int kHeight = 4;
     for (; rows >= kHeight; rows -= kHeight) {
@@ -140,25 +142,32 @@ void multiply_columns(Left left, int64_t rows, const R* right, int64_t right_str
 // Vectors of columns taken together: with four rows, as many sums as the registers hold.
 constexpr int kTogether = kWidth == 16 ? 4 : 2;
 
-// out (rows, columns) = left (rows, inner) right (inner, columns), or += where `add`.
-template <class R, class O>
-void multiply(Left left, int64_t rows, const R* right, int64_t right_stride, int64_t inner, O* out,
+// out (rows, columns) = left (rows, inner) right (inner, columns), or += where `add`. Long sums are added up in runs
+// of kTile terms, which keeps their rounding errors small.
+template <class R>
+void multiply(Left left, int64_t rows, const R* right, int64_t right_stride, int64_t inner, float* out,
               int64_t out_stride, int64_t columns, bool add) {
-    int64_t j = 0;
-    for (; j + kTogether * kWidth <= columns; j += kTogether * kWidth) {
-        multiply_columns<kTogether, true>(left, rows, right + j, right_stride, inner, out + j, out_stride, 0, add);
-    }
-    for (; j + kWidth <= columns; j += kWidth) {
-        multiply_columns<1, true>(left, rows, right + j, right_stride, inner, out + j, out_stride, 0, add);
-    }
-    if (j < columns) {
-        multiply_columns<1, false>(left, rows, right + j, right_stride, inner, out + j, out_stride, columns - j, add);
-    }
+    do {
+        const int64_t run = least(kTile, inner);
+        int64_t j = 0;
+        for (; j + kTogether * kWidth <= columns; j += kTogether * kWidth) {
+            multiply_columns<kTogether, true>(left, rows, right + j, right_stride, run, out + j, out_stride, 0, add);
+        }
+        for (; j + kWidth <= columns; j += kWidth) {
+            multiply_columns<1, true>(left, rows, right + j, right_stride, run, out + j, out_stride, 0, add);
+        }
+        if (j < columns) {
+            multiply_columns<1, false>(left, rows, right + j, right_stride, run, out + j, out_stride, columns - j, add);
+        }
+        left.at += run * left.step;
+        right += run * right_stride;
+        inner -= run;
+        add = true;
+    } while (inner > 0);
 }
 
 // out (columns,) = the sum of the rows of `from`: their product with ones.
-template <class O>
-void sum_rows(const float* from, int64_t stride, int64_t rows, int64_t columns, O* out) {
+void sum_rows(const float* from, int64_t stride, int64_t rows, int64_t columns, float* out) {
     const float one = 1.0f;
     multiply({&one, 0, 0}, 1, from, stride, rows, out, columns, columns, false);
 }
@@ -176,10 +185,10 @@ inline Floats dots(const float* row, const T* right, int64_t right_stride, int64
 }
 
 // out (rows, count) += left (rows, inner) rightᵀ, with right (count, inner), both at most kTile in `count`.
-// Few rows read `right` as it is; many are worth a transposed copy, (inner, kTile).
+// Few rows read `right` as it is; many are worth a transposed copy, `panel` (inner, kTile).
 template <class T>
 void add_product(const float* left, int64_t left_stride, int64_t rows, const T* right, int64_t right_stride,
-                 int64_t count, int64_t inner, float* copy, float* out, int64_t out_stride) {
+                 int64_t count, int64_t inner, float* panel, float* out, int64_t out_stride) {
     constexpr int64_t kMany = 8;
     prefetch(right, right_stride, count, inner);
     if (rows < kMany && count % kWidth == 0 && inner % kWidth == 0) {
@@ -191,22 +200,20 @@ void add_product(const float* left, int64_t left_stride, int64_t rows, const T* 
             }
         }
     } else {
-        transpose(right, right_stride, count, inner, copy);
-        multiply({left, left_stride, 1}, rows, copy, kTile, inner, out, out_stride, count, true);
+        transpose(right, right_stride, count, inner, panel);
+        multiply({left, left_stride, 1}, rows, panel, kTile, inner, out, out_stride, count, true);
     }
 }
 
-// Every row of out (rows, count) = `row`.
+// out (rows, columns) = from (rows, columns); a stride of 0 repeats one row.
 template <class T, class O>
-void fill_rows(const T* row, int64_t count, int64_t rows, O* out, int64_t out_stride) {
+void copy_rows(const T* from, int64_t stride, int64_t rows, int64_t columns, O* out, int64_t out_stride) {
     for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t j = 0; j < count; j += kWidth) {
-            store_most(out + i * out_stride + j, load_most(row + j, count - j), count - j);
+        for (int64_t j = 0; j < columns; j += kWidth) {
+            store_most(out + i * out_stride + j, load_most(from + i * stride + j, columns - j), columns - j);
         }
     }
 }
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // One projection's parameters.
 template <class T>
@@ -233,9 +240,9 @@ struct Projection {
     }
 
     // a (rows, kTile) = x W1ᵀ + b1 for the hidden units [first, first + count).
-    void hidden_layer(const float* x, int64_t rows, int64_t first, int64_t count, float* copy, float* a) const {
-        fill_rows(b1 + first, count, rows, a, kTile);
-        add_product(x, stride, rows, w1 + first * d_u, d_u, count, d_u, copy, a, kTile);
+    void hidden_layer(const float* x, int64_t rows, int64_t first, int64_t count, float* panel, float* a) const {
+        copy_rows(b1 + first, 0, rows, count, a, kTile);
+        add_product(x, stride, rows, w1 + first * d_u, d_u, count, d_u, panel, a, kTile);
     }
 
     const int64_t d_u, stride, hidden, outputs;
@@ -247,13 +254,13 @@ void forward(const GateBank& bank, const T* b2, float* flat, const float* normed
              int64_t last, float* scratch) {
     const Projection<T> projection(bank, m);
     const int64_t rows = last - first, n = bank.outputs;
-    float *x = scratch, *g = x + kTile * projection.stride, *copy = g + kTile * kTile;
+    float *x = scratch, *g = x + kTile * projection.stride, *panel = g + kTile * kTile;
     flat += (m * bank.instances + first) * n;
     projection.affine(normed + first * projection.stride, rows, x);
-    fill_rows(b2 + m * n, n, rows, flat, n);
+    copy_rows(b2 + m * n, 0, rows, n, flat, n);
     for (int64_t h = 0; h < bank.hidden; h += kTile) {
         const int64_t count = least(kTile, bank.hidden - h);
-        projection.hidden_layer(x, rows, h, count, copy, g);
+        projection.hidden_layer(x, rows, h, count, panel, g);
         for (int64_t b = 0; b < rows; ++b) {
             for (float* at = g + b * kTile; at < g + b * kTile + count; at += kWidth) {
                 const Floats a = load(at);
@@ -262,7 +269,7 @@ void forward(const GateBank& bank, const T* b2, float* flat, const float* normed
         }
         for (int64_t j = 0; j < n; j += kTile) {
             const T* w2 = projection.w2 + j * bank.hidden + h;
-            add_product(g, kTile, rows, w2, bank.hidden, least(kTile, n - j), count, copy, flat + j, n);
+            add_product(g, kTile, rows, w2, bank.hidden, least(kTile, n - j), count, panel, flat + j, n);
         }
     }
 }
@@ -278,8 +285,7 @@ inline void input_gradient(const Projection<T>& projection, const float* outer, 
         const int64_t at = d + v * kWidth;
         weight[v] = load_most(projection.ln_weight + at, d_u - at);
         bias[v] = load_most(projection.ln_bias + at, d_u - at);
-        dweight[v] = load(dln_weight + at);
-        dbias[v] = load(dln_bias + at);
+        dweight[v] = dbias[v] = Floats{};
     }
     for (int64_t h = 0; h < count; ++h) {
         for (int v = 0; v < kVectors; ++v) {
@@ -292,8 +298,9 @@ inline void input_gradient(const Projection<T>& projection, const float* outer, 
         }
     }
     for (int v = 0; v < kVectors; ++v) {
-        store(dln_weight + d + v * kWidth, dweight[v]);
-        store(dln_bias + d + v * kWidth, dbias[v]);
+        const int64_t at = d + v * kWidth;
+        store(dln_weight + at, load(dln_weight + at) + dweight[v]);
+        store(dln_bias + at, load(dln_bias + at) + dbias[v]);
     }
 }
 
@@ -303,18 +310,19 @@ void backward(const GateBank& bank, const GateBankGradients& gradients, const fl
     const Projection<T> projection(bank, m);
     const int64_t rows = bank.instances, d_u = bank.d_u, stride = projection.stride, n = bank.outputs;
     float *x = scratch, *dx = x + rows * stride, *g = dx + rows * stride, *da = g + rows * kTile;
-    float *copy = da + rows * kTile, *outer = copy, *db1 = copy + kTile * stride;
-    float *dln_weight = db1 + kTile, *dln_bias = dln_weight + stride;
+    float *panel = da + rows * kTile, *sums = panel + panel_size(bank);
+    float *dln_weight = sums + larger(kTile, n), *dln_bias = dln_weight + stride;
     const float* dflat = gradients.dflat + m * rows * n;
     T* dw1 = static_cast<T*>(gradients.dw1) + m * bank.hidden * d_u;
     T* dw2 = static_cast<T*>(gradients.dw2) + m * n * bank.hidden;
 
-    sum_rows(dflat, n, rows, n, static_cast<T*>(gradients.db2) + m * n);
+    sum_rows(dflat, n, rows, n, sums);
+    copy_rows(sums, n, 1, n, static_cast<T*>(gradients.db2) + m * n, n);
     projection.affine(normed, rows, x);
     for (int64_t d = 0; d < 2 * stride; ++d) dln_weight[d] = 0.0f;
     for (int64_t h = 0; h < bank.hidden; h += kTile) {
         const int64_t count = least(kTile, bank.hidden - h);
-        projection.hidden_layer(x, rows, h, count, copy, g);
+        projection.hidden_layer(x, rows, h, count, panel, g);
         for (int64_t j = 0; j < n; j += kTile) {
             const T* w2 = projection.w2 + j * bank.hidden + h;
             const int64_t inner = least(kTile, n - j);
@@ -329,17 +337,21 @@ void backward(const GateBank& bank, const GateBankGradients& gradients, const fl
                 store(da + at, load(da + at) * (gauss.cdf + a * gauss.density));
             }
         }
-        multiply({dflat, 1, n}, n, g, kTile, rows, dw2 + h, bank.hidden, count, false);
+        for (int64_t j = 0; j < n; j += kTile) {
+            const int64_t height = least(kTile, n - j);
+            multiply({dflat + j, 1, n}, height, g, kTile, rows, panel, kTile, count, false);
+            copy_rows(panel, kTile, height, count, dw2 + j * bank.hidden + h, bank.hidden);
+        }
 
-        sum_rows(da, kTile, rows, count, db1);
-        fill_rows(db1, count, 1, static_cast<T*>(gradients.db1) + m * bank.hidden + h, 0);
-        multiply({da, 1, kTile}, count, normed, stride, rows, outer, stride, d_u, false);
+        sum_rows(da, kTile, rows, count, sums);
+        copy_rows(sums, count, 1, count, static_cast<T*>(gradients.db1) + m * bank.hidden + h, count);
+        multiply({da, 1, kTile}, count, normed, stride, rows, panel, stride, d_u, false);
         int64_t d = 0;
         for (; d + kTogether * kWidth <= d_u; d += kTogether * kWidth) {
-            input_gradient<kTogether>(projection, outer, db1, h, count, d, dw1, dln_weight, dln_bias);
+            input_gradient<kTogether>(projection, panel, sums, h, count, d, dw1, dln_weight, dln_bias);
         }
         for (; d < d_u; d += kWidth) {
-            input_gradient<1>(projection, outer, db1, h, count, d, dw1, dln_weight, dln_bias);
+            input_gradient<1>(projection, panel, sums, h, count, d, dw1, dln_weight, dln_bias);
         }
 
         if (dnormed == nullptr) continue;
@@ -352,8 +364,8 @@ void backward(const GateBank& bank, const GateBankGradients& gradients, const fl
             }
         }
     }
-    fill_rows(dln_weight, d_u, 1, static_cast<T*>(gradients.dln_weight) + m * d_u, 0);
-    fill_rows(dln_bias, d_u, 1, static_cast<T*>(gradients.dln_bias) + m * d_u, 0);
+    copy_rows(dln_weight, d_u, 1, d_u, static_cast<T*>(gradients.dln_weight) + m * d_u, d_u);
+    copy_rows(dln_bias, d_u, 1, d_u, static_cast<T*>(gradients.dln_bias) + m * d_u, d_u);
 }
 
 }  // namespace

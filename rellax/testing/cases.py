@@ -70,6 +70,7 @@ GATE_BANK: Table = {
     "odd": {"projections": 3, "instances": 7, "d_u": 5, "r": 3},
     "many-instances": {"instances": 129, "d_u": 64, "r": 8},
     "many-projections": {"projections": 17, "d_u": 17, "r": 4},
+    "long-sums": {"projections": 1, "instances": 300, "d_u": 33, "r": 8},
     "rank-12": {"instances": 9, "r": 12},
     "rank-16": {"projections": 1, "d_u": 33, "r": 16},
     "diagonal": {"diagonal": True, "r": 5},
