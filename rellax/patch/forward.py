@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
 from rellax.errors import InputError
@@ -26,6 +27,9 @@ from rellax.patch.state import RellaxState
 
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """What transformers' attention functions call the offsets of a packed batch and its longest instance."""
+
+CACHE = "cache" if hasattr(BaseModelOutputWithPast, "cache") else "past_key_values"
+"""What transformers calls a key-value cache, from 5.24 on and before."""
 
 
 class Handed(NamedTuple):
@@ -62,12 +66,12 @@ class AnswerOutput(ModelOutput):
         loss: () fp32.
         answer_logits: (B, 2) fp32, [No, Yes] at each instance's first label, without gradient; NaN where it
             has no label, None where the configuration has no answer_ids.
-        past_key_values, hidden_states, attentions: the decoder's.
+        cache, hidden_states, attentions: the decoder's.
     """
 
     loss: Tensor | None = None
     answer_logits: Tensor | None = None
-    past_key_values: Any = None
+    cache: Any = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
@@ -146,7 +150,7 @@ class CausalLM(nn.Module):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -164,6 +168,7 @@ class CausalLM(nn.Module):
         With labels: an `AnswerOutput`, and no logits over the vocabulary. Without: the model's own output.
 
         Args:
+            cache: the key-value cache; `past_key_values` is the same.
             labels: like input_ids, -100 where nothing is supervised.
             instance_embed: (B, cond_dim), the recommendation model's view of each instance; None: plain LoRA.
             item_ids: (B, K) int64 padded with -1; packed: (1, n). The k-th placeholder takes the k-th id.
@@ -182,10 +187,12 @@ class CausalLM(nn.Module):
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None:
             raise InputError("input_ids: expected token ids, got None (and no inputs_embeds)")
+        earlier_name = kwargs.pop("past_key_values", None)
+        cache = earlier_name if cache is None else cache
         given = {name: kwargs.pop(name, None) for name in PACKING}
         cu_seqlens = given["cu_seq_lens_q"] if cu_seqlens is None else cu_seqlens
         if cu_seqlens is not None:
-            _check_packed(tokens, cu_seqlens, attention_mask, past_key_values, use_cache)
+            _check_packed(tokens, cu_seqlens, attention_mask, cache, use_cache)
             use_cache = False
             if position_ids is None:
                 position_ids = _packed_positions(cu_seqlens, tokens.shape[1])
@@ -209,7 +216,7 @@ class CausalLM(nn.Module):
             "input_ids": input_ids if inputs_embeds is None else None,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
+            CACHE: cache,
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
             "rellax_context": ForwardContext(gates, cu_seqlens, tokens.shape[1]),
@@ -225,7 +232,7 @@ class CausalLM(nn.Module):
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
-        cache = inputs.get("past_key_values")
+        cache = inputs.get(CACHE)
         if cache is not None and cache.get_seq_length() > 0:
             inputs.pop("item_ids", None)
         return inputs
@@ -264,7 +271,7 @@ class CausalLM(nn.Module):
     ) -> AnswerOutput:
         """The decoder, then the answers alone: where the labels are, else at each instance's last token."""
         denominator = inputs.pop("num_items_in_batch", None)
-        if inputs["use_cache"] is None and inputs["past_key_values"] is None:
+        if inputs["use_cache"] is None and inputs[CACHE] is None:
             inputs["use_cache"] = False  # nothing is generated after an answer
         outputs = self.base_model(**inputs)
         hidden, head = outputs.last_hidden_state, self.rellax.answer_head
@@ -283,7 +290,7 @@ class CausalLM(nn.Module):
                 positions=positions,
                 denominator=denominator,
             )
-        return AnswerOutput(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
+        return AnswerOutput(loss, logits, outputs.get(CACHE), outputs.hidden_states, outputs.attentions)
 
 
 def _check_no_placeholder(soft_prompt: SoftPrompt, input_ids: Tensor) -> None:
@@ -292,7 +299,7 @@ def _check_no_placeholder(soft_prompt: SoftPrompt, input_ids: Tensor) -> None:
 
 
 def _check_packed(
-    tokens: Tensor, cu_seqlens: Tensor, attention_mask: Any, past_key_values: Any, use_cache: bool | None
+    tokens: Tensor, cu_seqlens: Tensor, attention_mask: Any, cache: Any, use_cache: bool | None
 ) -> None:
     if tokens.shape[0] != 1 or cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32:
         raise InputError(
@@ -301,7 +308,7 @@ def _check_packed(
         )
     if attention_mask is not None:
         raise InputError("attention_mask: expected None for a packed batch, which has no padding")
-    if past_key_values is not None or use_cache:
+    if cache is not None or use_cache:
         raise InputError("use_cache: expected no key-value cache for a packed batch")
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         ends = cu_seqlens.tolist()
