@@ -42,10 +42,13 @@ lint: setup
 bench: setup
 	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-only --benchmark-columns=median,iqr $(PYTEST)
 
-# The tests use CUDA where there is a device; this target insists on one.
-gpu: setup
-	$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'no CUDA device')"
-	$(BIN)/python -m pytest $(PYTEST)
+# Kernels right, and how fast, on this machine's GPU. Takes .venv where it is, else a $(PYTHON) that has torch.
+#   make gpu DRY=1           tiny inputs on the CPU: does the script itself work?
+#   make gpu ONLY=sweep,step some sections, the results of the others are kept
+gpu:
+	test -x $(BIN)/python || $(PYTHON) -c "import torch" || $(MAKE) setup
+	"$$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON))" -m benchmarks.gpu $(if $(DRY),--dry) \
+		$(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out $(OUT)) $(if $(BUDGET),--budget $(BUDGET))
 
 # What every Triton kernel compiles to, for GPUs that need not be here (minutes).
 kernels: setup

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from peers import answer as peers
+from sizes import dry
 from torch import Tensor
 
 from rellax.ops import answer_loss
@@ -24,6 +25,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INSTANCES, LENGTH, HIDDEN, VOCABULARY, ROTATED = 16, 1024, 1024, 2**17, 2
 FULL = INSTANCES if DEVICE.type == "cuda" else 4
 """Prompts whose full logits are made at once."""
+dry(globals(), INSTANCES=2, LENGTH=4, HIDDEN=8, VOCABULARY=32, FULL=1)
 
 
 def rellax_vocab(hidden: Tensor, weight: Tensor, positions: Tensor, labels: Tensor) -> Tensor:

@@ -17,12 +17,14 @@ from typing import Any
 import pytest
 import torch
 from peers import cflora as peers
+from sizes import dry
 from torch import Tensor
 
 from rellax.ops import cflora_linear, cflora_linears
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOKENS, INSTANCES, RANK, ROTATED, ROUNDS = 2048, 8, 8, 4, 40
+dry(globals(), TOKENS=4, INSTANCES=2, RANK=2, ROTATED=1, ROUNDS=1)
 Run = Callable[..., Any]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from peers import soft_prompt as peers
+from sizes import dry
 from torch import Tensor
 
 from rellax.ops import soft_prompt
@@ -23,6 +24,7 @@ from rellax.ops import soft_prompt
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PLACEHOLDERS, VOCABULARY = 64, 49152
 SIZES = {"16x1024x4096": (16, 1024, 4096, 2, 8), "8x448x576": (8, 448, 576, 16, 160)}  # …, rotated, rounds
+dry(globals(), PLACEHOLDERS=2, VOCABULARY=16, SIZES={"2x8x16": (2, 8, 16, 2, 2)})
 Run = Callable[..., Tensor]
 
 PEERS: dict[str, Run] = {

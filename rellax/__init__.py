@@ -1,6 +1,6 @@
 """Kernels and Hugging Face patches for LLM-based click-through-rate prediction on lifelong user histories."""
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from rellax import ops
 from rellax.errors import InputError
@@ -14,7 +14,10 @@ from rellax.patch import (
     unpatch_model,
 )
 
-__version__ = version("rellax")
+try:
+    __version__ = version("rellax")
+except PackageNotFoundError:  # a checkout that is on Python's path without being installed
+    __version__ = "0+checkout"
 
 __all__ = [
     "CFLoRAConfig",

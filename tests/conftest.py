@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test asks a hub for a model
 
@@ -14,22 +13,10 @@ if not torch.cuda.is_available():
 
 from workspace import Workspace, make_workspace
 
-
-def _mend_interpreter() -> None:
-    """Make loop bounds work in Triton 3.6's interpreter: it calls int() on arrays of one element, which numpy
-    refuses from 2.4 on (https://github.com/triton-lang/triton/issues/9171)."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def mended(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = mended
+from rellax.testing.interpreter import mend_interpreter
 
 
-_mend_interpreter()
+mend_interpreter()
 
 
 @pytest.fixture(params=["reference", "cpp", "triton"])

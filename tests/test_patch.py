@@ -36,9 +36,11 @@ def pair(family: str = "llama", **options: Any) -> tuple[Any, Truth]:
     return model, Truth(truth_base, model)
 
 
-def set_checkpointing(model: Any, kind: str) -> None:
+def set_checkpointing(model: Any, kind: str, **options: Any) -> None:
     if kind != "none":
-        model.activation_checkpointing_enable({"use_reentrant": kind == "reentrant"})
+        old_name = model.gradient_checkpointing_enable  # which newer versions of transformers warn about
+        enable = getattr(model, "activation_checkpointing_enable", old_name)
+        enable({"use_reentrant": kind == "reentrant"}, **options)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -175,7 +177,7 @@ def test_reentrant_checkpointing_with_frozen_parts(lora: bool, gates: bool, soft
 
 def test_reentrant_checkpointing_of_every_second_layer() -> None:
     model, truth = pair()
-    model.activation_checkpointing_enable({"use_reentrant": True}, every_n_layers=2)
+    set_checkpointing(model, "reentrant", every_n_layers=2)
     made = tiny.instances()
     expected = tiny.true_gradients(model, truth.choice_loss(made))
     close(tiny.gradients(model, model(**tiny.batch(made)).loss), expected)

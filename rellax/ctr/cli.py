@@ -8,10 +8,10 @@ import errno
 import logging
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rellax import __version__
 from rellax.ctr.config import INTERACTIONS, PACKING, PROMPTS, STAGES, DemoConfig, TrainConfig
 from rellax.errors import InputError
 
@@ -230,7 +230,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="rellax",
         description="Click-through-rate prediction with language models on long user histories.",
     )
-    parser.add_argument("--version", action="version", version=f"rellax {metadata.version('rellax')}")
+    parser.add_argument("--version", action="version", version=f"rellax {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     demo = _command(

@@ -56,6 +56,23 @@ CFLORA_SET: Table = {
     "packed-dropout": {"packed": True, "lengths": [7, 0, 33], "dropout": 0.3},
 }
 
+CFLORA_LAYERS = ((16, 1), (16, 9), (32, 1), (32, 5), (64, 1), (64, 3))
+"""Ranks and numbers of layers, for each block of components that Triton's kernels know."""
+
+CFLORA_BLOCKS: Table = {
+    f"{length}-rank-{rank}-layers-{layers}": {
+        "packed": True,
+        "lengths": lengths,
+        "d_in": 135,
+        "d_outs": [135, *[1] * (layers - 1)],
+        "r": rank,
+        "train_lora": False,
+    }
+    for length, lengths in {"short": [1, 17], "long": [67]}.items()
+    for rank, layers in CFLORA_LAYERS
+}
+"""Of ``cflora_set``: every block that the launchers of Triton's kernels can choose."""
+
 CFLORA_UPDATE: Table = {
     "plain": {},
     "odd": {"lengths": [7, 7, 7], "d_in": 129, "d_out": 7, "r": 3},

@@ -21,8 +21,10 @@ ULPS = 2.0
 
 def check(
     operator: Callable[..., Any], eager: Callable[..., Any], inputs: Mapping[str, Any], dtype: torch.dtype
-) -> None:
+) -> float:
     """Assert that `operator` computes what `eager` does, as exactly as `dtype` allows.
+
+    Returns the largest part of its tolerance that any tensor takes up, at most 1.
 
     Args:
         operator: the public function under test; its uninitialised memory holds NaN.
@@ -35,19 +37,23 @@ def check(
     with poisoned_memory():
         actual = _differentiate(operator, inputs, dtype)
     assert actual.keys() == truth.keys()
-    for name in truth:
-        check_tensor(name, actual[name], yardstick[name], truth[name], dtype)
+    shares = [check_tensor(name, actual[name], yardstick[name], truth[name], dtype) for name in truth]
+    return max(shares, default=0.0)
 
 
-def check_tensor(name: str, actual: Tensor, yardstick: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
-    """Assert that the largest error of `actual` is within the tolerance; `name` is for the message."""
+def check_tensor(name: str, actual: Tensor, yardstick: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
+    """Assert that the largest error of `actual` is within the tolerance, and return it as a part of that.
+
+    `name` is for the message.
+    """
     assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     if truth.numel() == 0:
-        return
+        return 0.0
     error = (actual.double() - truth).abs().max().item()
     eager_error = (yardstick.double() - truth).abs().max().item()
     allowed = FACTOR * eager_error + ULPS * torch.finfo(dtype).eps * truth.abs().max().item()
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g} (eager: {eager_error:.3g})"
+    return error / allowed if allowed else 0.0
 
 
 @contextlib.contextmanager

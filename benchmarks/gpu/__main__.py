@@ -1,0 +1,154 @@
+"""`make gpu`: whether every kernel is right on this machine's GPU, and how far from the hardware's limits.
+
+    python -m benchmarks.gpu [--dry] [--only SECTION,...] [--out FOLDER] [--budget SECONDS]
+
+Takes the Python that runs it with the packages it has, and no network. Writes FOLDER/<gpu>.json as results come,
+FOLDER/<gpu>.md with a verdict for each bar, and charts. Exit status 1: something is wrong, see <gpu>.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rellax._files import atomic_file, read_json
+from rellax.errors import InputError
+
+from .report import report, wrong
+from .sections import ROOT, Section, run_sections
+
+BUDGET = 570.0
+"""Seconds of a run: under ten minutes, with some for what comes before and after."""
+
+PYTEST = ("-m", "pytest", "-q", "-p", "benchmarks.gpu.pytest_log", "-p", "no:cacheprovider")
+DRY_RUN = {
+    "RELLAX_DRY": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "TRITON_INTERPRET": "1",
+    "TORCHDYNAMO_DISABLE": "1",  # what it compiles takes minutes on a CPU
+}
+
+
+def sections(dry: bool) -> list[Section]:
+    """In order: the cheapest and most telling first."""
+    tests = [*PYTEST, "--continue-on-collection-errors", "-m", "not slow"]  # the slow ones need a network
+    if dry:
+        tests += ["tests/test_oracle.py"]
+    elif find_spec("xdist"):
+        tests += ["-n", "auto", "--maxprocesses", "16"]
+    files = {path.name: str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("benchmarks/bench_*.py"))}
+    step = files.pop("bench_step.py", None)
+    timed = [*PYTEST, "--benchmark-only"]
+    return [
+        Section("machine", "the machine and its measured ceilings", [["-m", "benchmarks.gpu.machine"]], 30),
+        Section(
+            "correctness",
+            "every operator against fp64, memory full of NaN",
+            [["-m", "benchmarks.gpu.correctness"]],
+            90,
+        ),
+        Section("sweep", "operators over many sizes, beside peers", [["-m", "benchmarks.gpu.sweep"]], 100),
+        Section("tests", "the test suite", [tests], 130, needs=["pytest"], variables={"OMP_NUM_THREADS": "1"}),
+        Section(
+            "sanitizer", "compute-sanitizer's memcheck and racecheck", [["-m", "benchmarks.gpu.sanitizer"]], 50
+        ),
+        Section(
+            "benchmarks",
+            "benchmarks with peers",
+            [[*timed, file] for file in files.values()],
+            100,
+            needs=["pytest", "pytest_benchmark"],
+        ),
+        Section(
+            "step",
+            "the whole training step",
+            [[*timed, step]] if step else [],
+            60,
+            needs=["pytest", "pytest_benchmark"],
+            nothing="there is no benchmarks/bench_step.py",
+        ),
+    ]
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="make gpu", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--dry", action="store_true", help="tiny inputs on the CPU: does the script work?")
+    parser.add_argument("--only", default="", metavar="SECTIONS", help="comma-separated; the others are kept")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", metavar="FOLDER")
+    parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS")
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started ends as well
+    try:
+        return _run(options)
+    except InputError as error:
+        print(f"make gpu: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(options: argparse.Namespace) -> int:
+    name = "dry-run" if options.dry else _gpu()
+    chosen, only = sections(options.dry), set(filter(None, options.only.split(",")))
+    if unknown := only - {section.name for section in chosen}:
+        names = ", ".join(section.name for section in chosen)
+        raise InputError(f"--only: expected some of {names}, got {', '.join(sorted(unknown))}")
+    path = options.out / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+    results: dict[str, Any] = {
+        "machine": name,
+        "dry": options.dry,
+        "commit": _commit(),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["python -m benchmarks.gpu", *sys.argv[1:]]),
+        "budget_s": options.budget,
+        "sections": read_json(path)["sections"] if only and path.exists() else {},
+    }
+    environment = os.environ | (DRY_RUN if options.dry else {})
+    run_sections(
+        [section for section in chosen if not only or section.name in only],
+        results,
+        path,
+        options.budget,
+        environment,
+        lambda results: _write(path.with_suffix(".md"), report(results)),
+    )
+    plot = [sys.executable, "-m", "benchmarks.plot", str(path)]
+    if find_spec("matplotlib") is None or subprocess.run(plot, cwd=ROOT, env=environment).returncode:
+        print("no charts: matplotlib is not installed, or benchmarks/plot.py failed")
+    print(report(results))
+    return 1 if wrong(results) else 0
+
+
+def _gpu() -> str:
+    """Its name, found out in a process of its own: this one takes nothing of the GPU."""
+    query = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+    done = subprocess.run([sys.executable, "-c", query], capture_output=True, text=True)
+    if not (name := done.stdout.strip()):
+        last = done.stderr.strip().splitlines()[-1:] or ["torch sees no CUDA device"]
+        raise InputError(f"expected a GPU, found none ({last[0]}); DRY=1 shows what would run")
+    return name
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(git, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

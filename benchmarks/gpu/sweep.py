@@ -1,0 +1,284 @@
+"""The operators over many sizes, on the GPU's own clock, beside what users run today.
+
+A record has the median seconds of each variant; for ours also the bytes that must move, the operations that
+must be done and the two rates reached. Sizes that a table names come first, then one at a time is varied.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rellax.errors import InputError
+from rellax.ops import cflora_linear, cflora_linears, gate_bank, history_topk, item_topk, soft_prompt
+
+from .clock import DEVICE, median_seconds
+from .records import emit
+from .sections import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))
+from peers import cflora as peers
+from peers import soft_prompt as soft_peers
+from sizes import DRY
+
+Run = Callable[[], object]
+DIRECTIONS = ("forward", "both")
+
+
+class Point(NamedTuple):
+    """Tokens, d_in = d_out, rank, instances."""
+
+    T: int = 8192
+    d: int = 4096
+    r: int = 16
+    B: int = 8
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self._asdict().items())
+
+
+USUAL = Point(32, 32, 4, 2) if DRY else Point()
+TOKENS = (16,) if DRY else (128, 512, 2048, 32768, 65536)
+RANKS = (2,) if DRY else (4, 8, 32, 64)
+INSTANCES = (1,) if DRY else (1, 64, 1024)
+POINTS = (
+    USUAL,
+    *(USUAL._replace(T=tokens) for tokens in TOKENS),
+    *(USUAL._replace(r=rank) for rank in RANKS),
+    *(USUAL._replace(B=instances) for instances in INSTANCES),
+)
+
+
+def main() -> None:
+    bandwidth = _copy_bandwidth()
+    for part in (soft_prompts, gate_banks):
+        _guarded(part)
+    _guarded(lambda: cflora(USUAL, bandwidth, shared=True))
+    for point in POINTS:
+        _guarded(lambda point=point: cflora(point, bandwidth))
+    for part in (item_lists, histories):
+        _guarded(part)
+
+
+def _guarded(part: Callable[[], None]) -> None:
+    """What an operator refuses, or a size that does not fit, is a record too."""
+    try:
+        part()
+    except (InputError, torch.OutOfMemoryError) as error:
+        emit(f"{getattr(part, '__name__', 'part')} stopped", reason=str(error)[:300])
+
+
+def _copy_bandwidth() -> float:
+    """Bytes read and written per second."""
+    source = torch.randn(2**12 if DRY else 2**28, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source))
+
+
+def _time(variants: dict[str, Run], moved: float, flops: float) -> dict[str, Any]:
+    """Of all variants, each measured twice in turn: the smaller median; and what ours reaches."""
+    first, second = ({name: median_seconds(run) for name, run in variants.items()} for _ in range(2))
+    seconds = {name: min(first[name], second[name]) for name in variants}
+    mine = seconds["rellax"]
+    return {
+        "seconds": seconds,
+        "over_rellax": {name: theirs / mine for name, theirs in seconds.items() if name != "rellax"},
+        "bytes": moved,
+        "flops": flops,
+        "bytes_per_s": moved / mine,
+        "flops_per_s": flops / mine,
+    }
+
+
+def _random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def cflora(point: Point, bandwidth: float, shared: bool = False) -> None:
+    """A layer on its own, or three that read one x; A and B are frozen, x and the gates take gradients.
+
+    The floor is the time of the bytes that the update must move beside the frozen products, at the copy's
+    rate: x and dy read once more, y and dx written once more.
+    """
+    T, d, r, B = point
+    layers, x = 3 if shared else 1, _random(B, T // B, d).requires_grad_()
+    made = [
+        {
+            "weight": _random(d, d) * d**-0.5,
+            "a": _random(r, d, dtype=torch.float32) * d**-0.5,
+            "b": _random(d, r, dtype=torch.float32),
+            "gate": _random(B, r, r, dtype=torch.float32).requires_grad_(),
+            "scale": 2.0,
+        }
+        for _ in range(layers)
+    ]
+    functions: dict[str, Callable[[], list[Tensor]]] = {
+        "frozen": lambda: [peers.frozen_linear(x, **layer) for layer in made],
+        "rellax": lambda: _ours(x, made),
+        "published": lambda: [peers.published_cflora(x, **layer) for layer in made],
+        "plain_lora": lambda: [peers.plain_lora(x, **layer) for layer in made],
+        "addmm": lambda: [peers.addmm_chain(x, **layer) for layer in made],
+    }
+    if point == USUAL:
+        functions["compiled"] = lambda: [peers.compiled_cflora(x, **layer) for layer in made]
+    wanted, dys = [x, *(layer["gate"] for layer in made)], [_random(*x.shape) for _ in made]
+    for direction in DIRECTIONS:
+        runs = {name: _direction(function, direction, wanted, dys) for name, function in functions.items()}
+        passes = 1 + (direction == "both")
+        update = passes * (T * d * (1 + layers)) * x.element_size()  # x, each y; each dy, dx
+        moved = update + passes * layers * d * d * x.element_size()
+        found = _time(runs, moved, passes * layers * 2 * T * d * (d + 2 * r))
+        seconds = found["seconds"]
+        base = seconds.pop("frozen")
+        found |= {
+            "frozen_s": base,
+            "overhead": {name: value / base - 1 for name, value in seconds.items()},
+            "over_floor": (seconds["rellax"] - base) / (update / bandwidth),
+            "best_peer_over_rellax": min(t for name, t in seconds.items() if name != "rellax")
+            / seconds["rellax"],
+        }
+        del found["over_rellax"]["frozen"]
+        if DEVICE.type == "cuda" and direction == "both":
+            found["kept_over_tr"] = _kept(functions["rellax"]) / (4 * T * r * layers)
+        emit(f"cflora {'qkv ' if shared else ''}{direction} {point}", **found)
+
+
+def _ours(x: Tensor, made: list[dict[str, Any]]) -> list[Tensor]:
+    if len(made) == 1:
+        (layer,) = made
+        gates = (layer["a"], layer["b"], layer["gate"], layer["scale"])
+        return [cflora_linear(x, layer["weight"], None, *gates)]
+    weights, *factors = ([layer[name] for layer in made] for name in ("weight", "a", "b", "gate"))
+    return list(cflora_linears(x, weights, [None] * len(made), *factors, made[0]["scale"]))
+
+
+def _direction(
+    function: Callable[[], list[Tensor]], direction: str, wanted: list[Tensor], dys: list[Tensor]
+) -> Run:
+    def forward() -> None:
+        with torch.no_grad():
+            function()
+
+    def both() -> None:
+        torch.autograd.grad(function(), wanted, dys, allow_unused=True)
+
+    return forward if direction == "forward" else both
+
+
+def _kept(function: Callable[[], list[Tensor]]) -> int:
+    """Bytes that stay allocated after a forward pass, its outputs aside."""
+    before = torch.cuda.memory_allocated()
+    outputs = function()
+    return torch.cuda.memory_allocated() - before - sum(y.nbytes for y in outputs)
+
+
+def soft_prompts() -> None:
+    """64 placeholders a row; the word table is frozen, the soft rows are trained."""
+    for B, L, d in [(2, 8, 16)] if DRY else [(16, 1024, 4096), (8, 448, 576), (64, 1024, 4096)]:
+        vocabulary, places = (64, 2) if DRY else (49152, 64)
+        words, rows = _random(vocabulary, d), _random(B * places, d).requires_grad_()
+        ids = torch.randint(vocabulary, (B, L), device=DEVICE)
+        index = torch.full((B, L), -1, device=DEVICE)
+        index[:, 1 :: L // places] = torch.arange(B * places, device=DEVICE).view(B, places)
+        dy = _random(B, L, d)
+        functions = {
+            "rellax": lambda: [soft_prompt(ids, words, rows, index)],
+            "masked_scatter": lambda: [soft_peers.masked_scatter(ids, words, rows, index)],
+            "one_assignment": lambda: [soft_peers.one_assignment(ids, words, rows, index)],
+        }
+        for direction in DIRECTIONS:
+            runs = {name: _direction(run, direction, [rows], [dy]) for name, run in functions.items()}
+            if direction == "forward":
+                runs["lookup"] = lambda: F.embedding(ids, words)
+            row = d * words.element_size()
+            moved = 2 * B * L * row + (direction == "both") * 2 * B * places * row
+            emit(f"soft_prompt {direction} B={B} L={L} d={d}", **_time(runs, moved, 0))
+
+
+def gate_banks() -> None:
+    """As many projections as a 7B-sized Llama adapts with q and v, beside one small network each."""
+    M, d_u, r = (2, 8, 2) if DRY else (64, 64, 8)
+    for B in (1, 3) if DRY else (1, 64, 1024):
+        u, hidden = _random(B, d_u, dtype=torch.float32).requires_grad_(), 2 * r * r
+        shapes = [(M, d_u), (M, d_u), (M, hidden, d_u), (M, hidden), (M, r * r, hidden), (M, r * r)]
+        bank = [_random(*shape, dtype=torch.float32).mul_(0.1).requires_grad_() for shape in shapes]
+        functions = {
+            "rellax": lambda u=u, bank=bank: [gate_bank(u, *bank)],
+            "one_by_one": lambda u=u, bank=bank: [_perceptrons(u, *bank)],
+        }
+        dy = _random(M, B, r, r, dtype=torch.float32)
+        for direction in DIRECTIONS:
+            runs = {name: _direction(run, direction, [u, *bank], [dy]) for name, run in functions.items()}
+            passes = 1 + 2 * (direction == "both")
+            moved = passes * 4 * (sum(p.numel() for p in bank) + M * B * r * r + B * d_u)
+            flops = passes * 2 * M * B * hidden * (d_u + r * r)
+            emit(f"gate_bank {direction} M={M} B={B} r={r}", **_time(runs, moved, flops))
+
+
+def _perceptrons(u: Tensor, *bank: Tensor) -> Tensor:
+    gates = []
+    for ln_weight, ln_bias, w1, b1, w2, b2 in zip(*bank, strict=True):
+        normed = F.layer_norm(u, u.shape[1:], ln_weight, ln_bias)
+        gates.append(F.linear(F.gelu(F.linear(normed, w1, b1)), w2, b2))
+    stacked = torch.stack(gates)
+    return stacked.unflatten(-1, 2 * (round(stacked.shape[-1] ** 0.5),))
+
+
+def item_lists() -> None:
+    """Of 10⁶ items a share of the queries, exact; `all_queries_s` is what all would take at that rate."""
+    items, D, k, queries = (64, 8, 3, 16) if DRY else (10**6, 512, 30, 2**14)
+    embeddings = F.normalize(_random(items, D, dtype=torch.float32)).bfloat16()
+    chosen = torch.arange(queries, device=DEVICE)
+    runs: dict[str, Run] = {
+        "rellax": lambda: item_topk(embeddings, k, queries=chosen),
+        "matmul_topk": lambda: _matmul_topk(embeddings, chosen, k),
+    }
+    if faiss := _faiss_gpu(embeddings):
+        runs["faiss_gpu"] = lambda: faiss.search(embeddings[chosen].float(), k)
+    found = _time(runs, embeddings.nbytes + 12 * queries * k, 2 * queries * items * D)
+    found["all_queries_s"] = {name: t * items / queries for name, t in found["seconds"].items()}
+    emit(f"item_topk N={items} D={D} k={k}", **found)
+
+
+def _matmul_topk(embeddings: Tensor, queries: Tensor, k: int, step: int = 4096) -> list[Tensor]:
+    """In chunks, as a matrix of all scores would not fit."""
+    return [torch.topk(embeddings[part] @ embeddings.t(), k).indices for part in queries.split(step)]
+
+
+def _faiss_gpu(embeddings: Tensor) -> Any:
+    """An exact index on the GPU that takes tensors, or None where faiss has no GPU."""
+    try:
+        import faiss
+        import faiss.contrib.torch_utils
+    except ImportError:
+        return None
+    if DEVICE.type != "cuda" or not hasattr(faiss, "GpuIndexFlatIP"):
+        return None
+    index = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), embeddings.shape[1])
+    index.add(embeddings.float())
+    return index
+
+
+def histories() -> None:
+    """Sizes of MovieLens-25M, lengths log-normal; every behaviour is a target."""
+    users, items, D, k = (3, 20, 8, 3) if DRY else (162541, 62423, 512, 30)
+    mean, deviation, longest = (1.0, 0.5, 8) if DRY else (4.3, 1.2, 32202)
+    torch.manual_seed(0)
+    lengths = torch.randn(users).mul(deviation).add(mean).exp().clamp(1, longest).long()
+    offsets = F.pad(lengths.cumsum(0), (1, 0)).to(DEVICE)
+    total, squares = int(lengths.sum()), int(lengths.square().sum())
+    embeddings = F.normalize(_random(items, D, dtype=torch.float32)).bfloat16()
+    behaviours = torch.randint(items, (total,), device=DEVICE)
+    runs: dict[str, Run] = {"rellax": lambda: history_topk(embeddings, behaviours, offsets, k)}
+    moved = embeddings.nbytes + total * (8 + 12 * k)
+    emit(f"history_topk M={total} D={D} k={k}", **_time(runs, moved, squares * D))
+
+
+if __name__ == "__main__":
+    main()
