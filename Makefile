@@ -2,6 +2,7 @@
 #   make setup TORCH="torch==2.13.0 --index-url URL"   another build of torch, e.g. one for a CUDA version
 #   make test  PYTEST="-k history_topk"                a part of the tests
 #   make demo  DEMO="--shots 1024 --k 10"              a larger demo
+# `make gpu` alone can do without: a machine's own Python with torch will do.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -46,7 +47,7 @@ bench: setup
 #   make gpu DRY=1           tiny inputs on the CPU: does the script itself work?
 #   make gpu ONLY=sweep,step some sections, the results of the others are kept
 gpu:
-	test -x $(BIN)/python || $(PYTHON) -c "import torch" || $(MAKE) setup
+	test -x $(BIN)/python || $(PYTHON) -c "import torch" 2>/dev/null || $(MAKE) setup
 	"$$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON))" -m benchmarks.gpu $(if $(DRY),--dry) \
 		$(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out $(OUT)) $(if $(BUDGET),--budget $(BUDGET))
 

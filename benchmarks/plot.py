@@ -1,7 +1,7 @@
 """Charts of measured results: `python -m benchmarks.plot FILE.json [FOLDER]`.
 
-FILE is what `make gpu` wrote, or pytest-benchmark with --benchmark-json. Beside it, or in FOLDER, come, where it
-has what they show:
+FILE is what `make gpu` wrote, or pytest-benchmark with --benchmark-json. Beside it, or in FOLDER, come, where
+it has what they show:
 
     FILE-roofline.png   rates reached over operations per byte, under the machine's measured ceilings
     FILE-speedup.png    peers' times over ours
@@ -29,13 +29,18 @@ Records = dict[str, dict[str, Any]]
 OURS = "rellax"
 _OPERATORS = ("cflora", "gate_bank", "soft_prompt", "answer", "history_topk", "item_topk")
 _COLOURS = dict(zip(_OPERATORS, plt.colormaps["tab10"].colors, strict=False))
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _WIDTH = 8.0  # inches; at 120 dots each about the width of a README
 
 
 def main(file: Path, folder: Path) -> list[Path]:
     data = json.loads(file.read_text(encoding="utf-8"))
     records = _records(data)
-    charts = {"roofline": roofline(records, _ceilings(data)), "speedup": speedup(records), "sweep": sweep(records)}
+    charts = {
+        "roofline": roofline(records, _ceilings(data)),
+        "speedup": speedup(records),
+        "sweep": sweep(records),
+    }
     written = []
     for name, figure in charts.items():
         if figure is not None:
@@ -49,7 +54,10 @@ def _records(data: Mapping[str, Any]) -> Records:
     """What was timed, by name: from either kind of file."""
     if "benchmarks" in data:
         return {
-            entry["fullname"].rpartition("/")[2]: {"median_s": entry["stats"]["median"], **entry["extra_info"]}
+            entry["fullname"].rpartition("/")[2]: {
+                "median_s": entry["stats"]["median"],
+                **entry["extra_info"],
+            }
             for entry in data["benchmarks"]
         }
     sections = (data["sections"].get(name, {}) for name in ("sweep", "benchmarks", "step"))
@@ -82,59 +90,50 @@ def roofline(records: Records, ceilings: tuple[float, float] | None) -> Figure |
         axes.scatter(intensities, [r / 1e12 for r in rates], s=28, color=colour, label=operator, zorder=3)
     axes.set(xscale="log", yscale="log", xlabel="operations per byte that must move", ylabel="TFLOP/s")
     axes.grid(which="major", alpha=0.3)
-    axes.legend(loc="lower right", fontsize=9)
-    axes.set_title("What the operators reach, under this machine's measured ceilings", fontsize=11)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9, frameon=False)
+    axes.set_title("What the operators reach", fontsize=11)
     return figure
 
 
 def _roof(axes: Axes, bandwidth: float, peak: float, intensities: list[float]) -> None:
+    """As measured: a large copy, and a large product in bf16."""
     ridge = peak / bandwidth
     left, right = min(*intensities, ridge) / 2, max(*intensities, ridge) * 2
-    axes.plot([left, ridge, right], [left * bandwidth / 1e12, peak / 1e12, peak / 1e12], color="black", lw=1.5)
-    axes.annotate(
-        f"copy {bandwidth / 1e9:.3g} GB/s, bf16 product {peak / 1e12:.3g} TFLOP/s",
-        (ridge, peak / 1e12),
-        xytext=(-4, 5),
-        textcoords="offset points",
-        ha="right",
-        fontsize=9,
-    )
+    copy, product = f"copy, {bandwidth / 1e9:.3g} GB/s", f"bf16 product, {peak / 1e12:.3g} TFLOP/s"
+    axes.plot([left, ridge], [left * bandwidth / 1e12, peak / 1e12], color="black", label=copy)
+    axes.plot([ridge, right], [peak / 1e12] * 2, color="black", ls="--", label=product)
 
 
 def speedup(records: Records) -> Figure | None:
-    """One bar a peer: how many times our time it takes; where it is below 1, the peer is faster."""
+    """A row for what was measured, a mark for each peer: how many times our time it takes."""
     groups = dict(_comparisons(records))
     if not groups:
         return None
-    rows = [(group, peer, ratio) for group, peers in groups.items() for peer, ratio in peers.items()]
-    figure, axes = plt.subplots(figsize=(_WIDTH, 1.2 + 0.17 * (len(rows) + len(groups))))
-    height, ticks = 0.0, []
-    for group, peers in groups.items():
-        axes.text(0.0, height, f"{group} ", transform=axes.get_yaxis_transform(), ha="right", va="center",
-                  fontsize=8, fontweight="bold")  # fmt: skip
-        for peer, ratio in peers.items():
-            height += 1
-            axes.barh(height, ratio - 1, left=1, height=0.8, color="tab:blue" if ratio >= 1 else "tab:red")
-            side = {"ha": "left", "x": max(ratio, 1)} if ratio >= 1 else {"ha": "left", "x": 1}
-            axes.text(y=height, s=f" {ratio:.3g}", va="center", fontsize=8, **side)
-            ticks.append((height, peer))
-        height += 1.2
-    axes.set_yticks([at for at, _ in ticks], [peer for _, peer in ticks], fontsize=8)
-    axes.set(xscale="log", xlabel="peer's time over ours (right of 1: rellax is faster)", ylim=(height, -1))
+    figure, axes = plt.subplots(figsize=(_WIDTH, 1.3 + 0.26 * len(groups)))
+    for i, peer in enumerate(dict.fromkeys(peer for peers in groups.values() for peer in peers)):
+        found = [(peers[peer], row) for row, peers in enumerate(groups.values()) if peer in peers]
+        axes.plot(*zip(*found, strict=True), _MARKERS[i % len(_MARKERS)], ms=6, label=peer, zorder=3)
+    axes.set_yticks(range(len(groups)), list(groups), fontsize=8)
+    axes.set(xscale="log", xlabel="time over rellax's (right of 1: rellax is faster)")
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.axvline(1, color="black", lw=1)
-    axes.margins(x=0.12)
-    axes.grid(axis="x", alpha=0.3)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
     return figure
 
 
 def _comparisons(records: Records) -> Iterator[tuple[str, dict[str, float]]]:
-    """Peers' times over ours, by what was measured; the largest of a sweep's kinds stand for it."""
+    """Times over ours, by what was measured; of a sweep the first size of each kind."""
+    firsts: dict[str, str] = {}
     for name, record in records.items():
-        if record.get("over_rellax"):
+        if record.get("over_rellax") and firsts.setdefault(name.partition("=")[0], name) == name:
             yield name, record["over_rellax"]
     tests: dict[str, dict[str, float]] = {}
     for name, record in records.items():
-        if (match := re.fullmatch(r"bench_(\w+)\.py::test_(\w+)\[(.+)\]", name)) and "median_s" in record:
+        if (
+            match := re.fullmatch(r"bench_(\w+)\.py::test_(\w+)\[(.+)\]", name)
+        ) and "peak_bytes_of_all" not in record:
             *settings, variant = match[3].split("-")
             group = " ".join([match[2], *settings])
             if "ratio" in record:
@@ -173,15 +172,19 @@ def sweep(records: Records) -> Figure | None:
                 ys = [(sizes[size], 100 * over[variant]) for sizes, over in line if variant in over]
                 style = {"color": "black", "lw": 2, "zorder": 3} if variant == OURS else {"lw": 1.2}
                 axes.plot(*zip(*ys, strict=True), marker="o", ms=3, label=variant, **style)
-            axes.set(xscale="log", xlabel=title)
             axes.set_xscale("log", base=2)
+            axes.set_xticks([sizes[size] for sizes, _ in line], [str(sizes[size]) for sizes, _ in line])
+            axes.tick_params(axis="x", labelsize=8, labelrotation=30)
+            axes.set_yscale("symlog", linthresh=10)
+            axes.yaxis.set_major_formatter("{x:g} %")
+            axes.set_xlabel(title)
             axes.grid(alpha=0.3)
-        row[0].set_ylabel(f"overhead, %\n{'forward' if direction == 'forward' else 'forward + backward'}")
+        row[0].set_ylabel({"forward": "forward", "both": "forward + backward"}[direction])
     handles = {line.get_label(): line for axes in grid.flat for line in axes.get_lines()}
-    figure.legend(handles.values(), handles.keys(), loc="upper center", ncols=len(handles), fontsize=9)
-    usual = " ".join(f"{name} = {value}" for name, value in found["forward"][0][0].items())
-    figure.suptitle(f"CFLoRA over the frozen layer alone; what is not varied: {usual}", y=1.03, fontsize=11)
-    figure.tight_layout(rect=(0, 0, 1, 0.95))
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), fontsize=9)
+    usual = ", ".join(f"{name} = {value}" for name, value in found["forward"][0][0].items())
+    figure.suptitle(f"Overhead over the frozen layer; what is not varied has {usual}", fontsize=11)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     return figure
 
 

@@ -15,7 +15,6 @@ from workspace import Workspace, make_workspace
 
 from rellax.testing.interpreter import mend_interpreter
 
-
 mend_interpreter()
 
 

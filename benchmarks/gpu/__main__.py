@@ -2,8 +2,9 @@
 
     python -m benchmarks.gpu [--dry] [--only SECTION,...] [--out FOLDER] [--budget SECONDS]
 
-Takes the Python that runs it with the packages it has, and no network. Writes FOLDER/<gpu>.json as results come,
-FOLDER/<gpu>.md with a verdict for each bar, and charts. Exit status 1: something is wrong, see <gpu>.md.
+Takes the Python that runs it with the packages it has, and no network. Writes FOLDER/<gpu>.json as results
+come, FOLDER/<gpu>.md with a verdict for each bar, and charts. Exit status 1: something is wrong, the page says
+what.
 """
 
 from __future__ import annotations
@@ -57,9 +58,14 @@ def sections(dry: bool) -> list[Section]:
             90,
         ),
         Section("sweep", "operators over many sizes, beside peers", [["-m", "benchmarks.gpu.sweep"]], 100),
-        Section("tests", "the test suite", [tests], 130, needs=["pytest"], variables={"OMP_NUM_THREADS": "1"}),
         Section(
-            "sanitizer", "compute-sanitizer's memcheck and racecheck", [["-m", "benchmarks.gpu.sanitizer"]], 50
+            "tests", "the test suite", [tests], 130, needs=["pytest"], variables={"OMP_NUM_THREADS": "1"}
+        ),
+        Section(
+            "sanitizer",
+            "compute-sanitizer's memcheck and racecheck",
+            [["-m", "benchmarks.gpu.sanitizer"]],
+            50,
         ),
         Section(
             "benchmarks",

@@ -14,7 +14,7 @@ from typing import Any
 Sections = Mapping[str, Mapping[str, Any]]
 
 
-class NotMeasured(Exception):
+class NotMeasuredError(Exception):
     """The reason why a bar has no figure."""
 
 
@@ -34,7 +34,7 @@ class Source:
     def value(self, sections: Sections) -> float:
         section = sections.get(self.section)
         if section is None:
-            raise NotMeasured(f"section {self.section} was not run")
+            raise NotMeasuredError(f"section {self.section} was not run")
         found = []
         for name, record in section["records"].items():
             value: Any = record if re.fullmatch(self.record, name) else None
@@ -44,7 +44,7 @@ class Source:
                 found.append(float(value))
         if not found:
             state = f"{section['status']}, {section['reason']}" if section["reason"] else section["status"]
-            raise NotMeasured(f"section {self.section} ({state}) has no {self.key} of {self.record}")
+            raise NotMeasuredError(f"section {self.section} ({state}) has no {self.key} of {self.record}")
         return self.pick(found)
 
 
@@ -64,7 +64,7 @@ class Bar:
         try:
             value = self.figure.value(sections)
             value /= self.over.value(sections) if self.over else 1.0
-        except NotMeasured as reason:
+        except NotMeasuredError as reason:
             return f"not measured: {reason}", None
         holds = {"<=": operator.le, ">=": operator.ge}[self.at](value, self.threshold)
         return ("met" if holds else "missed"), value

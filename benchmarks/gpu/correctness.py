@@ -3,8 +3,8 @@
     python -m benchmarks.gpu.correctness                            all, each operator and dtype in a process
     python -m benchmarks.gpu.correctness OPERATOR,... DTYPE [CASES]  the first so many cases, in this process
 
-Cases are those of the tests, all blocks that a launcher can choose among them, and, on a GPU, sizes that people
-use. A case that ruins the device for its process takes only those of the same operator and dtype with it.
+Cases are those of the tests, all blocks that a launcher can choose among them, and, on a GPU, sizes that
+people use. A case that ruins the device for its process takes only its operator's of the same dtype with it.
 """
 
 from __future__ import annotations

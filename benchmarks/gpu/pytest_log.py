@@ -47,7 +47,9 @@ class Log:
     def _add(self, report: pytest.TestReport | pytest.CollectReport, outcome: str) -> None:
         """A test that lacks another package of the machine's has not failed: it cannot run."""
         name = report.nodeid.partition("::")[0]
-        file = self.files.setdefault(name, {"outcomes": Counter(), "missing": [], "skips": [], "failures": []})
+        file = self.files.setdefault(
+            name, {"outcomes": Counter(), "missing": [], "skips": [], "failures": []}
+        )
         if outcome == "failed":
             if missing := _MISSING.findall(report.longreprtext):
                 outcome = "cannot run"

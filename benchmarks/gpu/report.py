@@ -33,8 +33,8 @@ def wrong(results: Results) -> bool:
 def _head(results: Results) -> Iterator[str]:
     yield f"# {results['machine']}"
     yield ""
-    yield f"`{results['command']}` at {results['commit']}, {results['started']}. The JSON beside this page has"
-    yield "all figures. Times are medians; each peer ran in the same process on the same inputs."
+    yield f"`{results['command']}` at {results['commit']}, {results['started']}. The JSON beside this page"
+    yield "has all figures. Times are medians; each peer ran in the same process on the same inputs."
     packages = results["sections"].get("machine", {}).get("records", {}).get("packages", {})
     there = [f"{name} {version}" for name, version in packages.items() if version != "absent"]
     absent = [name for name, version in packages.items() if version == "absent"]
@@ -85,9 +85,13 @@ def _counted(section: Mapping[str, Any]) -> str:
         for key, count in {**single, **record.get("outcomes", {})}.items():
             counts[key] = counts.get(key, 0) + count
     words = [f"{count} {key}" for key, count in counts.items()] or [f"{len(section['records'])} records"]
-    if missing := {package for record in section["records"].values() for package in record.get("missing", ())}:
+    if missing := {
+        package for record in section["records"].values() for package in record.get("missing", ())
+    }:
         words.append(f"for want of {', '.join(sorted(missing))}")
-    words += [f"{name}: {record['skipped']}" for name, record in section["records"].items() if "skipped" in record]
+    words += [
+        f"{name}: {record['skipped']}" for name, record in section["records"].items() if "skipped" in record
+    ]
     words += [section["reason"]] * (section["status"] == "stopped")
     return _one_line(", ".join(words))
 
@@ -102,7 +106,11 @@ def _failures(results: Results) -> Iterator[str]:
 
 def _ceilings(results: Results) -> Iterator[str]:
     records = _records(results, "machine")
-    rows = [(name, f"{record['bytes_per_s'] / 1e9:.3g} GB/s") for name, record in records if "bytes_per_s" in record]
+    rows = [
+        (name, f"{record['bytes_per_s'] / 1e9:.3g} GB/s")
+        for name, record in records
+        if "bytes_per_s" in record
+    ]
     rows += [
         (name, f"{record['flops_per_s'] / 1e12:.3g} TFLOP/s")
         for name, record in records
@@ -151,7 +159,9 @@ def _benchmarks(results: Results) -> Iterator[str]:
             if "median_s" in record:
                 standard = ("median_s", "q1_s", "q3_s", "rounds", "bytes", "flops")
                 others = {key: value for key, value in record.items() if key not in standard}
-                words = [f"{key} {value:.4g}" for key, value in others.items() if isinstance(value, (int, float))]
+                words = [
+                    f"{key} {value:.4g}" for key, value in others.items() if isinstance(value, (int, float))
+                ]
                 rows.append((name, _milliseconds(record["median_s"]), ", ".join(words)))
     if rows:
         yield "## Benchmarks"

@@ -30,7 +30,9 @@ def main() -> None:
     if device().type != "cuda":
         emit("skipped", reason="it checks accesses of a GPU, and this run has none")
     elif tool is None:
-        emit("skipped", reason="compute-sanitizer is not on the PATH, in CUDA_HOME or in a package of nvidia's")
+        emit(
+            "skipped", reason="compute-sanitizer is not on the PATH, in CUDA_HOME or in a package of nvidia's"
+        )
     else:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(lambda pair: _check(tool, *pair), itertools.product(TOOLS, OPERATORS)))

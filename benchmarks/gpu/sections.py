@@ -1,7 +1,7 @@
 """Sections run one after another, each in processes of its own: none can take another down with it.
 
-A section's processes write records (`records.py`). They are copied into the results file as they come, and that
-file is whole at any time: whatever stops the run, nothing found before is lost.
+A section's processes write records (`records.py`). They are copied into the results file as they come, and
+that file is whole at any time: whatever stops the run, nothing found before is lost.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,8 +66,8 @@ def run_sections(
     on_change: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> None:
     """Run them all within `budget` seconds; `results`, with ``results["sections"]``, is kept at `path`."""
-    logs = ROOT / "build" / "gpu"
-    logs.mkdir(parents=True, exist_ok=True)
+    logs = Path(tempfile.mkdtemp(prefix="rellax-gpu-"))
+    print(f"what the sections print: {logs}", flush=True)
     end = time.monotonic() + budget
     for i, section in enumerate(sections):
         left = end - time.monotonic()
@@ -83,7 +84,9 @@ def run_sections(
             for _ in _run(section, found, limit, logs, environment):
                 write_json(path, results)
         on_change(results)
-        print(f"{section.name:12} {found['status']:8} {found['seconds']:6.1f} s  {found['reason']}", flush=True)
+        print(
+            f"{section.name:12} {found['status']:8} {found['seconds']:6.1f} s  {found['reason']}", flush=True
+        )
 
 
 def _run(

@@ -6,9 +6,9 @@ must be done and the two rates reached. Sizes that a table names come first, the
 
 from __future__ import annotations
 
-import itertools
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -53,25 +53,33 @@ POINTS = (
     *(USUAL._replace(r=rank) for rank in RANKS),
     *(USUAL._replace(B=instances) for instances in INSTANCES),
 )
+PROMPTS = ((2, 8, 16),) if DRY else ((16, 1024, 4096), (8, 448, 576), (64, 1024, 4096))
+BANKS = (1, 3) if DRY else (1, 64, 1024)
 
 
 def main() -> None:
+    if DEVICE.type == "cuda":
+        os.environ["RELLAX_BACKEND"] = "triton"  # an operator without such a kernel says so
     bandwidth = _copy_bandwidth()
-    for part in (soft_prompts, gate_banks):
-        _guarded(part)
-    _guarded(lambda: cflora(USUAL, bandwidth, shared=True))
+    for B, L, d in PROMPTS:
+        _guarded(f"soft_prompt B={B} L={L} d={d}", lambda B=B, L=L, d=d: soft_prompts(B, L, d))
+    for B in BANKS:
+        _guarded(f"gate_bank B={B}", lambda B=B: gate_banks(B))
+    _guarded(f"cflora qkv {USUAL}", lambda: cflora(USUAL, bandwidth, shared=True))
     for point in POINTS:
-        _guarded(lambda point=point: cflora(point, bandwidth))
-    for part in (item_lists, histories):
-        _guarded(part)
+        _guarded(f"cflora {point}", lambda point=point: cflora(point, bandwidth))
+    _guarded("item_topk", item_lists)
+    _guarded("history_topk", histories)
 
 
-def _guarded(part: Callable[[], None]) -> None:
-    """What an operator refuses, or a size that does not fit, is a record too."""
+def _guarded(name: str, part: Run) -> None:
+    """What an operator refuses, and a size that does not fit, are results too."""
     try:
         part()
     except (InputError, torch.OutOfMemoryError) as error:
-        emit(f"{getattr(part, '__name__', 'part')} stopped", reason=str(error)[:300])
+        emit(f"{name} refused", skipped=str(error)[:300])
+    except Exception as error:
+        emit(f"{name} failed", failures=[f"{type(error).__name__}: {error}"[:500]])
 
 
 def _copy_bandwidth() -> float:
@@ -178,47 +186,41 @@ def _kept(function: Callable[[], list[Tensor]]) -> int:
     return torch.cuda.memory_allocated() - before - sum(y.nbytes for y in outputs)
 
 
-def soft_prompts() -> None:
+def soft_prompts(B: int, L: int, d: int) -> None:
     """64 placeholders a row; the word table is frozen, the soft rows are trained."""
-    for B, L, d in [(2, 8, 16)] if DRY else [(16, 1024, 4096), (8, 448, 576), (64, 1024, 4096)]:
-        vocabulary, places = (64, 2) if DRY else (49152, 64)
-        words, rows = _random(vocabulary, d), _random(B * places, d).requires_grad_()
-        ids = torch.randint(vocabulary, (B, L), device=DEVICE)
-        index = torch.full((B, L), -1, device=DEVICE)
-        index[:, 1 :: L // places] = torch.arange(B * places, device=DEVICE).view(B, places)
-        dy = _random(B, L, d)
-        functions = {
-            "rellax": lambda: [soft_prompt(ids, words, rows, index)],
-            "masked_scatter": lambda: [soft_peers.masked_scatter(ids, words, rows, index)],
-            "one_assignment": lambda: [soft_peers.one_assignment(ids, words, rows, index)],
-        }
-        for direction in DIRECTIONS:
-            runs = {name: _direction(run, direction, [rows], [dy]) for name, run in functions.items()}
-            if direction == "forward":
-                runs["lookup"] = lambda: F.embedding(ids, words)
-            row = d * words.element_size()
-            moved = 2 * B * L * row + (direction == "both") * 2 * B * places * row
-            emit(f"soft_prompt {direction} B={B} L={L} d={d}", **_time(runs, moved, 0))
+    vocabulary, places = (64, 2) if DRY else (49152, 64)
+    words, rows = _random(vocabulary, d), _random(B * places, d).requires_grad_()
+    ids = torch.randint(vocabulary, (B, L), device=DEVICE)
+    index = torch.full((B, L), -1, device=DEVICE)
+    index[:, 1 :: L // places] = torch.arange(B * places, device=DEVICE).view(B, places)
+    functions = {
+        "rellax": lambda: [soft_prompt(ids, words, rows, index)],
+        "masked_scatter": lambda: [soft_peers.masked_scatter(ids, words, rows, index)],
+        "one_assignment": lambda: [soft_peers.one_assignment(ids, words, rows, index)],
+    }
+    dy, row = _random(B, L, d), d * words.element_size()
+    for direction in DIRECTIONS:
+        runs = {name: _direction(run, direction, [rows], [dy]) for name, run in functions.items()}
+        if direction == "forward":
+            runs["lookup"] = lambda: F.embedding(ids, words)
+        moved = 2 * B * L * row + (direction == "both") * 2 * B * places * row
+        emit(f"soft_prompt {direction} B={B} L={L} d={d}", **_time(runs, moved, 0))
 
 
-def gate_banks() -> None:
+def gate_banks(B: int) -> None:
     """As many projections as a 7B-sized Llama adapts with q and v, beside one small network each."""
     M, d_u, r = (2, 8, 2) if DRY else (64, 64, 8)
-    for B in (1, 3) if DRY else (1, 64, 1024):
-        u, hidden = _random(B, d_u, dtype=torch.float32).requires_grad_(), 2 * r * r
-        shapes = [(M, d_u), (M, d_u), (M, hidden, d_u), (M, hidden), (M, r * r, hidden), (M, r * r)]
-        bank = [_random(*shape, dtype=torch.float32).mul_(0.1).requires_grad_() for shape in shapes]
-        functions = {
-            "rellax": lambda u=u, bank=bank: [gate_bank(u, *bank)],
-            "one_by_one": lambda u=u, bank=bank: [_perceptrons(u, *bank)],
-        }
-        dy = _random(M, B, r, r, dtype=torch.float32)
-        for direction in DIRECTIONS:
-            runs = {name: _direction(run, direction, [u, *bank], [dy]) for name, run in functions.items()}
-            passes = 1 + 2 * (direction == "both")
-            moved = passes * 4 * (sum(p.numel() for p in bank) + M * B * r * r + B * d_u)
-            flops = passes * 2 * M * B * hidden * (d_u + r * r)
-            emit(f"gate_bank {direction} M={M} B={B} r={r}", **_time(runs, moved, flops))
+    u, hidden = _random(B, d_u, dtype=torch.float32).requires_grad_(), 2 * r * r
+    shapes = [(M, d_u), (M, d_u), (M, hidden, d_u), (M, hidden), (M, r * r, hidden), (M, r * r)]
+    bank = [_random(*shape, dtype=torch.float32).mul_(0.1).requires_grad_() for shape in shapes]
+    functions = {"rellax": lambda: [gate_bank(u, *bank)], "one_by_one": lambda: [_perceptrons(u, *bank)]}
+    dy = _random(M, B, r, r, dtype=torch.float32)
+    for direction in DIRECTIONS:
+        runs = {name: _direction(run, direction, [u, *bank], [dy]) for name, run in functions.items()}
+        passes = 1 + 2 * (direction == "both")
+        moved = passes * 4 * (sum(p.numel() for p in bank) + M * B * r * r + B * d_u)
+        flops = passes * 2 * M * B * hidden * (d_u + r * r)
+        emit(f"gate_bank {direction} M={M} B={B} r={r}", **_time(runs, moved, flops))
 
 
 def _perceptrons(u: Tensor, *bank: Tensor) -> Tensor:
