@@ -3,8 +3,8 @@
     python -m benchmarks.gpu [--dry] [--only SECTION,...] [--out FOLDER] [--budget SECONDS]
 
 Takes the Python that runs it with the packages it has, and no network. Writes FOLDER/<gpu>.json as results
-come, FOLDER/<gpu>.md with a verdict for each bar, and charts. Exit status 1: something is wrong, the page says
-what.
+come, FOLDER/<gpu>.md with a verdict for each bar, and charts. Exit status 1: something is wrong, the page
+says what.
 """
 
 from __future__ import annotations
