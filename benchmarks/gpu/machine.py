@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import shutil
@@ -10,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 import torch
 
@@ -71,17 +71,18 @@ def _extension() -> dict[str, str]:
 
 def _build() -> str:
     """Build csrc into the checkout; the reason where that is not possible."""
-    if shutil.which("cmake") is None or importlib.util.find_spec("nanobind") is None:
+    cmake = [sys.executable, "-m", "cmake"] if find_spec("cmake") else ["cmake"]
+    if shutil.which(cmake[0]) is None or find_spec("nanobind") is None:
         return "cmake and nanobind would build it, and one of them is not installed"
-    folder = ROOT / "build" / "gpu" / "csrc"
-    configure = ["cmake", "-S", ROOT, "-B", folder, "-DCMAKE_BUILD_TYPE=Release"]
+    folder = ROOT / "build" / "gpu"
+    configure = [*cmake, "-S", ROOT, "-B", folder, "-DCMAKE_BUILD_TYPE=Release"]
     query = [sys.executable, "-m", "nanobind", "--cmake_dir"]
     nanobind = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
     configure += [f"-Dnanobind_DIR={nanobind}", f"-DPython_EXECUTABLE={sys.executable}"]
-    install = ["cmake", "--install", folder, "--prefix", ROOT]
-    for command in (configure, ["cmake", "--build", folder, "--parallel"], install):
+    install = [*cmake, "--install", folder, "--prefix", ROOT]
+    for command in (configure, [*cmake, "--build", folder, "--parallel"], install):
         if subprocess.run(command).returncode:
-            return f"{' '.join(map(str, command[:2]))} failed, see the log"
+            return f"`{' '.join(map(str, command))}` failed"
     return ""
 
 
