@@ -1,8 +1,8 @@
 """The whole stage-2 training step against its floor and the published one: `make bench PYTEST="-k step"`.
 
 Prompts are MovieLens-100K's; A and B are frozen, gates and soft-prompt projector are trained, and a step runs
-from the prompts' tokens to the optimiser's update. Before each round of rellax the floor, which is the frozen
-decoder's forward and backward pass for packed prompts alone, and the published step run on the same batch:
+from the prompts' tokens to the optimiser's update. Before each round of rellax the published step runs on the
+same batch, and then the floor: the frozen decoder's forward and backward pass alone, for packed prompts.
 `over_floor` and `speedup` are medians of the ratios. On a GPU a Llama of 7B's shape runs too, and peak memory
 is measured. The first run fetches and prepares what it needs, in the cache folder.
 """
@@ -54,7 +54,7 @@ class Setting:
     shape: dict[str, int] | None = None
 
 
-SETTINGS = {"smollm2-135m-k10": Setting(10, 6), "smollm2-135m-k30": Setting(30, 3)}
+SETTINGS = {"smollm2-135m-k10": Setting(10, 8), "smollm2-135m-k30": Setting(30, 5)}
 if DEVICE.type == "cuda":
     SETTINGS["llama-7b-k30"] = Setting(30, 10, LLAMA_7B)
 
@@ -66,8 +66,8 @@ def test_step(benchmark: Any, setting: Setting) -> None:
 
     def setup() -> tuple[tuple[Any, ...], dict[str, Any]]:
         batch = next(cycle)
-        race.run("floor", batch)
         race.run("published", batch)
+        race.run("floor", batch)
         return ("rellax", batch), {}
 
     benchmark.pedantic(race.run, setup=setup, rounds=setting.rounds)
