@@ -54,6 +54,38 @@ def test_segments_equal_a_block_mask(counts: tuple[int, ...], window: int | None
     assert_close(torch.autograd.grad(out, inputs, upstream), torch.autograd.grad(expected, inputs, upstream))
 
 
+@pytest.mark.parametrize("queries", [1, 4, 192])
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("counts", [(4, 4, 4), (4, 2, 2)], ids=["heads", "grouped"])
+def test_backward_pass_of_plain_products(
+    counts: tuple[int, ...], window: int | None, queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_QUERIES", queries)
+    inputs = heads(*counts)
+    out = attention._Segments.apply(*inputs, LENGTHS, 0.3, window)
+    expected = block_mask_attention(*inputs, 0.3, window or 1000)
+    assert_close(out, expected)
+    upstream = torch.randn_like(expected)
+    assert_close(torch.autograd.grad(out, inputs, upstream), torch.autograd.grad(expected, inputs, upstream))
+
+
+def test_backward_pass_in_bfloat16_is_at_most_twice_as_far_off_as_that_of_sdpa() -> None:
+    """Scores of several units, as trained models have them."""
+    exact = [(2 * x.detach()).bfloat16().double().requires_grad_() for x in heads(4, 2, 2, size=64)]
+    inputs = [x.detach().bfloat16().requires_grad_() for x in exact]
+    upstream = torch.randn(1, sum(LENGTHS), 4, 64).bfloat16()
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    ours, _ = attention.segment_sdpa(nn.Module(), *inputs, None, cu_seq_lens_q=ends)
+    assert "_Segments" in type(ours.grad_fn).__name__
+    sdpa = attention._each_segment(*inputs, LENGTHS, 0.0, None, None)
+    assert torch.equal(ours, sdpa)
+    truth = block_mask_attention(*exact, 64**-0.5, 1000)
+    expected = torch.autograd.grad(truth, exact, upstream.double())
+    pairs = (torch.autograd.grad(out, inputs, upstream, retain_graph=True) for out in (ours, sdpa))
+    for mine, theirs, true in zip(*pairs, expected, strict=True):
+        assert (mine - true).norm() <= 2 * (theirs - true).norm()
+
+
 @pytest.mark.parametrize("window", [None, 4])
 def test_flash_attention_is_called_for_all_segments_at_once(
     window: int | None, monkeypatch: pytest.MonkeyPatch

@@ -39,6 +39,30 @@ def test_padding_never_changes_a_prediction(workspace: Workspace, gated: bool) -
         assert batched == pytest.approx(alone, abs=2e-6)
 
 
+def test_scoring_projects_each_item_once_and_keeps_nothing_for_gradients(workspace: Workspace) -> None:
+    config = workspace.config(stage="joint", **GATED)
+    inputs = load_inputs(config)
+    task = Task(config, inputs)
+    soft_prompt, projected, modes = task.model.rellax.soft_prompt, [], []
+    soft_prompt.projector.register_forward_pre_hook(lambda _, args: projected.append(args[0].shape[0]))
+    task.model.model.register_forward_pre_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))
+    examples = task.examples(inputs.dataset.indices("test"), "recent")
+    first = predict_probabilities(task.model, task.collator, examples, batch_size=4)
+    assert projected == [len(inputs.item_embeddings)]
+    assert len(modes) == -(-len(examples) // 4)
+    assert all(modes)
+
+    task.model.train()  # a training step in between: its weights are what the next scores are made with
+    loss = task.model(**task.collator.supervised(examples[:4])).loss
+    loss.backward()
+    with torch.no_grad():
+        for parameter in soft_prompt.projector.parameters():
+            parameter.add_(parameter.grad, alpha=-10 / parameter.grad.norm())
+    second = predict_probabilities(task.model, task.collator, examples, batch_size=4)
+    assert projected[-1] == projected[0]
+    assert abs(second - first).max() > 1e-4
+
+
 def test_zero_shot_is_the_model_as_it_is(workspace: Workspace, tmp_path: Path) -> None:
     config = workspace.config(prompts="recent", k=2)
     evaluate_zero_shot(config, tmp_path / "zero", samples=7, seed=5, progress=False)

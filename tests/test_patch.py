@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from tiny_models import FAMILIES, LAYOUTS, NO, YES, Truth
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from torch.utils._pytree import tree_leaves
+from transformers import GenerationMixin, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from rellax.errors import InputError
@@ -110,6 +112,57 @@ def test_interactions_and_losses(interaction: str, loss: str) -> None:
         close(out.answer_logits, choice)
     close(out.loss, expected)
     close(tiny.gradients(model, out.loss), tiny.true_gradients(model, expected))
+
+
+@pytest.mark.parametrize("loss", ["choice", "vocab"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"], ids=["plain", "soft-capped"])
+def test_a_head_with_a_bias(family: str, loss: str) -> None:
+    base = tiny.base_model(family)
+    base.lm_head = torch.nn.Linear(tiny.HIDDEN, tiny.VOCAB, dtype=base.dtype)
+    truth_base = copy.deepcopy(base)
+    model = tiny.patched(base, loss=loss)
+    truth = tiny.Truth(truth_base, model)
+    made = tiny.instances()
+    out = model(**tiny.batch(made))
+    rows, answers = torch.stack([truth.logits(one)[-2] for one in made]), [one.tokens[-1] for one in made]
+    expected = truth.choice_loss(made) if loss == "choice" else F.cross_entropy(rows, torch.stack(answers))
+    close(out.loss, expected)
+    close(out.answer_logits, rows[:, [NO, YES]].detach())
+    close(tiny.gradients(model, out.loss), tiny.true_gradients(model, expected))
+
+
+class _Shapes(TorchDispatchMode):
+    """Notes the shape of every tensor that an operator returns, in forward and backward passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **kwargs or {})
+        self.seen |= {tuple(x.shape) for x in tree_leaves(made) if isinstance(x, torch.Tensor)}
+        return made
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("loss", ["choice", "vocab"])
+def test_logits_of_all_tokens_never_exist(loss: str, layout: str) -> None:
+    model, _ = pair(loss=loss)
+    made = tiny.instances()
+    with _Shapes() as training:
+        model(**tiny.batch(made, layout)).loss.backward()
+    with _Shapes() as evaluation:
+        answer_logits(model, **tiny.batch(made, layout, answers=False))
+    with _Shapes() as full:
+        model(**tiny.batch(made, layout, answers=False))
+    rows = {"training": training, "evaluation": evaluation, "full": full}
+    most = {
+        name: max((math.prod(s[:-1]) for s in shapes.seen if s[-1:] == (tiny.VOCAB,)), default=0)
+        for name, shapes in rows.items()
+    }
+    assert most["training"] <= len(made)
+    assert most["evaluation"] == 0
+    assert most["full"] >= sum(tiny.LENGTHS) - len(made)
 
 
 def test_num_items_in_batch_divides_the_sum() -> None:
@@ -290,6 +343,23 @@ def test_generation_with_a_cache_equals_generation_without(family: str, beams: i
                 logits[tiny.PLACEHOLDERS[0]] = -torch.inf
                 assert int(logits.argmax()) == int(token)
                 prompt = torch.cat([prompt, token[None]])
+
+
+def test_generate_is_transformers_own() -> None:
+    base = tiny.base_model().eval()
+    prompt = torch.randint(8, tiny.VOCAB - 1, (2, 6))
+    options = {
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
+    expected = base.generate(prompt, **options)
+    model = patch_model(base, tiny.config(), soft_prompt=tiny.soft_prompt_config())
+    assert type(model).generate is GenerationMixin.generate
+    generated = model.generate(prompt, **options)
+    assert torch.equal(generated.sequences, expected.sequences)
+    close(generated.logits, expected.logits)
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])

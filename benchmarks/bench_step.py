@@ -1,0 +1,270 @@
+"""The whole stage-2 training step against its floor and the published one: `make bench PYTEST="-k step"`.
+
+Prompts are MovieLens-100K's; A and B are frozen, gates and soft-prompt projector are trained, and a step runs
+from the prompts' tokens to the optimiser's update. Before each round of rellax the published step runs on the
+same batch, and then the floor: the frozen decoder's forward and backward pass alone, for packed prompts.
+`over_floor` and `speedup` are medians of the ratios. On a GPU a Llama of 7B's shape runs too, and peak memory
+is measured. The first run fetches and prepares what it needs, in the cache folder.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from peers.step import FrozenBody, PublishedModel, sharing
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from rellax.ctr import assets
+from rellax.ctr.batches import Collator, Example, on_device
+from rellax.ctr.config import TrainConfig
+from rellax.ctr.crm import CRMConfig, train_crm
+from rellax.ctr.dataset import Dataset
+from rellax.ctr.llm import load_model
+from rellax.ctr.prepare import prepare
+from rellax.ctr.sources import read_ml_100k
+from rellax.ctr.task import Task, load_inputs
+from rellax.patch import SoftPromptConfig, packing_pays, patch_model
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BATCH, BATCHES = 8, 4
+LLAMA_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A measurement: behaviours in a prompt, rounds, and a random Llama's shape; None is SmolLM2-135M."""
+
+    k: int
+    rounds: int
+    shape: dict[str, int] | None = None
+
+
+SETTINGS = {"smollm2-135m-k10": Setting(10, 8), "smollm2-135m-k30": Setting(30, 5)}
+if DEVICE.type == "cuda":
+    SETTINGS["llama-7b-k30"] = Setting(30, 10, LLAMA_7B)
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_step(benchmark: Any, setting: Setting) -> None:
+    steps, batches = _contest(setting)
+    race, cycle = Race(steps, batches), itertools.cycle(batches)
+
+    def setup() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        batch = next(cycle)
+        race.run("published", batch)
+        race.run("floor", batch)
+        return ("rellax", batch), {}
+
+    benchmark.pedantic(race.run, setup=setup, rounds=setting.rounds)
+    benchmark.extra_info |= race.results()
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_step_parts(benchmark: Any, setting: Setting, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the time of the floor and of the step goes, by operators (self time in the profiler)."""
+    steps, batches = _contest(setting)
+    parts = {}
+    for name in ("floor", "rellax"):
+        parts[name] = parts_of(getattr(steps, name), batches[0])
+    benchmark.pedantic(lambda: None)
+    benchmark.extra_info["parts_ms"] = parts
+    with capsys.disabled():
+        print(f"\n{'ms':32}{'floor':>10}{'rellax':>10}")
+        for part in parts["rellax"]:
+            print(f"{part:32}{parts['floor'].get(part, 0):10.1f}{parts['rellax'][part]:10.1f}")
+
+
+class Steps:
+    """Three steps on the same weights, each called with the prompts of a batch.
+
+    Args:
+        task: where configuration, prompts and batches come from.
+        base: an unpatched model; it is patched in place.
+        changes: of the task's `CFLoRAConfig`; loss and the gates' weights are as published.
+    """
+
+    def __init__(self, task: Task, base: Any, **changes: Any) -> None:
+        self.device = next(base.parameters()).device
+        floor, published = sharing(base), sharing(base)
+        soft_prompt = task.model.rellax.soft_prompt
+        items = SoftPromptConfig(soft_prompt.item_embeddings, tuple(soft_prompt.placeholder_ids.tolist()))
+        config = replace(task.model.rellax.config, loss="vocab", gate_init="kaiming", **changes)
+        self.model = patch_model(base, config, soft_prompt=items).train()
+        for projection in self.model.rellax.projections.values():
+            torch.nn.init.normal_(projection.lora_b, std=0.02)  # as if stage 1 had trained it
+        self.model.rellax.set_trainable(lora=False)
+        self.published_model = PublishedModel(published, self.model).train()
+        self.body = FrozenBody(floor)
+        self.collator = replace(task.collator, packed=packing_pays(self.model))
+        self.optimisers = [
+            torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-4, weight_decay=0.0)
+            for model in (self.model, self.published_model)
+        ]
+
+    def floor(self, examples: Sequence[Example]) -> None:
+        batch = self._batch(replace(self.collator, packed=True), examples)
+        self.body(*(batch[name] for name in ("input_ids", "position_ids", "cu_seqlens", "max_seqlen")))
+
+    def rellax(self, examples: Sequence[Example]) -> None:
+        _descend(self.rellax_loss(examples), self.optimisers[0])
+
+    def published(self, examples: Sequence[Example]) -> None:
+        _descend(self.published_loss(examples), self.optimisers[1])
+
+    def rellax_loss(self, examples: Sequence[Example]) -> Tensor:
+        loss: Tensor = self.model(**self._batch(self.collator, examples)).loss
+        return loss
+
+    def published_loss(self, examples: Sequence[Example]) -> Tensor:
+        loss: Tensor = self.published_model(**self._batch(replace(self.collator, packed=False), examples))
+        return loss
+
+    def _batch(self, collator: Collator, examples: Sequence[Example]) -> dict[str, Any]:
+        return on_device(collator.supervised(examples), self.device)
+
+
+def random_llama(shape: dict[str, int], like: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """A random Llama of that shape, with the vocabulary of the model `like`."""
+    config = LlamaConfig(**shape, vocab_size=like.config.vocab_size)
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+class Race:
+    """Rounds of the three steps on the same batches, which all have warmed up on one of two prompts."""
+
+    def __init__(self, steps: Steps, batches: Sequence[Sequence[Example]]) -> None:
+        self.steps, self.batches = steps, batches
+        self.seconds: dict[str, list[float]] = {"floor": [], "rellax": [], "published": []}
+        self.peaks: dict[str, int] = dict.fromkeys(self.seconds, 0)
+        for name in self.seconds:
+            self.run(name, batches[0][:2])
+            self.seconds[name].clear()
+
+    def run(self, name: str, batch: Sequence[Example]) -> None:
+        if DEVICE.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        _run(getattr(self.steps, name), batch)
+        self.seconds[name].append(time.perf_counter() - start)
+        if DEVICE.type == "cuda":  # the models' weights, which all three share, are counted too
+            self.peaks[name] = max(self.peaks[name], torch.cuda.max_memory_allocated())
+
+    def results(self) -> dict[str, float]:
+        """Median seconds and ratios; tokens of a batch, and the share of padding where it is padded."""
+        floor, rellax, published = self.seconds.values()
+        lengths = [[len(example.input_ids) + 1 for example in batch] for batch in self.batches]
+        found = {
+            "floor_s": statistics.median(floor),
+            "rellax_s": statistics.median(rellax),
+            "published_s": statistics.median(published),
+            "over_floor": _median_ratio(rellax, floor),
+            "speedup": _median_ratio(published, rellax),
+            "tokens": statistics.mean(map(sum, lengths)),
+            "padding": 1 - sum(map(sum, lengths)) / sum(len(batch) * max(batch) for batch in lengths),
+        }
+        if DEVICE.type == "cuda":
+            found |= {f"{name}_peak_bytes": peak for name, peak in self.peaks.items()}
+            found["memory"] = self.peaks["rellax"] / self.peaks["published"]
+        return found
+
+
+def _median_ratio(over: Sequence[float], under: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+
+
+def _contest(setting: Setting) -> tuple[Steps, list[list[Example]]]:
+    """The three steps, and batches of random training samples with K behaviours."""
+    torch.manual_seed(0)
+    task = Task(_prepared(setting.k), load_inputs(_prepared(setting.k)))
+    base = load_model(task.config.model, dtype="bfloat16")
+    if setting.shape is not None:
+        base = random_llama(setting.shape, base, torch.bfloat16, DEVICE)
+    samples = task.inputs.dataset.samples
+    chosen = task.inputs.dataset.choose("train", None, 0)
+    chosen = chosen[samples.position[chosen] >= setting.k]
+    order = torch.randperm(len(chosen))[: BATCH * BATCHES].tolist()
+    examples = task.examples(chosen[order], "recent")
+    batches = [examples[start : start + BATCH] for start in range(0, len(examples), BATCH)]
+    return Steps(task, base.to(DEVICE)), batches
+
+
+def _prepared(k: int) -> TrainConfig:
+    """A run on the embedded data and model, with a classical recommender of one short epoch; made once."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("rellax").setLevel(logging.INFO)
+    folder = assets.cache_folder() / "benchmark"
+    if not (folder / "data" / "dataset.json").exists():
+        prepare(read_ml_100k(assets.movielens_100k()), folder / "data")
+    if not (folder / "crm" / "outputs.safetensors").exists():
+        train_crm(Dataset.load(folder / "data"), folder / "crm", CRMConfig(shots=4096, epochs=1))
+    return TrainConfig(
+        data=str(folder / "data"),
+        model=str(assets.smollm2_135m()),
+        crm=str(folder / "crm"),
+        stage="joint",
+        interaction="full",
+        soft_prompt=True,
+        prompts="recent",
+        k=k,
+        max_tokens=4096,
+    )
+
+
+def _descend(loss: Tensor, optimiser: torch.optim.Optimizer) -> None:
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(optimiser.param_groups[0]["params"], 1.0)
+    optimiser.step()
+    optimiser.zero_grad()
+
+
+def _run(step: Callable[[Sequence[Example]], None], batch: Sequence[Example]) -> None:
+    step(batch)
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+PARTS = {
+    "products (frozen weights)": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::linear"),
+    "attention": ("scaled_dot_product", "flash_attention", "varlen"),
+    "rellax operators": ("rellax::",),
+    "optimiser and clip": (
+        "Optimizer",
+        "aten::_foreach",
+        "aten::_fused",
+        "aten::lerp",
+        "aten::addc",
+        "aten::norm",
+    ),
+}
+
+
+def parts_of(step: Callable[[Sequence[Example]], None], batch: Sequence[Example]) -> dict[str, float]:
+    """Milliseconds by part of a step, of the device's own time."""
+    step(batch)
+    activity = getattr(torch.profiler.ProfilerActivity, "CUDA" if DEVICE.type == "cuda" else "CPU")
+    with torch.profiler.profile(activities=[activity]) as profile:
+        _run(step, batch)
+    parts = dict.fromkeys([*PARTS, "elementwise and copies"], 0.0)
+    field = "self_device_time_total" if DEVICE.type == "cuda" else "self_cpu_time_total"
+    for event in profile.key_averages():
+        part = next((part for part, names in PARTS.items() if event.key.startswith(names)), None)
+        if part is None and any(name in event.key for name in PARTS["attention"]):
+            part = "attention"
+        parts[part or "elementwise and copies"] += getattr(event, field) / 1e3
+    return parts | {"in all": sum(parts.values())}
