@@ -15,7 +15,7 @@ from torch import nn
 
 from rellax.ctr import crm
 from rellax.ctr.crm import MODELS, CRMConfig, load_crm, train_crm
-from rellax.ctr.dataset import Dataset
+from rellax.ctr.dataset import SPLITS, Dataset
 from rellax.ctr.prepare import prepare
 from rellax.ctr.sources import read_ml_100k
 from rellax.errors import InputError
@@ -70,7 +70,7 @@ def test_the_targets_own_rating_changes_nothing(dataset: Dataset, tmp_path: Path
     """
     s = dataset.samples
     is_last = s.position == np.diff(dataset.offsets)[s.user] - 1
-    flipped = np.flatnonzero(is_last & (s.split == "test"))
+    flipped = np.flatnonzero(is_last & (s.split == SPLITS.index("test")))
     assert len(flipped) > USERS // 3
     ratings, labels = dataset.behaviour_ratings.copy(), s.label.copy()
     ratings[dataset.offsets[s.user[flipped]] + s.position[flipped]] = np.where(labels[flipped] == 1, 1, 5)

@@ -35,9 +35,14 @@ def raw_rows(dataset: Dataset, samples: np.ndarray) -> pa.Table:
         {
             "item_id": dataset.items["item_id"].take(pa.array(s.item[samples])),
             "user_id": dataset.users["user_id"].take(pa.array(s.user[samples])),
-            "time": s.time[samples],
+            "time": times(dataset)[samples],
         }
     )
+
+
+def times(dataset: Dataset) -> np.ndarray:
+    """The time of each sample."""
+    return dataset.behaviour_times[dataset.offsets[dataset.samples.user] + dataset.samples.position]
 
 
 def unique_times(dataset: Dataset) -> np.ndarray:
@@ -45,7 +50,7 @@ def unique_times(dataset: Dataset) -> np.ndarray:
     s, chosen = dataset.samples, []
     for sample in dataset.indices("test"):
         start, end = dataset.offsets[s.user[sample]], dataset.offsets[s.user[sample] + 1]
-        if (dataset.behaviour_times[start:end] == s.time[sample]).sum() == 1:
+        if (dataset.behaviour_times[start:end] == times(dataset)[sample]).sum() == 1:
             chosen.append(sample)
     return np.array(chosen)
 

@@ -45,10 +45,11 @@ def test_samples_follow_the_protocol(dataset: Dataset) -> None:
     )
     assert len(expected) == USERS * 9
     s = dataset.samples
-    found = zip(s.time, s.user + 1, s.item + 1, s.position, s.label, strict=True)
+    times = dataset.behaviour_times[dataset.offsets[s.user] + s.position]
+    found = zip(times, s.user + 1, s.item + 1, s.position, s.label, strict=True)
     assert [tuple(map(int, row)) for row in found] == expected
     train, valid = len(expected) * 8 // 10, len(expected) * 9 // 10
-    assert s.split.tolist() == ["train"] * train + ["valid"] * (valid - train) + ["test"] * (len(s) - valid)
+    assert s.split.tolist() == [0] * train + [1] * (valid - train) + [2] * (len(s) - valid)
 
 
 def test_history_is_what_came_before(dataset: Dataset) -> None:
@@ -80,7 +81,8 @@ def test_counts_and_sources_are_recorded(dataset: Dataset, raw: Path) -> None:
     counts = meta["counts"]
     assert (counts["items"], counts["users"]) == (ITEMS, USERS)
     assert (counts["behaviours"], counts["samples"]) == (len(ROWS), USERS * 9)
-    assert meta["dropped"] == {"behaviours with fewer than 5 earlier ones": USERS * 5}
+    assert meta["dropped"] == {"no sample: fewer than 5 earlier behaviours": USERS * 5}
+    assert meta["rows"] == {"ml-100k.inter": len(ROWS), "ml-100k.item": ITEMS, "ml-100k.user": USERS}
     for split in ("train", "valid", "test"):
         rows = dataset.indices(split)
         positives = int(dataset.samples.label[rows].sum())
@@ -156,9 +158,12 @@ BAD = {
     ),
     "header only": (
         lambda raw: (raw / "ml-100k.inter").write_text(INTER + "\n"),
-        "ml-100k: split 'train' is empty, there are only 0 behaviours",
+        "ml-100k: split 'train' is empty, there are only 0 samples",
     ),
-    "fields missing": (replace_line("inter", 4, "1\t2\t3"), "ml-100k.inter.*#4: Expected 4 columns, got 3"),
+    "fields missing": (
+        replace_line("inter", 4, "1\t2\t3"),
+        "ml-100k.inter, line 4: expected 4 fields, found 3",
+    ),
     "blank line": (
         replace_line("item", 3, ""),
         "item, line 3: expected a value of 'item_id:token', found none",
@@ -173,9 +178,12 @@ BAD = {
         replace_line("inter", 5, "1\t2\t0.5\t5"),
         "line 5: expected a rating from 1 to 5.* 0.5",
     ),
-    "rating no number": (replace_line("inter", 6, "1\t2\tx\t5"), "line 6: expected a number, found 'x'"),
-    "rating not finite": (replace_line("inter", 6, "1\t2\tnan\t5"), "line 6: expected a number, found 'nan'"),
-    "time no number": (replace_line("inter", 7, "1\t2\t3\t"), "line 7: expected a number, found ''"),
+    "rating no number": (
+        replace_line("inter", 6, "1\t2\tx\t5"),
+        "line 6: expected a number as 'rating:float', found 'x'",
+    ),
+    "rating not finite": (replace_line("inter", 6, "1\t2\tnan\t5"), "line 6: expected a rating .* nan"),
+    "time no number": (replace_line("inter", 7, "1\t2\t3\t"), "line 7: expected a whole number .* found ''"),
     "item twice": (
         replace_line("item", 3, "1\tX\t1990\tWar"),
         "items: expected each item_id once, found '1'",
@@ -194,7 +202,7 @@ BAD = {
     ),
     "not UTF-8": (
         lambda raw: (raw / "ml-100k.item").write_bytes(f"{ITEM}\n1\t".encode() + b"\xe9\t1990\tWar\n"),
-        "ml-100k.item: expected lines of 4 tab-separated fields in UTF-8",
+        "ml-100k.item, line 2: expected UTF-8 as 'movie_title:token_seq'",
     ),
 }
 
@@ -210,7 +218,7 @@ def test_bad_raw_data(raw: Path, tmp_path: Path, edit: Callable[[Path], None], w
 def test_too_few_samples_for_a_split(tmp_path: Path) -> None:
     rows = [(1, item, 4, item) for item in range(1, 11)]
     source = read_ml_100k(write_ml_100k(tmp_path / "raw", rows, 1, 10))
-    with pytest.raises(InputError, match=r"split 'valid' is empty, there are only 5 behaviours"):
+    with pytest.raises(InputError, match=r"split 'valid' is empty, there are only 5 samples"):
         prepare(source, tmp_path / "data")
 
 
@@ -294,7 +302,8 @@ def test_movielens_100k(tmp_path: Path) -> None:
         "test": {"samples": 9_529, "positives": 5_354},
     }
     dataset = Dataset.load(tmp_path / "data")
-    assert (np.diff(dataset.samples.time) >= 0).all()
+    s = dataset.samples
+    assert (np.diff(dataset.behaviour_times[dataset.offsets[s.user] + s.position]) >= 0).all()
     # "V" stands for the year of one film, and another is "unkonwn" throughout.
     assert dataset.texts[1411] == (
         "Land Before Time III: The Time of the Great Giving (1995). Animation, Children's"

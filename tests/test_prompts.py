@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,9 +13,10 @@ from raw_data import random_interactions, write_ml_100k
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from rellax.ctr import prompts as prompts_module
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.prepare import prepare
-from rellax.ctr.prompts import PromptBuilder, add_placeholder, answer_ids, recent
+from rellax.ctr.prompts import PromptBuilder, add_placeholder, answer_ids
 from rellax.ctr.sources import read_ml_100k
 from rellax.errors import InputError
 
@@ -74,6 +76,11 @@ def builder(tokenizer: PreTrainedTokenizerFast, dataset: Dataset, **options: int
 
 
 SAMPLE = 40
+
+
+def recent(position: int, k: int) -> list[int]:
+    rows = prompts_module.recent(np.array([position]), k)[0]
+    return rows[rows >= 0].tolist()
 
 
 def history(dataset: Dataset) -> list[tuple[int, float]]:
@@ -223,9 +230,37 @@ def test_the_targets_own_rating_never_shows(dataset: Dataset) -> None:
 
 
 def test_recent() -> None:
-    assert recent(9, 3) == [8, 7, 6]
-    assert recent(2, 3) == [1, 0]
-    assert recent(0, 3) == []
+    found = prompts_module.recent(np.array([9, 2, 0], dtype=np.int32), 3)
+    assert found.tolist() == [[8, 7, 6], [1, 0, -1], [-1, -1, -1]]
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["plain", "soft"])
+@pytest.mark.parametrize("limit", [2048, 150, 120])
+def test_lengths_are_those_of_the_prompts(dataset: Dataset, limit: int, soft: bool) -> None:
+    tokenizer = byte_level(CHATML)
+    placeholder = add_placeholder(tokenizer) if soft else None
+    prompts = builder(tokenizer, dataset, k=6, max_tokens=limit, placeholder=placeholder)
+    samples = np.random.default_rng(0).permutation(len(dataset.samples))
+    positions = np.full((len(samples), 8), -1)
+    rng = np.random.default_rng(1)
+    for row, sample in zip(positions, samples, strict=True):
+        chosen = rng.permutation(dataset.samples.position[sample])[: rng.integers(9)]
+        row[: len(chosen)] = chosen
+    built = [
+        prompts.build(int(sample), row[row >= 0].tolist())
+        for sample, row in zip(samples, positions, strict=True)
+    ]
+    lengths = prompts.lengths(samples, positions)
+    assert lengths.tolist() == [len(prompt.input_ids) for prompt in built]
+    assert prompts.lengths(samples[:3], positions[:3]).tolist() == lengths[:3].tolist()
+    least = len(prompts.build(SAMPLE, []).input_ids)
+    assert prompts.lengths(np.array([SAMPLE]), np.empty((1, 0), dtype=int)).tolist() == [least]
+
+
+def test_lengths_name_a_sample_that_cannot_fit(dataset: Dataset) -> None:
+    prompts = builder(byte_level(CHATML), dataset, max_tokens=20)
+    with pytest.raises(InputError, match=r"sample 3 needs \d+ tokens without any behaviour, got 20"):
+        prompts.lengths(np.array([3, 4]), np.array([[0], [1]]))
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,9 @@ def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
-def epoch_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> list[np.ndarray]:
+def epoch_batches(
+    lengths: Sequence[int] | np.ndarray, batch_size: int, *, seed: int, epoch: int
+) -> list[np.ndarray]:
     """The batches of an epoch: rows of `lengths`, each once, random, but of similar length within a batch.
 
     Only neighbours in a random order are sorted by length, so that a batch stays a mixture. A pure function

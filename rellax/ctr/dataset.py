@@ -1,7 +1,12 @@
-"""The data folder that `rellax prepare` writes, in memory: items, users, histories and samples."""
+"""The data folder that `rellax prepare` writes, in memory: items, users, histories and samples.
+
+Histories are kept once, as columns of all behaviours, and a sample is a position in one of them: 8 bytes a
+behaviour and 14 a sample.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import DTypeLike
 
 from rellax._files import read_json
 from rellax.errors import InputError
@@ -19,23 +26,24 @@ COLUMNS = {
     "items": ("item", "item_id", "title", "text"),
     "users": ("user", "user_id", "profile"),
     "behaviours": ("user", "item", "rating", "time"),
-    "samples": ("sample", "user", "item", "position", "label", "time", "split"),
+    "samples": ("user", "item", "position", "label", "split"),
 }
+_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Samples:
-    """One array per field, all of length S, in global (time, user, item) order.
+    """One array per field, of length S, in global (time, user, item) order; in random order without times.
 
-    `position` is the number of earlier behaviours of that user, and so the target's row in their history.
+    `position` is the number of earlier behaviours of that user, and so the target's row in their history;
+    `split` indexes `SPLITS`.
     """
 
     user: np.ndarray  # int32
     item: np.ndarray  # int32
     position: np.ndarray  # int32
     label: np.ndarray  # int8, 0 or 1
-    time: np.ndarray  # int64
-    split: np.ndarray  # str
+    split: np.ndarray  # int8
 
     def __len__(self) -> int:
         return len(self.user)
@@ -48,7 +56,7 @@ class Dataset:
     Attributes:
         meta: contents of dataset.json (name, counts, label rule, rating scale, feature columns).
         items, users: tables whose row is the dense id; `title`, `text` and `profile` are ready for prompts.
-        behaviour_items, behaviour_ratings, behaviour_times: (M,), grouped by user and in history order.
+        behaviour_items, behaviour_ratings: (M,), grouped by user and in history order.
         offsets: (U + 1,) int64; user u's history is rows offsets[u] to offsets[u + 1].
     """
 
@@ -58,7 +66,6 @@ class Dataset:
     users: pa.Table
     behaviour_items: np.ndarray  # int32
     behaviour_ratings: np.ndarray  # float32
-    behaviour_times: np.ndarray  # int64
     offsets: np.ndarray
     samples: Samples
 
@@ -71,32 +78,32 @@ class Dataset:
         """
         folder = Path(folder)
         meta = read_json(folder / "dataset.json", maker="rellax prepare")
-        items, users = _read(folder, "items"), _read(folder, "users")
-        behaviours, samples = _read(folder, "behaviours"), _read(folder, "samples")
-        owner = behaviours["user"].to_numpy()
-        if np.any(np.diff(owner) < 0):
-            raise InputError(
-                f"{folder / 'behaviours.parquet'}: expected rows grouped by rising user, found others"
-            )
+        items, users = (_File(folder, name).table() for name in ("items", "users"))
+        behaviours, samples = _File(folder, "behaviours"), _File(folder, "samples")
         dataset = cls(
             folder=folder,
             meta=meta,
             items=items,
             users=users,
-            behaviour_items=behaviours["item"].to_numpy(),
-            behaviour_ratings=behaviours["rating"].to_numpy(),
-            behaviour_times=behaviours["time"].to_numpy(),
-            offsets=np.searchsorted(owner, np.arange(users.num_rows + 1)).astype(np.int64),
-            samples=Samples(*(samples[name].to_numpy() for name in COLUMNS["samples"][1:])),
+            behaviour_items=behaviours.array("item", np.int32),
+            behaviour_ratings=behaviours.array("rating", np.float32),
+            offsets=_offsets(behaviours, users.num_rows),
+            samples=Samples(
+                user=samples.array("user", np.int32),
+                item=samples.array("item", np.int32),
+                position=samples.array("position", np.int32),
+                label=samples.array("label", np.int8),
+                split=samples.array("split", np.int8),
+            ),
         )
-        dataset._check(owner)
+        dataset._check()
         return dataset
 
     def indices(self, split: str) -> np.ndarray:
         """All samples of a split, rising."""
         if split not in SPLITS:
             raise InputError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
-        return np.flatnonzero(self.samples.split == split)
+        return np.flatnonzero(self.samples.split == SPLITS.index(split))
 
     def choose(self, split: str, n: int | None, seed: int) -> np.ndarray:
         """`n` random samples of a split, rising; None takes all. With the same seed, a larger `n` only adds.
@@ -117,6 +124,11 @@ class Dataset:
         return slice(start, start + int(self.samples.position[sample]))
 
     @cached_property
+    def behaviour_times(self) -> np.ndarray:
+        """(M,) int64; 0 where the data have no times. Read when it is first asked for."""
+        return _File(self.folder, "behaviours").array("time", np.int64)
+
+    @cached_property
     def titles(self) -> list[str]:
         """Title of every item."""
         return self.items["title"].to_pylist()
@@ -131,38 +143,87 @@ class Dataset:
         """Who each user is, in a few words."""
         return self.users["profile"].to_pylist()
 
-    def _check(self, owner: np.ndarray) -> None:
-        samples, lengths = self.samples, np.diff(self.offsets)
-        _check_ids(self.folder / "behaviours.parquet", "user", owner, len(lengths))
+    def _check(self) -> None:
+        path, samples, lengths = self.folder / "samples.parquet", self.samples, np.diff(self.offsets)
         _check_ids(self.folder / "behaviours.parquet", "item", self.behaviour_items, self.items.num_rows)
-        _check_ids(self.folder / "samples.parquet", "user", samples.user, len(lengths))
-        targets = self.offsets[samples.user] + samples.position
-        wrong = (samples.position < 0) | (samples.position >= lengths[samples.user])
-        wrong[~wrong] = self.behaviour_items[targets[~wrong]] != samples.item[~wrong]
-        if wrong.any():
-            row = int(np.flatnonzero(wrong)[0])
-            raise InputError(
-                f"{self.folder / 'samples.parquet'}: sample {row} (user {samples.user[row]}, item "
-                f"{samples.item[row]}, position {samples.position[row]}) is not in behaviours.parquet"
-            )
+        _check_ids(path, "user", samples.user, len(lengths))
+        for start in range(0, len(samples), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            user, item, position = samples.user[block], samples.item[block], samples.position[block]
+            wrong = (position < 0) | (position >= lengths[user])
+            right = np.flatnonzero(~wrong)
+            wrong[right] = self.behaviour_items[self.offsets[user[right]] + position[right]] != item[right]
+            if wrong.any():
+                row = int(np.flatnonzero(wrong)[0])
+                raise InputError(
+                    f"{path}: sample {start + row} (user {user[row]}, item {item[row]}, "
+                    f"position {position[row]}) is not in behaviours.parquet"
+                )
 
 
-def _read(folder: Path, name: str) -> pa.Table:
-    path = folder / f"{name}.parquet"
-    if not path.is_file():
-        raise InputError(f"{path}: expected a file of `rellax prepare`, found none")
-    try:
-        table = pq.read_table(path)
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{path}: expected Parquet, but it is damaged ({error})") from None
-    missing = [column for column in COLUMNS[name] if column not in table.column_names]
-    if missing:
-        raise InputError(f"{path}: expected column {missing[0]!r}, found {', '.join(table.column_names)}")
-    return table
+class _File:
+    """A Parquet file of the data folder, read column by column and block by block."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.path = folder / f"{name}.parquet"
+        if not self.path.is_file():
+            raise InputError(f"{self.path}: expected a file of `rellax prepare`, found none")
+        try:
+            self.file = pq.ParquetFile(self.path)
+        except pa.ArrowInvalid as error:
+            raise self._damaged(error) from None
+        found = self.file.schema_arrow.names
+        missing = [column for column in COLUMNS[name] if column not in found]
+        if missing:
+            raise InputError(f"{self.path}: expected column {missing[0]!r}, found {', '.join(found)}")
+
+    def table(self) -> pa.Table:
+        try:
+            return self.file.read()
+        except (pa.ArrowInvalid, OSError) as error:
+            raise self._damaged(error) from None
+
+    def array(self, column: str, dtype: DTypeLike) -> np.ndarray:
+        """A column as one array: of `split` the indices in `SPLITS`."""
+        array = np.empty(self.file.metadata.num_rows, dtype)
+        row = 0
+        for block in self.blocks(column):
+            array[row : row + len(block)] = block
+            row += len(block)
+        return array
+
+    def blocks(self, column: str) -> Iterator[np.ndarray]:
+        try:
+            for batch in self.file.iter_batches(_BLOCK, columns=[column]):
+                values = batch.column(0)
+                if pa.types.is_dictionary(values.type) or pa.types.is_string(values.type):
+                    values = pc.index_in(values, value_set=pa.array(SPLITS))
+                yield values.to_numpy(zero_copy_only=False)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise self._damaged(error) from None
+
+    def _damaged(self, error: Exception) -> InputError:
+        return InputError(f"{self.path}: expected Parquet, but it is damaged ({error})")
+
+
+def _offsets(behaviours: _File, users: int) -> np.ndarray:
+    """Where each user's behaviours begin, and where all end."""
+    lengths, last = np.zeros(users, dtype=np.int64), 0
+    for block in behaviours.blocks("user"):
+        _check_ids(behaviours.path, "user", block, users)
+        if np.any(np.diff(block, prepend=last) < 0):
+            raise InputError(f"{behaviours.path}: expected rows grouped by rising user, found others")
+        lengths += np.bincount(block, minlength=users)
+        last = block[-1]
+    return np.append(0, np.cumsum(lengths))
 
 
 def _check_ids(path: Path, column: str, ids: np.ndarray, count: int) -> None:
-    wrong = (ids < 0) | (ids >= count)
-    if wrong.any():
-        row = int(np.flatnonzero(wrong)[0])
-        raise InputError(f"{path}: row {row}: expected {column} in 0 to {count - 1}, found {ids[row]}")
+    for start in range(0, len(ids), _BLOCK):
+        block = ids[start : start + _BLOCK]
+        wrong = (block < 0) | (block >= count)
+        if wrong.any():
+            row = int(np.flatnonzero(wrong)[0])
+            raise InputError(
+                f"{path}: row {start + row}: expected {column} in 0 to {count - 1}, found {block[row]}"
+            )

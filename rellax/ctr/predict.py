@@ -110,8 +110,9 @@ def _samples(table: pa.Table, dataset: Dataset, path: Path) -> Samples:
     user = _dense(table, "user", dataset.users, path)
     item = _dense(table, "item", dataset.items, path)
     position = np.diff(dataset.offsets)[user]
-    time = np.full(len(user), -1, dtype=np.int64)
     if "time" in table.column_names:
+        if not dataset.meta["timed"]:
+            raise InputError(f"{path}: expected no column 'time', the data in {dataset.folder} have no times")
         time = table["time"].to_numpy()
         for row, (start, end) in enumerate(
             zip(dataset.offsets[user], dataset.offsets[user + 1], strict=True)
@@ -128,8 +129,7 @@ def _samples(table: pa.Table, dataset: Dataset, path: Path) -> Samples:
         item=item.astype(np.int32),
         position=position.astype(np.int32),
         label=np.full(len(user), -1, dtype=np.int8),
-        time=time,
-        split=np.full(len(user), "new"),
+        split=np.full(len(user), -1, dtype=np.int8),
     )
 
 

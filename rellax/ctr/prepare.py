@@ -1,8 +1,13 @@
-"""Raw rating data to the data folder: dense ids, histories, labelled samples, and a split by global time."""
+"""Raw rating data to the data folder: dense ids, histories, labelled samples, and a split.
+
+What is held at once is a few arrays over the behaviours; the samples are written in blocks.
+"""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,82 +21,83 @@ from rellax.ctr.dataset import SPLITS
 from rellax.ctr.sources import Source
 from rellax.errors import InputError
 
+_BLOCK = 1 << 20
+_SEED = 0  # of the orders that take the place of time where there is none
+
+
+@dataclass(frozen=True)
+class _Behaviours:
+    """One array per column of all M behaviours, users together and each user's in history order."""
+
+    user: np.ndarray  # int32
+    item: np.ndarray  # int32
+    rating: np.ndarray  # float32
+    time: np.ndarray  # int64
+    position: np.ndarray  # int32: how many of the same user come before
+
+    def __len__(self) -> int:
+        return len(self.user)
+
 
 def prepare(
     source: Source, folder: str | Path, *, min_history: int = 5, split: tuple[int, int, int] = (8, 1, 1)
 ) -> dict[str, Any]:
     """Write `source` as a data folder for `Dataset.load`, and return the contents of its dataset.json.
 
-    Every behaviour with at least `min_history` earlier ones of its user is a sample, labelled 1 where the
-    rating is larger than `source.positive_above`. Samples stand in global (time, user, item) order, where ids
-    compare as numbers if all of them are numbers; they are cut in the proportions `split`.
+    A behaviour with at least `min_history` earlier ones of its user is a sample, labelled 1 where the rating
+    is larger than `source.positive_above`. Samples stand in global (time, user, item) order, where ids
+    compare as numbers if all of them are numbers, and are cut in the proportions `split`.
+
+    Without times, each user's behaviours take a random order of a fixed seed, the last one is the user's only
+    sample, and `split` cuts the users, in random order.
 
     Raises:
         InputError: an id twice in a table, an interaction with an id in no table, a rating off the scale, or
             a split without samples.
     """
     items, users = _dense(source.items, "item"), _dense(source.users, "user")
-    behaviours = _behaviours(source, users, items)
-    samples = _samples(source, behaviours, min_history, split)
-    label, part_of = samples["label"], samples["split"]
-    counts: dict[str, Any] = {
-        "items": items.num_rows,
-        "users": users.num_rows,
-        "behaviours": len(behaviours["user"]),
-        "samples": len(label),
-    }
+    timed = "time" in source.interactions.column_names
+    behaviours, unknown = _behaviours(source, users, items, timed)
+    rows = _sample_rows(behaviours, min_history, timed)
+    ends = _split_ends(source, len(rows), min_history, split)
+    label = behaviours.rating[rows] > source.positive_above
+    parts = {name: label[start:end] for name, start, end in zip(SPLITS, [0, *ends], ends, strict=False)}
     meta = {
         "name": source.name,
         "item_noun": source.item_noun,
         "source_sha256": {path.name: sha256_file(path) for path in source.files},
-        "counts": counts | {name: _split_counts(label[part_of == name]) for name in SPLITS},
-        "dropped": {
-            f"behaviours with fewer than {min_history} earlier ones": counts["behaviours"] - counts["samples"]
+        "rows": source.rows,
+        "counts": {
+            "items": items.num_rows,
+            "users": users.num_rows,
+            "behaviours": len(behaviours),
+            "samples": len(rows),
+            **{name: {"samples": len(part), "positives": int(part.sum())} for name, part in parts.items()},
         },
+        "dropped": source.dropped | unknown | _not_sampled(behaviours, len(rows), min_history, timed),
         "odd": source.odd,
         "min_history": min_history,
+        "timed": timed,
         "positive_above": source.positive_above,
         "rating_scale": list(source.rating_scale),
+        "unrated": source.unrated,
+        "answers": source.answers,
+        "question": source.question,
         "features": {"item": list(source.item_features), "user": list(source.user_features)},
     }
     with atomic_folder(folder) as part:
         pq.write_table(items, part / "items.parquet")
         pq.write_table(users, part / "users.parquet")
-        pq.write_table(pa.table(behaviours), part / "behaviours.parquet")
-        pq.write_table(pa.table(samples), part / "samples.parquet")
+        _write(
+            part / "behaviours.parquet", len(behaviours), lambda block: _behaviour_block(behaviours, block)
+        )
+        _write(
+            part / "samples.parquet",
+            len(rows),
+            lambda block: _sample_block(behaviours, rows, label, ends, block),
+        )
         write_json(part / "dataset.json", meta)
     return meta
-
-
-def _behaviours(source: Source, users: pa.Table, items: pa.Table) -> dict[str, np.ndarray]:
-    """Columns of all interactions with dense ids, in (user, time, item) order."""
-    columns = {
-        "user": _lookup(source, "user", users),
-        "item": _lookup(source, "item", items),
-        "rating": _ratings(source),
-        "time": source.interactions["time"].to_numpy(),
-    }
-    order = np.lexsort((columns["item"], columns["time"], columns["user"]))
-    return {name: values[order] for name, values in columns.items()}
-
-
-def _samples(
-    source: Source, behaviours: dict[str, np.ndarray], min_history: int, split: tuple[int, int, int]
-) -> dict[str, np.ndarray]:
-    """Columns of the behaviours with enough history, in (time, user, item) order."""
-    user, item, time = behaviours["user"], behaviours["item"], behaviours["time"]
-    position = np.arange(len(user)) - np.searchsorted(user, user)
-    rows = np.flatnonzero(position >= min_history)
-    rows = rows[np.lexsort((item[rows], user[rows], time[rows]))]
-    return {
-        "sample": np.arange(len(rows), dtype=np.int32),
-        "user": user[rows],
-        "item": item[rows],
-        "position": position[rows].astype(np.int32),
-        "label": (behaviours["rating"][rows] > source.positive_above).astype(np.int8),
-        "time": time[rows],
-        "split": _split(source, len(rows), min_history, split),
-    }
 
 
 def _dense(table: pa.Table, kind: str) -> pa.Table:
@@ -105,38 +111,126 @@ def _dense(table: pa.Table, kind: str) -> pa.Table:
     return table.take(order).add_column(0, kind, pa.array(np.arange(len(ids), dtype=np.int32)))
 
 
+def _behaviours(
+    source: Source, users: pa.Table, items: pa.Table, timed: bool
+) -> tuple[_Behaviours, dict[str, int]]:
+    """All interactions with known ids, and how many others there are, by reason."""
+    user, item = _lookup(source, "user", users), _lookup(source, "item", items)
+    rating = _ratings(source)
+    time = source.interactions["time"].to_numpy() if timed else np.zeros(len(user), dtype=np.int64)
+    dropped = {}
+    if source.drop_unknown:
+        known = (user >= 0) & (item >= 0)
+        dropped["interactions of users in no table"] = int((user < 0).sum())
+        dropped["interactions with items in no table"] = int(((user >= 0) & (item < 0)).sum())
+        user, item, rating, time = (values[known] for values in (user, item, rating, time))
+    if timed:
+        order = np.lexsort((item, time, user))
+    else:
+        order = np.lexsort((np.random.default_rng(_SEED).permutation(len(user)), user))
+    user = user[order]
+    lengths = np.bincount(user, minlength=users.num_rows)
+    starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
+    position = np.subtract(np.arange(len(user)), starts).astype(np.int32)
+    return _Behaviours(user, item[order], rating[order], time[order], position), dropped
+
+
 def _lookup(source: Source, kind: str, table: pa.Table) -> np.ndarray:
-    """Dense ids (int32) of the interactions' raw ids."""
-    raw = source.interactions[f"{kind}_id"]
-    dense = pc.fill_null(pc.index_in(raw, value_set=table[f"{kind}_id"].combine_chunks()), -1).to_numpy()
-    if (dense < 0).any():
+    """Dense ids (int32) of the interactions' raw ids; -1 for unknown ones where the source drops them."""
+    known = table[f"{kind}_id"].combine_chunks()
+    column = source.interactions[f"{kind}_id"]
+    dense = np.empty(len(column), dtype=np.int32)
+    row = 0
+    for chunk in column.chunks:
+        encoded = chunk if pa.types.is_dictionary(chunk.type) else chunk.dictionary_encode()
+        codes = pc.fill_null(pc.index_in(encoded.dictionary, value_set=known), -1).to_numpy(False)
+        dense[row : row + len(chunk)] = codes[encoded.indices.to_numpy()]
+        row += len(chunk)
+    if not source.drop_unknown and (dense < 0).any():
         row = int(np.flatnonzero(dense < 0)[0])
-        raise InputError(f"{source.line(row)}: {kind} {raw[row].as_py()!r} is not in the table of {kind}s")
-    return dense.astype(np.int32)
+        raise InputError(f"{source.line(row)}: {kind} {column[row].as_py()!r} is not in the table of {kind}s")
+    return dense
 
 
 def _ratings(source: Source) -> np.ndarray:
-    rating = source.interactions["rating"].to_numpy()
+    rating = source.interactions["rating"].to_numpy().astype(np.float32, copy=False)
     low, high = source.rating_scale
-    outside = ~((rating >= low) & (rating <= high))
-    if outside.any():
-        row = int(np.flatnonzero(outside)[0])
-        raise InputError(
-            f"{source.line(row)}: expected a rating from {low:g} to {high:g}, found {rating[row]:g}"
-        )
-    return rating.astype(np.float32)
+    wrong = ~((rating >= low) & (rating <= high))
+    if source.answers is not None:
+        wrong |= rating % 1 != 0
+    if source.unrated is not None:
+        wrong &= rating != source.unrated
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        expected = "a label 0 or 1" if source.answers is not None else f"a rating from {low:g} to {high:g}"
+        raise InputError(f"{source.line(row)}: expected {expected}, found {rating[row]:g}")
+    return rating
 
 
-def _split(source: Source, samples: int, min_history: int, split: tuple[int, int, int]) -> np.ndarray:
-    ends = np.cumsum(split) * samples // sum(split)
+def _sample_rows(behaviours: _Behaviours, min_history: int, timed: bool) -> np.ndarray:
+    """Rows of the behaviours that are samples, in the samples' order."""
+    enough = behaviours.position >= min_history
+    if timed:
+        rows = np.flatnonzero(enough)
+        keys = (behaviours.item, behaviours.user, behaviours.time)
+        return rows[np.lexsort([key[rows] for key in keys])]
+    is_last = np.append(np.diff(behaviours.user) != 0, True)[: len(behaviours)]
+    return np.random.default_rng(_SEED).permutation(np.flatnonzero(enough & is_last))
+
+
+def _not_sampled(behaviours: _Behaviours, samples: int, min_history: int, timed: bool) -> dict[str, int]:
+    """Behaviours that are in histories alone."""
+    few = int((behaviours.position < min_history).sum())
+    reasons = {f"no sample: fewer than {min_history} earlier behaviours": few}
+    if not timed:
+        reasons["no sample: not the user's last behaviour"] = len(behaviours) - few - samples
+    return reasons
+
+
+def _split_ends(source: Source, samples: int, min_history: int, split: tuple[int, int, int]) -> np.ndarray:
+    """Where each split ends among the samples."""
+    ends: np.ndarray = np.cumsum(split) * samples // sum(split)
     sizes = np.diff(ends, prepend=0)
     if not sizes.all():
         raise InputError(
             f"{source.name}: split {SPLITS[int(np.argmin(sizes))]!r} is empty, there are only {samples} "
-            f"behaviours with at least {min_history} earlier ones of the same user"
+            f"samples with at least {min_history} earlier behaviours of the same user"
         )
-    return np.repeat(np.array(SPLITS), sizes)
+    return ends
 
 
-def _split_counts(label: np.ndarray) -> dict[str, int]:
-    return {"samples": len(label), "positives": int(label.sum())}
+def _behaviour_block(behaviours: _Behaviours, block: slice) -> pa.Table:
+    names = ("user", "item", "rating", "time")
+    return pa.table({name: getattr(behaviours, name)[block] for name in names})
+
+
+def _sample_block(
+    behaviours: _Behaviours, rows: np.ndarray, label: np.ndarray, ends: np.ndarray, block: slice
+) -> pa.Table:
+    chosen, number = rows[block], np.arange(block.start, block.stop, dtype=np.int32)
+    split = np.searchsorted(ends, number, side="right").astype(np.int8)
+    return pa.table(
+        {
+            "sample": number,
+            "user": behaviours.user[chosen],
+            "item": behaviours.item[chosen],
+            "position": behaviours.position[chosen],
+            "label": label[block].astype(np.int8),
+            "time": behaviours.time[chosen],
+            "split": pa.DictionaryArray.from_arrays(split, list(SPLITS)),
+        }
+    )
+
+
+def _write(path: Path, rows: int, block_at: Callable[[slice], pa.Table]) -> None:
+    """A Parquet file of as many rows, a row group for each block."""
+    blocks = _blocks(rows)
+    first = block_at(next(blocks))
+    with pq.ParquetWriter(path, first.schema) as writer:
+        writer.write_table(first)
+        for block in blocks:
+            writer.write_table(block_at(block))
+
+
+def _blocks(rows: int) -> Iterator[slice]:
+    return (slice(start, min(start + _BLOCK, rows)) for start in range(0, rows, _BLOCK))

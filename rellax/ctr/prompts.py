@@ -6,11 +6,12 @@ import contextlib
 import functools
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jinja2
+import numpy as np
 from tokenizers import AddedToken
 
 from rellax.ctr.dataset import Dataset
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 ANSWERS = ("No", "Yes")
 PLACEHOLDER = "<|item|>"
 _CONTENT = "[content]"
+_CACHED = 1 << 17  # pieces of each kind that are kept
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,43 @@ class Prompt:
     behaviours: int
 
 
-def recent(position: int, k: int) -> list[int]:
-    """The `k` most recent of `position` earlier behaviours, newest first."""
-    return list(range(position - 1, max(position - k, 0) - 1, -1))
+@dataclass(frozen=True)
+class Wording:
+    """How the prompts of a data set put it, from its dataset.json.
+
+    Attributes:
+        header: the line before the behaviours.
+        question: the last line, but for how to answer.
+        unrated: the rating that means that there is none.
+        answers: what the ratings 0 and 1 are called, where they are labels.
+    """
+
+    header: str
+    question: str
+    unrated: float | None
+    answers: tuple[str, str] | None
+
+    @classmethod
+    def of(cls, meta: dict[str, Any]) -> Wording:
+        noun, (low, high) = meta["item_noun"], meta["rating_scale"]
+        order = "oldest first" if meta["timed"] else "in no order"
+        if meta["answers"] is not None:
+            header, question = f"{noun.capitalize()} history, {order}:", f"Will the user choose this {noun}?"
+        else:
+            header = f"{noun.capitalize()} ratings from {low:g} to {high:g}, {order}:"
+            question = f"Will the user rate it above {meta['positive_above']:g}?"
+        return cls(header, meta["question"] or question, meta["unrated"], meta["answers"])
+
+    def behaviour(self, title: str, rating: float) -> str:
+        # The rating stands first: the title then starts with a space, as most words of a vocabulary do.
+        if self.answers is not None:
+            return f"{self.answers[int(rating)]}: {title}"
+        return f"unrated: {title}" if rating == self.unrated else f"{rating:g}: {title}"
+
+
+def recent(position: np.ndarray, k: int) -> np.ndarray:
+    """The `k` most recent of `position` (n,) earlier behaviours, newest first: (n, k), then -1."""
+    return np.maximum(position[:, None] - 1 - np.arange(k), -1)
 
 
 def add_placeholder(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -100,17 +136,19 @@ class PromptBuilder:
         self.k = k
         self.max_tokens = max_tokens
         self.placeholder = placeholder
-        noun, (low, high) = dataset.meta["item_noun"], dataset.meta["rating_scale"]
-        prefix, suffix = _frame(tokenizer)
+        self.wording = Wording.of(dataset.meta)
+        self._prefix, suffix = _frame(tokenizer)
         self._newline = _encode(tokenizer, "\n", after=".")
-        self._opening = _bos(tokenizer) + _encode(tokenizer, f"{prefix}User:", after="", special=True)
-        self._header = self._line(f"{noun.capitalize()} ratings from {low:g} to {high:g}, oldest first:")
-        self._question = _encode(
-            tokenizer, f"Will the user rate it above {dataset.meta['positive_above']:g}? Answer Yes or No."
-        ) + _encode(tokenizer, suffix, after=".", special=True)
-        self._profile_of = functools.cache(self._profile)
-        self._behaviour_of = functools.cache(self._behaviour)
-        self._target_of = functools.cache(self._target)
+        question = _encode(tokenizer, f"{self.wording.question} Answer Yes or No.")
+        self._question = question + _encode(tokenizer, suffix, after=".", special=True)
+        self._head_of = functools.lru_cache(_CACHED)(self._head)
+        self._behaviour_of = functools.lru_cache(_CACHED)(self._behaviour)
+        self._target_of = functools.lru_cache(_CACHED)(self._target)
+        self._ratings = np.unique(dataset.behaviour_ratings)
+        # Tokens of an item's line by rating, of it as a target, of a user's head; 0 is not known yet.
+        self._behaviour_tokens = np.zeros((dataset.items.num_rows, len(self._ratings)), dtype=np.int32)
+        self._target_tokens = np.zeros(dataset.items.num_rows, dtype=np.int32)
+        self._head_tokens = np.zeros(dataset.users.num_rows, dtype=np.int32)
 
     def build(self, sample: int, positions: Sequence[int]) -> Prompt:
         """Prompt of one sample with those behaviours of its history that `positions` names.
@@ -127,20 +165,41 @@ class PromptBuilder:
             if not 0 <= position < end:
                 raise InputError(f"positions: sample {sample} has behaviours 0 to {end - 1}, got {position}")
         item = int(self.dataset.samples.item[sample])
-        head = self._opening + self._profile_of(int(self.dataset.samples.user[sample])) + self._header
+        head = self._head_of(self.dataset.profiles[self.dataset.samples.user[sample]])
         tail = self._target_of(item) + self._question
         room = self.max_tokens - len(head) - len(tail)
         if room < 0:
-            raise InputError(
-                f"max_tokens: sample {sample} needs {len(head) + len(tail)} tokens without any behaviour, "
-                f"got {self.max_tokens}"
-            )
+            raise self._too_long(sample, len(head) + len(tail))
         rows = [history.start + int(position) for position in positions[: self.k]]
         lengths = itertools.accumulate(len(self._behaviour_at(row)) for row in rows)
         rows = sorted(rows[: sum(length <= room for length in lengths)])
         body = [token for row in rows for token in self._behaviour_at(row)]
         items = [*self.dataset.behaviour_items[rows].tolist(), item] if self.placeholder is not None else []
         return Prompt(head + body + tail, items, len(rows))
+
+    def lengths(self, samples: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Tokens of the prompts that `build` would make, (n,) int32, without making them.
+
+        Args:
+            samples: (n,) samples.
+            positions: (n, k) of each sample's behaviours, in order of importance, then -1.
+
+        Raises:
+            InputError: a prompt too long even without behaviours.
+        """
+        data, chosen = self.dataset, positions[:, : self.k]
+        user, item = data.samples.user[samples], data.samples.item[samples]
+        rows = np.where(chosen >= 0, data.offsets[user][:, None] + chosen, 0)
+        keys = data.behaviour_items[rows], np.searchsorted(self._ratings, data.behaviour_ratings[rows])
+        behaviours = _counted(self._behaviour_tokens, keys, self._count_behaviour)
+        fixed = _counted(self._head_tokens, (user,), self._count_head) + len(self._question)
+        fixed += _counted(self._target_tokens, (item,), self._count_target)
+        if (fixed > self.max_tokens).any():
+            row = int(np.argmax(fixed > self.max_tokens))
+            raise self._too_long(int(samples[row]), int(fixed[row]))
+        growing = np.cumsum(np.where(chosen >= 0, behaviours, 0), axis=1) + fixed[:, None]
+        kept = np.where(growing <= self.max_tokens, growing, 0)
+        return np.maximum(kept.max(axis=1, initial=0), fixed).astype(np.int32)
 
     def render(self, sample: int, positions: Sequence[int]) -> str:
         """The prompt as text, exactly as the model reads it."""
@@ -152,12 +211,34 @@ class PromptBuilder:
             int(self.dataset.behaviour_items[row]), float(self.dataset.behaviour_ratings[row])
         )
 
-    def _profile(self, user: int) -> list[int]:
-        return self._line(f" {self.dataset.profiles[user]}", after=":")
+    def _too_long(self, sample: int, tokens: int) -> InputError:
+        return InputError(
+            f"max_tokens: sample {sample} needs {tokens} tokens without any behaviour, got {self.max_tokens}"
+        )
+
+    def _count_behaviour(self, item: int, rating: int) -> int:
+        return len(self._behaviour_of(item, float(self._ratings[rating])))
+
+    def _count_head(self, user: int) -> int:
+        return len(self._head_of(self.dataset.profiles[user]))
+
+    def _count_target(self, item: int) -> int:
+        return len(self._target_of(item))
+
+    def _head(self, profile: str) -> list[int]:
+        """All before the behaviours; the line about the user is left out where nothing is known."""
+        header = self.wording.header
+        if not profile:
+            return _bos(self.tokenizer) + self._opened(header) + self._newline
+        who = self._opened("User:") + self._line(f" {profile}", after=":")
+        return _bos(self.tokenizer) + who + self._line(header)
+
+    def _opened(self, text: str) -> list[int]:
+        """`text` where the prompt begins, after what the chat template puts before it."""
+        return _encode(self.tokenizer, self._prefix + text, after="", special=True)
 
     def _behaviour(self, item: int, rating: float) -> list[int]:
-        # The rating stands first: the title then starts with a space, as most words of a vocabulary do.
-        return self._line(f"{rating:g}: {self.dataset.titles[item]}", soft=True)
+        return self._line(self.wording.behaviour(self.dataset.titles[item], rating), soft=True)
 
     def _target(self, item: int) -> list[int]:
         return self._line(f"New {self.dataset.meta['item_noun']}: {self.dataset.texts[item]}", soft=True)
@@ -167,6 +248,14 @@ class PromptBuilder:
         placeholder = [self.placeholder] if soft and self.placeholder is not None else []
         line = re.sub(r"\s+", " ", text)
         return _encode(self.tokenizer, line, after=after) + placeholder + self._newline
+
+
+def _counted(known: np.ndarray, keys: tuple[np.ndarray, ...], count: Callable[..., int]) -> np.ndarray:
+    """`known[keys]`, where `count` first fills in what is still 0."""
+    missing = np.unique(np.stack(keys)[..., known[keys] == 0], axis=1)
+    for key in missing.T.tolist():
+        known[tuple(key)] = count(*key)
+    return known[keys]
 
 
 def _encode(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from rellax.ctr.prompts import PromptBuilder, add_placeholder, answer_ids, recen
 from rellax.ctr.retrieval import read_positions
 from rellax.errors import InputError
 from rellax.patch import CFLoRAConfig, SoftPromptConfig, load_adapter, packing_pays, patch_model
+
+_BLOCK = 1 << 16  # prompts whose lengths are computed at once
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,58 @@ def input_hashes(config: TrainConfig) -> dict[str, str]:
     return {path.name: sha256_file(path) for path in makers}
 
 
+@dataclass(frozen=True)
+class Examples(Sequence[Example]):
+    """Prompts that are made when they are asked for: of all others no more than 9 bytes are held.
+
+    Attributes:
+        samples: (n,) sample of each prompt.
+        is_retrieved: (n,) whether it shows the retrieved behaviours, or the most recent ones.
+    """
+
+    prompts: PromptBuilder
+    inputs: Inputs
+    samples: np.ndarray
+    is_retrieved: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @overload
+    def __getitem__(self, row: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> Examples: ...
+
+    def __getitem__(self, row: int | slice) -> Example | Examples:
+        if isinstance(row, slice):
+            return replace(self, samples=self.samples[row], is_retrieved=self.is_retrieved[row])
+        sample = int(self.samples[row])
+        positions = self._positions(np.array([sample]), bool(self.is_retrieved[row]))[0]
+        prompt = self.prompts.build(sample, positions[positions >= 0].tolist())
+        label = int(self.inputs.dataset.samples.label[sample])
+        return Example(sample, label, prompt.input_ids, prompt.item_ids)
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of each prompt, (n,) int32."""
+        lengths = np.empty(len(self), dtype=np.int32)
+        for start in range(0, len(self), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            for kind in (False, True):
+                rows = start + np.flatnonzero(self.is_retrieved[block] == kind)
+                if len(rows):
+                    samples = self.samples[rows]
+                    lengths[rows] = self.prompts.lengths(samples, self._positions(samples, kind))
+        return lengths
+
+    def _positions(self, samples: np.ndarray, is_retrieved: bool) -> np.ndarray:
+        """(n, k) positions in the samples' histories, the most important first, then -1."""
+        if not is_retrieved:
+            return recent(self.inputs.dataset.samples.position[samples], self.prompts.k)
+        assert self.inputs.retrieved is not None, "TrainConfig asks for the folder with these prompts"
+        return self.inputs.retrieved[samples]
+
+
 class Task:
     """A language model patched for `config`, and what makes prompts and batches for it.
 
@@ -110,20 +164,13 @@ class Task:
         packed = config.packing == "always" or (config.packing == "auto" and packing_pays(model))
         self.collator = replace(self.collator, packed=packed)
 
-    def examples(self, samples: Iterable[int], prompts: str) -> list[Example]:
+    def examples(self, samples: Iterable[int], prompts: str) -> Examples:
         """The prompts of `samples`: "recent", "retrieved", or a "mixture" of one of each."""
-        kinds = ("recent", "retrieved") if prompts == "mixture" else (prompts,)
-        return [self._example(int(sample), kind) for sample in samples for kind in kinds]
-
-    def _example(self, sample: int, kind: str) -> Example:
-        samples, retrieved = self.inputs.dataset.samples, self.inputs.retrieved
-        if kind == "recent":
-            positions = recent(int(samples.position[sample]), self.config.k)
-        else:
-            assert retrieved is not None, "TrainConfig asks for the folder wherever these prompts are used"
-            positions = retrieved[sample][retrieved[sample] >= 0].tolist()
-        prompt = self.prompts.build(sample, positions)
-        return Example(sample, int(samples.label[sample]), prompt.input_ids, prompt.item_ids)
+        chosen = np.fromiter(samples, dtype=np.int64)
+        if prompts == "mixture":
+            is_retrieved = np.tile([False, True], len(chosen))
+            return Examples(self.prompts, self.inputs, np.repeat(chosen, 2), is_retrieved)
+        return Examples(self.prompts, self.inputs, chosen, np.full(len(chosen), prompts == "retrieved"))
 
     def _patched(self, model: Any, placeholder: int | None) -> Any:
         config, embeddings = self.config, self.collator.instance_embeddings

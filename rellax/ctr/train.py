@@ -105,7 +105,7 @@ class _Trainer:
         self._begin_stage()
         self.examples = self.task.examples(shots, config.prompts)
         self.validation = self.task.examples(self.chosen, config.evaluation_prompts)
-        self.lengths = [len(example.input_ids) for example in self.examples]
+        self.lengths = self.examples.lengths()
         self.per_epoch = -(-len(self.examples) // config.batch_size)
         self.steps = config.epochs * self.per_epoch
 

@@ -1,0 +1,273 @@
+"""People's own interactions, items and users: CSV or Parquet, and a column map in JSON.
+
+    {
+      "name": "shop",
+      "item_noun": "product",
+      "interactions": {"file": "orders.csv", "user": "customer", "item": "sku", "rating": "stars",
+                       "time": "day"},
+      "rating_scale": [1, 5],
+      "positive_above": 3,
+      "items": {"file": "products.parquet", "item": "sku", "title": "name", "text": ["name", "brand"],
+                "features": ["brand"]},
+      "users": {"file": "customers.csv", "user": "id", "profile": ["gender", "city"], "features": ["gender"]}
+    }
+
+docs/own-data.md explains each entry.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rellax._files import read_json
+from rellax.ctr.sources.source import Source
+from rellax.ctr.sources.tables import (
+    ID,
+    MOMENT,
+    RATING,
+    TEXT,
+    TIME,
+    Format,
+    milliseconds,
+    read_parquet,
+    read_text,
+)
+from rellax.errors import InputError
+
+# For each part of the map its entries: the type, and whether it must be there.
+_TOP: dict[str, tuple[type, bool]] = {
+    "name": (str, True),
+    "item_noun": (str, True),
+    "interactions": (dict, True),
+    "items": (dict, True),
+    "users": (dict, False),
+    "rating_scale": (list, False),
+    "positive_above": (float, False),
+    "question": (str, False),
+    "answers": (list, False),
+    "unknown_ids": (str, False),
+}
+_INTERACTIONS: dict[str, tuple[type, bool]] = {
+    "file": (str, True),
+    "delimiter": (str, False),
+    "user": (str, True),
+    "item": (str, True),
+    "rating": (str, False),
+    "label": (str, False),
+    "time": (str, False),
+}
+_ITEMS: dict[str, tuple[type, bool]] = {
+    "file": (str, False),
+    "delimiter": (str, False),
+    "item": (str, True),
+    "title": (str, True),
+    "text": (list, False),
+    "features": (list, False),
+}
+_USERS: dict[str, tuple[type, bool]] = {
+    "file": (str, False),
+    "delimiter": (str, False),
+    "user": (str, True),
+    "profile": (list, False),
+    "features": (list, False),
+}
+_OURS = ("item", "item_id", "title", "text", "user", "user_id", "profile")
+_KINDS = {str: "text", dict: "an object", list: "a list", float: "a number"}
+
+
+def read_own(column_map: str | Path, folder: str | Path | None = None) -> Source:
+    """Read the tables that a column map names.
+
+    Args:
+        column_map: a JSON file.
+        folder: where the map's files are; None is the map's own folder.
+
+    Raises:
+        InputError: the map has an entry too few, too many or of the wrong kind, a table lacks a column of it,
+            or a row cannot be read; the entry, or file and row, is named.
+    """
+    path = Path(column_map)
+    folder = path.parent if folder is None else Path(folder)
+    entries = _checked(path, "", read_json(path), _TOP)
+    events = _checked(path, "interactions", entries["interactions"], _INTERACTIONS)
+    things = _checked(path, "items", entries["items"], _ITEMS)
+    people = _checked(path, "users", entries.get("users", {"user": events["user"]}), _USERS)
+    labelled = _is_labelled(path, events)
+    interactions = _interactions(folder, events, labelled)
+    items, item_rows = _items(folder, things, events)
+    users, user_rows = _users(folder, people, events)
+    scale, positive_above = (0.0, 1.0), 0.0
+    if not labelled:
+        scale, positive_above = _rating_rule(path, entries)
+    files = {folder / part.get("file", events["file"]): None for part in (events, things, people)}
+    counts = {events["file"]: interactions.num_rows} | item_rows | user_rows
+    return Source(
+        name=entries["name"],
+        item_noun=entries["item_noun"],
+        items=items,
+        users=users,
+        interactions=interactions,
+        item_features=tuple(things.get("features", [])),
+        user_features=tuple(people.get("features", [])),
+        rating_scale=scale,
+        positive_above=positive_above,
+        interactions_file=folder / events["file"],
+        first_line=1 if events["file"].endswith(".parquet") else 2,
+        files=tuple(files),
+        rows=counts,
+        answers=_answers(path, entries) if labelled else None,
+        question=entries.get("question"),
+        drop_unknown=_drops_unknown(path, entries),
+    )
+
+
+def _is_labelled(path: Path, events: Mapping[str, Any]) -> bool:
+    if ("rating" in events) == ("label" in events):
+        raise InputError(f"{path}: interactions: expected either 'rating' or 'label'")
+    return "label" in events
+
+
+def _rating_rule(path: Path, entries: Mapping[str, Any]) -> tuple[tuple[float, float], float]:
+    for name in ("rating_scale", "positive_above"):
+        if name not in entries:
+            raise InputError(f"{path}: expected an entry {name!r} beside a column of ratings, found none")
+    scale = entries["rating_scale"]
+    if len(scale) != 2 or not all(isinstance(end, int | float) for end in scale) or not scale[0] < scale[1]:
+        raise InputError(f"{path}: rating_scale: expected the lowest and the highest rating, found {scale}")
+    threshold = float(entries["positive_above"])
+    if not scale[0] <= threshold < scale[1]:
+        raise InputError(
+            f"{path}: positive_above: expected at least {scale[0]} and less than {scale[1]}, "
+            f"found {threshold:g}"
+        )
+    return (float(scale[0]), float(scale[1])), threshold
+
+
+def _answers(path: Path, entries: Mapping[str, Any]) -> tuple[str, str]:
+    words = entries.get("answers", ["no", "yes"])
+    if len(words) != 2 or not all(isinstance(word, str) and word for word in words):
+        raise InputError(f"{path}: answers: expected what labels 0 and 1 are called, found {words}")
+    return words[0], words[1]
+
+
+def _drops_unknown(path: Path, entries: Mapping[str, Any]) -> bool:
+    choice = entries.get("unknown_ids", "error")
+    if choice not in ("error", "drop"):
+        raise InputError(f"{path}: unknown_ids: expected 'error' or 'drop', found {choice!r}")
+    return bool(choice == "drop")
+
+
+def _interactions(folder: Path, events: Mapping[str, Any], labelled: bool) -> pa.Table:
+    rating = events["label" if labelled else "rating"]
+    wanted = [("user_id", events["user"], ID), ("item_id", events["item"], ID), ("rating", rating, RATING)]
+    if "time" in events:
+        wanted.append(("time", events["time"], _time_type(folder / events["file"], events)))
+    table = _read(folder, events, {column: kind for _, column, kind in wanted})
+    columns = {name: table[column] for name, column, _ in wanted}
+    if "time" in columns and columns["time"].type == MOMENT:
+        columns["time"] = milliseconds(columns["time"])
+    return pa.table(columns)
+
+
+def _time_type(path: Path, events: Mapping[str, Any]) -> pa.DataType:
+    """Whole numbers, or in a CSV file whose first time is none, dates and times."""
+    if path.suffix == ".parquet" or not path.is_file():
+        return TIME
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        first = next(csv.DictReader(file, delimiter=events.get("delimiter", ",")), {})
+    value = first.get(events["time"]) or "0"
+    return TIME if value.removeprefix("-").isdecimal() else MOMENT
+
+
+def _items(
+    folder: Path, part: Mapping[str, Any], events: Mapping[str, Any]
+) -> tuple[pa.Table, dict[str, int]]:
+    texts, features = part.get("text", [part["title"]]), part.get("features", [])
+    if not texts:
+        raise InputError("items: text: expected at least one column, found none")
+    table, rows = _distinct(folder, part, events, "item", [part["title"], *texts, *features])
+    titles = pc.if_else(pc.equal(table[part["title"]], ""), "Unknown title", table[part["title"]])
+    columns = {"item_id": table[part["item"]], "title": titles, "text": _joined(table, texts, ". ")}
+    return pa.table(columns | _features(table, features)), rows
+
+
+def _users(
+    folder: Path, part: Mapping[str, Any], events: Mapping[str, Any]
+) -> tuple[pa.Table, dict[str, int]]:
+    profile, features = part.get("profile", []), part.get("features", [])
+    table, rows = _distinct(folder, part, events, "user", [*profile, *features])
+    columns = {"user_id": table[part["user"]], "profile": _joined(table, profile, ", ")}
+    return pa.table(columns | _features(table, features)), rows
+
+
+def _distinct(
+    folder: Path, part: Mapping[str, Any], events: Mapping[str, Any], kind: str, columns: list[str]
+) -> tuple[pa.Table, dict[str, int]]:
+    """The table of items or users: a file of its own, or the first row of each id in the interactions."""
+    ids = part[kind]
+    wanted = dict.fromkeys([ids, *columns], TEXT) | {ids: ID}
+    if "file" in part and part["file"] != events["file"]:
+        table = _read(folder, part, wanted)
+        return _decoded(table), {part["file"]: table.num_rows}
+    table = _read(folder, {**events, **part}, wanted).unify_dictionaries().combine_chunks()
+    codes = table[ids].combine_chunks().indices.to_numpy()
+    return _decoded(table.take(np.sort(np.unique(codes, return_index=True)[1]))), {}
+
+
+def _decoded(table: pa.Table) -> pa.Table:
+    columns = [column.cast(TEXT) for column in table.columns]
+    return pa.table(columns, names=table.column_names)
+
+
+def _joined(table: pa.Table, columns: list[str], separator: str) -> pa.Array:
+    """The values of some columns in one text, without those that are empty."""
+    lists = [table[name].to_pylist() for name in columns]
+    return pa.array(
+        [separator.join(filter(None, row)) for row in zip(*lists, strict=True)]
+        if lists
+        else [""] * table.num_rows,
+        TEXT,
+    )
+
+
+def _features(table: pa.Table, names: list[str]) -> dict[str, pa.Array]:
+    return {name: pc.if_else(pc.equal(table[name], ""), "unknown", table[name]) for name in names}
+
+
+def _read(folder: Path, part: Mapping[str, Any], columns: Mapping[str, pa.DataType]) -> pa.Table:
+    path = folder / part["file"]
+    if path.suffix == ".parquet":
+        return read_parquet(path, columns)
+    return read_text(path, columns, Format(delimiter=part.get("delimiter", ","), quoted=True))
+
+
+def _checked(
+    path: Path, name: str, found: Any, entries: Mapping[str, tuple[type, bool]]
+) -> Mapping[str, Any]:
+    """A part of the map, all of whose entries are known and of their types."""
+    place = f"{path}: {name}: " if name else f"{path}: "
+    if not isinstance(found, dict):
+        raise InputError(f"{place}expected an object, found {found!r}")
+    value: Any
+    for entry, value in found.items():
+        if entry not in entries:
+            raise InputError(f"{place}expected entries {', '.join(entries)}, found {entry!r}")
+        kind: Any = entries[entry][0]
+        if not isinstance(value, int | float if kind is float else kind) or isinstance(value, bool):
+            raise InputError(f"{place}{entry}: expected {_KINDS[kind]}, found {value!r}")
+        named = value if entry in ("text", "profile", "features") else []
+        if not all(isinstance(column, str) for column in named):
+            raise InputError(f"{place}{entry}: expected names of columns, found {value!r}")
+        if entry == "features" and not set(named).isdisjoint(_OURS):
+            raise InputError(f"{place}features: expected names other than {', '.join(_OURS)}, found {named}")
+    for entry, (_, required) in entries.items():
+        if required and entry not in found:
+            raise InputError(f"{place}expected an entry {entry!r}, found {', '.join(map(repr, found))}")
+    return found

@@ -1,0 +1,221 @@
+"""Typed columns out of delimited text and Parquet, block by block, with errors that name file and line.
+
+What is held is the typed columns: repeated strings are asked for as dictionaries (`ID`), four bytes a row.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from rellax.errors import InputError
+
+ID = pa.dictionary(pa.int32(), pa.string())
+TEXT = pa.string()
+RATING = pa.float32()
+TIME = pa.int64()
+MOMENT = pa.timestamp("ms")
+
+_BLOCK_BYTES = 1 << 24
+_BLOCK_ROWS = 1 << 20
+_EXPECTED = {
+    ID: "a value",
+    TEXT: "text",
+    RATING: "a number",
+    TIME: "a whole number",
+    MOMENT: "a date and time",
+}
+_BAD_VALUE = re.compile(r"In CSV column #(\d+): Row #(\d+): CSV conversion error to \w+: (.*)", re.DOTALL)
+_BAD_ROW = re.compile(r"CSV parse error: Row #(\d+): Expected (\d+) columns, got (\d+)")
+
+
+@dataclass(frozen=True)
+class Format:
+    """A dialect of delimited text.
+
+    Attributes:
+        delimiter: one character.
+        quoted: whether values may stand in double quotes, and then hold delimiters and line ends.
+        encoding: of the text.
+        header: the names of the columns, where the file's first line does not give them.
+        replace: bytes to replace beforehand, such as a separator of two characters by `delimiter`; the file
+            is then read in one piece.
+        skip_lines: lines at the beginning to pass over.
+        broken: told of every row with too many or too few fields, which is left out; None makes it an error.
+    """
+
+    delimiter: str = ","
+    quoted: bool = False
+    encoding: str = "utf8"
+    header: Sequence[str] | None = None
+    replace: Sequence[tuple[bytes, bytes]] = ()
+    skip_lines: int = 0
+    broken: Callable[[], None] | None = None
+
+
+def read_text(path: Path, columns: Mapping[str, pa.DataType], form: Format) -> pa.Table:
+    """The named columns of a delimited file, in that order, of these types; an `ID` has a value in every row.
+
+    Raises:
+        InputError: the file or a column is missing, or a line cannot be read.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: expected this file, found none")
+    names = form.header
+    try:
+        with _open(path, form) as file:
+            reader = pa.csv.open_csv(
+                file,
+                read_options=pa.csv.ReadOptions(
+                    use_threads=False,  # with one thread, errors name the line
+                    block_size=_BLOCK_BYTES,
+                    encoding=form.encoding,
+                    column_names=names,
+                    skip_rows=form.skip_lines,
+                ),
+                parse_options=pa.csv.ParseOptions(
+                    delimiter=form.delimiter,
+                    quote_char='"' if form.quoted else False,
+                    newlines_in_values=form.quoted,
+                    ignore_empty_lines=form.broken is not None,
+                    invalid_row_handler=None if form.broken is None else _skipper(form.broken),
+                ),
+                convert_options=pa.csv.ConvertOptions(
+                    column_types=columns,
+                    include_columns=list(columns),
+                    strings_can_be_null=False,
+                    null_values=[],
+                ),
+            )
+            table = pa.Table.from_batches(list(reader), reader.schema)
+    except pa.ArrowKeyError:
+        raise InputError(_missing(path, columns, _header(path, form))) from None
+    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+        raise InputError(_explained(path, columns, form, str(error))) from None
+    first = 1 if names and not form.skip_lines else 2
+    for name, kind in columns.items():
+        if kind == ID:
+            _check_filled(path, name, table[name], first)
+    return table
+
+
+def read_parquet(path: Path, columns: Mapping[str, pa.DataType]) -> pa.Table:
+    """The named columns of a Parquet file, in that order and of these types; an id may also be a number.
+
+    A `TIME` may also be a date or timestamp: it becomes milliseconds since 1970. Only `TEXT` may be missing.
+
+    Raises:
+        InputError: the file or a column is missing, is damaged, or holds something else.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: expected this file, found none")
+    try:
+        with pq.ParquetFile(path) as file:
+            found = file.schema_arrow.names
+            if not set(columns) <= set(found):
+                raise InputError(_missing(path, columns, found))
+            schema = pa.schema(list(columns.items()))
+            batches, row = [], 0
+            for batch in file.iter_batches(_BLOCK_ROWS, columns=list(columns)):
+                arrays = [_converted(path, name, batch[name], kind, row) for name, kind in columns.items()]
+                batches.append(pa.record_batch(arrays, schema=schema))
+                row += batch.num_rows
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path}: expected Parquet, but it is damaged ({error})") from None
+    return pa.Table.from_batches(batches, schema)
+
+
+def milliseconds(column: Any) -> Any:
+    """Dates or timestamps as milliseconds since 1970."""
+    return pc.cast(pc.cast(column, MOMENT, safe=False), TIME)
+
+
+def strings(table: pa.Table, name: str) -> list[str]:
+    """A column of text as a list."""
+    return [str(value) for value in table[name].to_pylist()]
+
+
+def _converted(path: Path, name: str, column: pa.Array, kind: pa.DataType, row: int) -> pa.Array:
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    wanted = TEXT if kind == ID else kind
+    if kind == TIME and (pa.types.is_timestamp(column.type) or pa.types.is_date(column.type)):
+        column = milliseconds(column)
+    if kind == TEXT:
+        column = pc.fill_null(pc.cast(column, TEXT), "")
+    elif column.null_count:
+        where = row + column.is_null().to_pylist().index(True) + 1
+        raise InputError(f"{path}, row {where}: expected {_EXPECTED[kind]} as {name!r}, found none")
+    try:
+        column = pc.cast(column, wanted)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise InputError(f"{path}: expected {_EXPECTED[kind]} as {name!r} ({error})") from None
+    return column.dictionary_encode() if kind == ID else column
+
+
+def _open(path: Path, form: Format) -> Any:
+    if not form.replace:
+        return path.open("rb")
+    data = path.read_bytes()
+    for old, new in form.replace:
+        data = data.replace(old, new)
+    return io.BytesIO(data)
+
+
+def _skipper(broken: Callable[[], None]) -> Callable[[Any], str]:
+    def skip(_: Any) -> str:
+        broken()
+        return "skip"
+
+    return skip
+
+
+def _header(path: Path, form: Format) -> list[str]:
+    if form.header is not None:
+        return list(form.header)
+    encoding = "utf-8-sig" if form.encoding == "utf8" else form.encoding
+    with path.open(encoding=encoding, errors="replace", newline="") as file:
+        if not form.quoted:
+            return file.readline().rstrip("\r\n").split(form.delimiter)
+        return next(csv.reader(file, delimiter=form.delimiter), [])
+
+
+def _missing(path: Path, columns: Mapping[str, pa.DataType], found: Sequence[str]) -> str:
+    lacking = next((name for name in columns if name not in found), next(iter(columns)))
+    return f"{path}, line 1: expected a column {lacking!r}, found {', '.join(map(repr, found))}"
+
+
+def _explained(path: Path, columns: Mapping[str, pa.DataType], form: Format, error: str) -> str:
+    """Arrow's complaint as our sentence."""
+    place = "row" if form.quoted else "line"
+    if match := _BAD_ROW.search(error):
+        row, expected, got = match.groups()
+        return f"{path}, {place} {int(row) + form.skip_lines}: expected {expected} fields, found {got}"
+    if match := _BAD_VALUE.search(error):
+        column, row, reason = match.groups()
+        name = _header(path, form)[int(column)]
+        expected = "UTF-8" if "UTF8" in reason else _EXPECTED[columns[name]]
+        found = reason.removeprefix("invalid value ")
+        return f"{path}, {place} {int(row) + form.skip_lines}: expected {expected} as {name!r}, found {found}"
+    return f"{path}: expected fields with {form.delimiter!r} between them ({error})"
+
+
+def _check_filled(path: Path, name: str, column: pa.ChunkedArray, first: int) -> None:
+    row = 0
+    for chunk in column.chunks:
+        code = pc.index(chunk.dictionary, "").as_py()
+        if code >= 0:
+            line = row + int(np.flatnonzero(chunk.indices.to_numpy() == code)[0]) + first
+            raise InputError(f"{path}, line {line}: expected a value of {name!r}, found none")
+        row += len(chunk)
