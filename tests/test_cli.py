@@ -16,6 +16,7 @@ import pytest
 from raw_data import random_interactions, write_ml_100k
 from workspace import ITEMS, PER_USER, USERS, Workspace, make_model
 
+import rellax
 from rellax.ctr import cli
 from rellax.ctr.dataset import Dataset
 
@@ -96,7 +97,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         assert "(default: None)" not in shown
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--version"])
-    assert capsys.readouterr().out == "rellax 0.1.0\n"
+    assert capsys.readouterr().out == f"rellax {rellax.__version__}\n"
 
 
 def test_help_imports_nothing_heavy() -> None:

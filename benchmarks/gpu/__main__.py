@@ -49,40 +49,22 @@ def sections(dry: bool) -> list[Section]:
     files = {path.name: str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("benchmarks/bench_*.py"))}
     step = files.pop("bench_step.py", None)
     timed = [*PYTEST, "--benchmark-only"]
+    benchmark = ["pytest", "pytest_benchmark"]
     return [
-        Section("machine", "the machine and its measured ceilings", [["-m", "benchmarks.gpu.machine"]], 30),
-        Section(
-            "correctness",
-            "every operator against fp64, memory full of NaN",
-            [["-m", "benchmarks.gpu.correctness"]],
-            90,
-        ),
-        Section("sweep", "operators over many sizes, beside peers", [["-m", "benchmarks.gpu.sweep"]], 100),
-        Section(
-            "tests", "the test suite", [tests], 130, needs=["pytest"], variables={"OMP_NUM_THREADS": "1"}
-        ),
-        Section(
-            "sanitizer",
-            "compute-sanitizer's memcheck and racecheck",
-            [["-m", "benchmarks.gpu.sanitizer"]],
-            50,
-        ),
-        Section(
-            "benchmarks",
-            "benchmarks with peers",
-            [[*timed, file] for file in files.values()],
-            100,
-            needs=["pytest", "pytest_benchmark"],
-        ),
-        Section(
-            "step",
-            "the whole training step",
-            [[*timed, step]] if step else [],
-            60,
-            needs=["pytest", "pytest_benchmark"],
-            nothing="there is no benchmarks/bench_step.py",
-        ),
-    ]
+        Section("machine", "the machine and its ceilings", [_module("machine")], 30),
+        Section("correctness", "operators against fp64, memory full of NaN", [_module("correctness")], 90),
+        Section("sweep", "operators over many sizes, beside peers", [_module("sweep")], 100, needs=["pytest"]),
+        Section("tests", "the test suite", [tests], 130, needs=["pytest"], variables={"OMP_NUM_THREADS": "1"}),
+        Section("sanitizer", "compute-sanitizer: memcheck and racecheck", [_module("sanitizer")], 50),
+        Section("benchmarks", "benchmarks with peers", [[*timed, file] for file in files.values()], 100,
+                needs=benchmark),
+        Section("step", "the whole training step", [[*timed, step]] if step else [], 60, needs=benchmark,
+                nothing="there is no benchmarks/bench_step.py"),
+    ]  # fmt: skip
+
+
+def _module(name: str) -> list[str]:
+    return ["-m", f"benchmarks.gpu.{name}"]
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -92,32 +92,36 @@ def run_sections(
 def _run(
     section: Section, found: dict[str, Any], limit: float, logs: Path, environment: Mapping[str, str]
 ) -> Iterator[None]:
-    """Fill `found` with what the section's processes find; yields after each change."""
+    """Fill `found` with what the section's processes find; yields after each change.
+
+    Each command has an equal part of what the ones before it have left.
+    """
     start = time.monotonic()
     lines, log = logs / f"{section.name}.jsonl", logs / f"{section.name}.log"
-    lines.unlink(missing_ok=True)
     environment = {**environment, **section.variables, records.FILE: str(lines)}
-    problems: list[str] = []
+    stopped: list[str] = []
+    failed: list[str] = []
     with log.open("w", encoding="utf-8") as output:
-        for command in section.commands:
+        for i, command in enumerate(section.commands):
+            now = time.monotonic()
+            end = now + (start + limit - now) / (len(section.commands) - i)
             with _group([sys.executable, *command], environment, output) as process:
-                while process.poll() is None and time.monotonic() - start < limit:
+                while process.poll() is None and time.monotonic() < end:
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(_POLL)
                     found |= {"seconds": time.monotonic() - start, "records": records.read(lines)}
                     yield
-                stopped = process.poll() is None
-            if stopped:
-                found |= {"status": "stopped", "reason": f"its {limit:.0f} s were over"}
-                break
-            if process.returncode:
-                problems.append(f"{' '.join(command)}: {_end(process.returncode, log)}")
+                running = process.poll() is None
+            if running:
+                stopped.append(f"{command[-1]}: its {end - now:.0f} s were over")
+            elif process.returncode:
+                failed.append(f"{command[-1]}: {_end(process.returncode, log)}")
     found |= {"seconds": round(time.monotonic() - start, 1), "records": records.read(lines)}
-    if problems:
-        found |= {"status": "failed", "reason": "; ".join(problems)}
-    elif found["status"] == "unfinished":
-        skipped = found["records"].pop("skipped", None)
-        found |= {"status": "skipped", **skipped} if skipped else {"status": "done"}
+    if skipped := found["records"].pop("skipped", None):
+        found |= {"status": "skipped", **skipped}
+    else:
+        status = "failed" if failed else "stopped" if stopped else "done"
+        found |= {"status": status, "reason": "; ".join(failed + stopped)}
     yield
 
 

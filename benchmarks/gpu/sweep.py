@@ -16,15 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rellax.errors import InputError
-from rellax.ops import cflora_linear, cflora_linears, gate_bank, history_topk, item_topk, soft_prompt
+from rellax.ops import gate_bank, history_topk, item_topk, soft_prompt
 
 from .clock import DEVICE, median_seconds
 from .records import emit
 from .sections import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
-from peers import cflora as peers
+import bench_cflora
 from peers import soft_prompt as soft_peers
+from peers.cflora import frozen_linear
 from sizes import DRY
 
 Run = Callable[[], object]
@@ -126,15 +127,13 @@ def cflora(point: Point, bandwidth: float, shared: bool = False) -> None:
         }
         for _ in range(layers)
     ]
-    functions: dict[str, Callable[[], list[Tensor]]] = {
-        "frozen": lambda: [peers.frozen_linear(x, **layer) for layer in made],
-        "rellax": lambda: _ours(x, made),
-        "published": lambda: [peers.published_cflora(x, **layer) for layer in made],
-        "plain_lora": lambda: [peers.plain_lora(x, **layer) for layer in made],
-        "addmm": lambda: [peers.addmm_chain(x, **layer) for layer in made],
-    }
-    if point == USUAL:
-        functions["compiled"] = lambda: [peers.compiled_cflora(x, **layer) for layer in made]
+    variants = {"frozen": frozen_linear, **bench_cflora.VARIANTS}
+    variants = {name: bench_cflora.one_by_one(run) for name, run in variants.items()}
+    if shared:
+        variants["rellax"] = bench_cflora.together
+    if point != USUAL:
+        del variants["compiled"]  # it takes longer to compile than everything else together
+    functions = {name: lambda run=run: run(x, made) for name, run in variants.items()}
     wanted, dys = [x, *(layer["gate"] for layer in made)], [_random(*x.shape) for _ in made]
     for direction in DIRECTIONS:
         runs = {name: _direction(function, direction, wanted, dys) for name, function in functions.items()}
@@ -155,15 +154,6 @@ def cflora(point: Point, bandwidth: float, shared: bool = False) -> None:
         if DEVICE.type == "cuda" and direction == "both":
             found["kept_over_tr"] = _kept(functions["rellax"]) / (4 * T * r * layers)
         emit(f"cflora {'qkv ' if shared else ''}{direction} {point}", **found)
-
-
-def _ours(x: Tensor, made: list[dict[str, Any]]) -> list[Tensor]:
-    if len(made) == 1:
-        (layer,) = made
-        gates = (layer["a"], layer["b"], layer["gate"], layer["scale"])
-        return [cflora_linear(x, layer["weight"], None, *gates)]
-    weights, *factors = ([layer[name] for layer in made] for name in ("weight", "a", "b", "gate"))
-    return list(cflora_linears(x, weights, [None] * len(made), *factors, made[0]["scale"]))
 
 
 def _direction(
