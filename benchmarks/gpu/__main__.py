@@ -53,8 +53,8 @@ def sections(dry: bool) -> list[Section]:
     return [
         Section("machine", "the machine and its ceilings", [_module("machine")], 30),
         Section("correctness", "operators against fp64, memory full of NaN", [_module("correctness")], 90),
-        Section("sweep", "operators over many sizes, beside peers", [_module("sweep")], 100, needs=["pytest"]),
-        Section("tests", "the test suite", [tests], 130, needs=["pytest"], variables={"OMP_NUM_THREADS": "1"}),
+        Section("sweep", "operators over sizes, beside peers", [_module("sweep")], 100, needs=["pytest"]),
+        Section("tests", "the tests", [tests], 130, needs=["pytest"], variables={"OMP_NUM_THREADS": "1"}),
         Section("sanitizer", "compute-sanitizer: memcheck and racecheck", [_module("sanitizer")], 50),
         Section("benchmarks", "benchmarks with peers", [[*timed, file] for file in files.values()], 100,
                 needs=benchmark),

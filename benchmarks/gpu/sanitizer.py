@@ -56,7 +56,7 @@ def _candidates() -> Iterator[str | Path | None]:
 def _check(sanitizer: str, tool: str, operator: str) -> None:
     """Without PyTorch's memory pool, in which one tensor's end is another's beginning."""
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    environment.pop(records.FILE)
+    environment.pop(records.FILE, None)
     command = [sanitizer, "--tool", tool, "--target-processes", "all", "--report-api-errors", "no"]
     command += [sys.executable, "-m", "benchmarks.gpu.correctness", operator, "bfloat16", "1"]
     done = subprocess.run(

@@ -81,6 +81,8 @@ def _guarded(name: str, part: Run) -> None:
         emit(f"{name} refused", skipped=str(error)[:300])
     except Exception as error:
         emit(f"{name} failed", failures=[f"{type(error).__name__}: {error}"[:500]])
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _copy_bandwidth() -> float:
