@@ -10,6 +10,7 @@ import gc
 import itertools
 import multiprocessing
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ VARIANTS = {
     "gathered": peers.gathered,
     "full_logits": peers.full_logits,
 }
+if DEVICE.type == "cuda" and find_spec("liger_kernel"):
+    VARIANTS["liger"] = peers.liger
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
