@@ -46,10 +46,11 @@ bench: setup
 # Kernels right, and how fast, on this machine's GPU. Takes .venv where it is, else a $(PYTHON) that has torch.
 #   make gpu DRY=1           tiny inputs on the CPU: does the script itself work?
 #   make gpu ONLY=sweep,step some sections, the results of the others are kept
+#   make gpu TUNE=1          the fastest configuration of each kernel beside the present one
 gpu:
 	test -x $(BIN)/python || $(PYTHON) -c "import torch" 2>/dev/null || $(MAKE) setup
 	"$$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON))" -m benchmarks.gpu $(if $(DRY),--dry) \
-		$(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out $(OUT)) $(if $(BUDGET),--budget $(BUDGET))
+		$(if $(ONLY)$(TUNE),--only $(or $(ONLY),tune)) $(if $(OUT),--out $(OUT)) $(if $(BUDGET),--budget $(BUDGET))
 
 # What every Triton kernel compiles to, for GPUs that need not be here (minutes).
 kernels: setup

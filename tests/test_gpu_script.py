@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.gpu import report, sanitizer
 from benchmarks.gpu.__main__ import PYTEST, main, sections
 from benchmarks.gpu.bars import BARS, Bar, Source
 from benchmarks.gpu.sections import Section, run_sections
 from benchmarks.plot import main as plot
+from rellax.kernels import _tuning
+from rellax.kernels._tuning import Tuned
 
 ROOT = Path(__file__).parent.parent
-NAMES = ["machine", "correctness", "sweep", "tests", "sanitizer", "benchmarks", "step"]
+NAMES = ["machine", "correctness", "sweep", "tests", "sanitizer", "benchmarks", "step", "tune"]
 EMIT = "from benchmarks.gpu.records import emit; "
 
 
@@ -52,6 +55,7 @@ def test_every_section_runs_or_says_why_not(results: dict[str, Any]) -> None:
         "sweep",
         "tests",
         "benchmarks",
+        "tune",
     }
     assert report.failures(results) == []
 
@@ -70,7 +74,7 @@ def test_every_operator_is_checked_and_timed(results: dict[str, Any]) -> None:
 def test_a_dry_run_has_no_verdicts(dry_run: Path) -> None:
     text = (dry_run / "dry-run.md").read_text(encoding="utf-8")
     assert text.count("not measured: a dry run") == len(BARS)
-    for title in ("Bars", "Sections", "Ceilings", "Sizes", "Benchmarks"):
+    for title in ("Bars", "Sections", "Ceilings", "Sizes", "Benchmarks", "Configurations"):
         assert f"\n## {title}\n" in text
     assert "What went wrong" not in text
 
@@ -194,6 +198,17 @@ def test_records_of_pytest(tmp_path: Path) -> None:
     assert mixed["skips"] == ["for a reason"]
     assert broken["outcomes"] == {"cannot run": 1}
     assert broken["missing"] == ["no_such_package_here"]
+
+
+def test_a_table_has_its_own_values_for_an_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tuning, "architecture", lambda device: "sm_90" if device.type == "cuda" else "")
+    table, gpu = Tuned({"a": 1, "b": 2}, sm_90={"b": 3}), torch.device("cuda")
+    assert table.on(torch.device("cpu")) == {"a": 1, "b": 2}
+    assert table.on(gpu) == {"a": 1, "b": 3}
+    with table.trial(gpu, {"a": 4}):
+        assert table.on(gpu) == {"a": 4, "b": 3}
+        assert table.on(torch.device("cpu")) == {"a": 1, "b": 2}
+    assert table.on(gpu) == {"a": 1, "b": 3}
 
 
 def test_verdicts() -> None:

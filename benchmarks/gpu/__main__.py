@@ -30,6 +30,9 @@ from .sections import ROOT, Section, run_sections
 BUDGET = 570.0
 """Seconds of a run: under ten minutes, with some for what comes before and after."""
 
+TUNE = "tune"
+"""The section that only a dry run does without being asked."""
+
 PYTEST = ("-m", "pytest", "-q", "-p", "benchmarks.gpu.pytest_log", "-p", "no:cacheprovider")
 DRY_RUN = {
     "RELLAX_DRY": "1",
@@ -60,6 +63,7 @@ def sections(dry: bool) -> list[Section]:
                 needs=benchmark),
         Section("step", "the whole training step", [[*timed, step]] if step else [], 60, needs=benchmark,
                 nothing="there is no benchmarks/bench_step.py"),
+        Section(TUNE, "configurations of kernels, the fastest beside the present", [_module(TUNE)], 60),
     ]  # fmt: skip
 
 
@@ -84,10 +88,11 @@ def main(arguments: Sequence[str]) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     name = "dry-run" if options.dry else _gpu()
-    chosen, only = sections(options.dry), set(filter(None, options.only.split(",")))
-    if unknown := only - {section.name for section in chosen}:
-        names = ", ".join(section.name for section in chosen)
-        raise InputError(f"--only: expected some of {names}, got {', '.join(sorted(unknown))}")
+    there = {section.name: section for section in sections(options.dry)}
+    only = [name for name in options.only.split(",") if name]
+    if unknown := [name for name in only if name not in there]:
+        raise InputError(f"--only: expected some of {', '.join(there)}, got {', '.join(unknown)}")
+    wanted = only or [name for name in there if options.dry or name != TUNE]
     path = options.out / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
     results: dict[str, Any] = {
         "machine": name,
@@ -100,7 +105,7 @@ def _run(options: argparse.Namespace) -> int:
     }
     environment = os.environ | (DRY_RUN if options.dry else {})
     run_sections(
-        [section for section in chosen if not only or section.name in only],
+        [section for name, section in there.items() if name in wanted],
         results,
         path,
         options.budget,

@@ -11,7 +11,7 @@ Results = Mapping[str, Any]
 
 
 def report(results: Results) -> str:
-    parts = (_head, _verdicts, _sections, _failures, _ceilings, _sweep, _benchmarks)
+    parts = (_head, _verdicts, _sections, _failures, _ceilings, _sweep, _benchmarks, _tuning)
     return "\n\n".join(filter(None, ("\n".join(part(results)) for part in parts))) + "\n"
 
 
@@ -167,6 +167,27 @@ def _benchmarks(results: Results) -> Iterator[str]:
         yield "## Benchmarks"
         yield ""
         yield from _table(("", "ms", "measured with it"), rows)
+
+
+def _tuning(results: Results) -> Iterator[str]:
+    """Both measurements of the present configuration, before and after the others: what is less is noise."""
+    rows = [
+        (
+            name,
+            record["present"],
+            " and ".join(map(_milliseconds, record["present_s"])),
+            record["fastest"],
+            _milliseconds(record["fastest_s"]) if record["fastest_s"] else "",
+            str(len(record["refused"])),
+        )
+        for name, record in _records(results, "tune")
+    ]
+    if rows:
+        yield "## Configurations"
+        yield ""
+        yield "Of a kernel's table in rellax/kernels: the whole operator's time with one row of it changed."
+        yield ""
+        yield from _table(("", "present", "ms", "fastest of the others", "ms", "refused"), rows)
 
 
 def _records(results: Results, section: str) -> list[tuple[str, Mapping[str, Any]]]:

@@ -21,11 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from rellax.kernels._build import Build
+from rellax.kernels._tuning import Tuned
 
 _IGNORED = -100
 _LOGITS = 2**25
-_BLOCK = 4096
-_WARPS = 8
+_BLOCK = Tuned({"BLOCK": 4096, "num_warps": 8})
 
 
 @triton.jit
@@ -177,12 +177,13 @@ def _launch(
     (n, vocabulary), dlogits = logits.shape, None
     if dtype is not None:
         dlogits = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
-    blocks = triton.cdiv(vocabulary, _BLOCK)
+    block = _BLOCK.on(logits.device)
+    blocks = triton.cdiv(vocabulary, block["BLOCK"])
     largest, total = logits.new_empty(2, n, blocks)
     target = logits.new_empty(n)
     common = (logits, bias, labels, largest, total, target)
     with torch.cuda.device_of(logits):
-        _statistics_kernel[(n, blocks)](*common, vocabulary, softcap, BLOCK=_BLOCK, num_warps=_WARPS)
+        _statistics_kernel[(n, blocks)](*common, vocabulary, softcap, **block)
         _gradient_kernel[(n, 1 if dlogits is None else blocks)](
             *common,
             losses,
@@ -190,9 +191,8 @@ def _launch(
             vocabulary,
             blocks,
             softcap,
-            BLOCK=_BLOCK,
             BLOCKS=triton.next_power_of_2(blocks),
-            num_warps=_WARPS,
+            **block,
         )
     return dlogits
 
@@ -212,16 +212,16 @@ def _select(table: Tensor, tokens: Sequence[int]) -> Tensor:
 def builds() -> Iterator[Build]:
     """See ``rellax.kernels._build``; for vocabularies of one block and of 2^18 tokens."""
     pointers = dict.fromkeys(("logits_ptr", "largest_ptr", "total_ptr", "target_ptr"), "*fp32")
-    aligned = ("logits_ptr", "bias_ptr", "dlogits_ptr", "vocabulary")
+    aligned, warps = ("logits_ptr", "bias_ptr", "dlogits_ptr", "vocabulary"), _BLOCK["num_warps"]
     for dtype, extras in itertools.product(("fp32", "bf16", "fp16"), (False, True)):
         name = f"{dtype} bias softcap" if extras else dtype
         signature = {**pointers, "labels_ptr": "*i64", "vocabulary": "i32"}
-        constants: dict[str, Any] = {"BLOCK": _BLOCK}
+        constants: dict[str, Any] = {"BLOCK": _BLOCK["BLOCK"]}
         if extras:
             signature |= {"bias_ptr": f"*{dtype}", "softcap": "fp32"}
         else:
             constants |= {"bias_ptr": None, "softcap": None}
-        yield Build(f"answer statistics {name}", _statistics_kernel, signature, constants, aligned, _WARPS)
+        yield Build(f"answer statistics {name}", _statistics_kernel, signature, constants, aligned, warps)
         signature |= {"loss_ptr": "*fp32", "blocks": "i32"}
         for blocks in (1, 64):
             constants = {**constants, "BLOCKS": blocks}
@@ -235,5 +235,5 @@ def builds() -> Iterator[Build]:
                     signature | more,
                     constants | fixed,
                     aligned if more else (),
-                    _WARPS,
+                    warps,
                 )

@@ -27,6 +27,7 @@ from torch import Tensor
 from rellax.errors import InputError
 from rellax.kernels._build import Build, record
 from rellax.kernels._tiles import tile_table, tile_tokens
+from rellax.kernels._tuning import Tuned
 
 MAX_RANK = 64
 _STEP = tl.constexpr(16)  # of the sums in the small fp32 products
@@ -383,9 +384,9 @@ class _Blocks(NamedTuple):
 
 
 # Up to so many components, padded and of all layers: bytes of a row in a block of 64 tokens, warps, stages.
-_SHRINK = {64: (128, 4, 4), 128: (128, 8, 3), 256: (64, 8, 3)}
-_EXPAND = {16: (128, 4, 2), 128: (128, 8, 2), 256: (64, 8, 2), 1024: (64, 8, 1)}
-_OUTER = {32: (128, 4, 3), 64: (128, 8, 3)}
+_SHRINK = Tuned({64: (128, 4, 4), 128: (128, 8, 3), 256: (64, 8, 3)})
+_EXPAND = Tuned({16: (128, 4, 2), 128: (128, 8, 2), 256: (64, 8, 2), 1024: (64, 8, 1)})
+_OUTER = Tuned({32: (128, 4, 3), 64: (128, 8, 3)})
 
 
 def _padded(rank: int) -> int:
@@ -543,7 +544,7 @@ def _shrink_tokens(tokens: int, itemsize: int) -> int:
 def _new_partial(rows: Tensor, d: int, rank: int, layers: int) -> Tensor:
     """Room for h or dy B, (T, n r), in as many parts over the d columns as fill the device: (S, T, n r)."""
     tokens, itemsize = len(rows), rows.itemsize
-    blocks = _blocks(_SHRINK, _shrink_tokens(tokens, itemsize), rank, 1, itemsize)
+    blocks = _blocks(_SHRINK.on(rows.device), _shrink_tokens(tokens, itemsize), rank, 1, itemsize)
     programs = max(1, triton.cdiv(tokens, blocks.tokens))
     most = min(8, 2 * _multiprocessors(rows.device) // programs, triton.cdiv(d, blocks.columns) // 2)
     splits = 1
@@ -559,10 +560,10 @@ def _shrink(
     (splits, tokens, width), d = out.shape, x.shape[1]
     rank = width // len(factors)
     seed, threshold, kept = _dropped(dropout, seed)
-    step = max(_SHRINK) // _padded(rank)
+    table, step = _SHRINK.on(x.device), max(_SHRINK) // _padded(rank)
     for i in range(0, len(factors), step):
         some = _contiguous(factors[i : i + step])
-        blocks = _blocks(_SHRINK, _shrink_tokens(tokens, x.itemsize), rank, len(some), x.itemsize)
+        blocks = _blocks(table, _shrink_tokens(tokens, x.itemsize), rank, len(some), x.itemsize)
         _shrink_kernel[(triton.cdiv(tokens, blocks.tokens), splits)](
             x,
             some,
@@ -602,7 +603,7 @@ def _expand(
 ) -> None:
     """y (T, d_out) = scale · h G Bᵀ + bias + base, and h (T, r) = the sum of the parts (S, T, r)."""
     (d, rank), base = lora_b.shape, None if base is None else _rows(base)
-    blocks = _blocks(_EXPAND, cut.size, rank, 1, y.itemsize)
+    blocks = _blocks(_EXPAND.on(y.device), cut.size, rank, 1, y.itemsize)
     groups = _groups(cut.tiles, d, blocks, y.device)
     _expand_kernel[(cut.tiles * groups,)](
         partial,
@@ -645,7 +646,7 @@ def _combine(
 ) -> None:
     """dx (T, d_in or 0), dh and z (T, n r) and the tiles' parts of dG (n, tiles, r, r), from dy B and h."""
     rank, d = lora_a[0].shape[0], dx.shape[1]
-    blocks = _blocks(_EXPAND, cut.size, rank, len(lora_a), dx.itemsize)
+    blocks = _blocks(_EXPAND.on(dx.device), cut.size, rank, len(lora_a), dx.itemsize)
     groups = _groups(cut.tiles, d, blocks, dx.device)
     seed, threshold, kept = _dropped(dropout, seed)
     _combine_kernel[(cut.tiles * groups,)](
@@ -701,7 +702,8 @@ def _sum_parts(parts: Tensor, gate: Sequence[Tensor], cut: _Cut) -> list[Tensor]
 def _outer(left: Tensor, right: Tensor, up: bool, dropout: float, seed: Tensor | None) -> Tensor:
     """leftᵀ keep(right) of left (T, w), right (T, d), in parts over tokens: (S, w, d); `up`: (S, d, w)."""
     (tokens, width), d = left.shape, right.shape[1]
-    blocks = _blocks(_OUTER, 128 // right.itemsize, min(width, max(_OUTER)), 1, right.itemsize)
+    components = min(width, max(_OUTER))
+    blocks = _blocks(_OUTER.on(right.device), 128 // right.itemsize, components, 1, right.itemsize)
     programs = triton.cdiv(width, blocks.components) * triton.cdiv(d, blocks.columns)
     steps = triton.cdiv(tokens, blocks.tokens)
     splits = max(1, min(16, 4 * _multiprocessors(right.device) // max(programs, 1), steps // 4))

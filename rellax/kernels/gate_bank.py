@@ -26,8 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rellax.kernels._build import Build
+from rellax.kernels._tuning import Tuned
 
-_TILE = {"BLOCK_H": 32, "BLOCK_D": 32, "BLOCK_N": 64}  # hidden units, columns of u, outputs
+_TILE = Tuned({"BLOCK_H": 32, "BLOCK_D": 32, "BLOCK_N": 64})  # hidden units, columns of u, outputs
 _SMALL_BATCH = 128  # up to here a tile has few instances: rather more programs than less to read
 _SUMMED = 4096  # elements that a program of `du` adds up at once
 _WARPS, _STAGES = 8, 2
@@ -306,7 +307,7 @@ def gate_bank_fwd(
     flat = u.new_empty((M, B, outputs), dtype=torch.float32)
     with torch.cuda.device_of(u):
         normed, _ = _normalise(u, eps)
-        tile = _tile(B)
+        tile = _tile(B, u.device)
         grid = (triton.cdiv(B, tile["BLOCK_B"]), triton.cdiv(outputs, tile["BLOCK_N"]), M)
         tensors = (normed, *parameters, flat)
         _launch(_gate_bank_fwd_kernel, grid, *tensors, B, d_u, hidden, outputs, **tile)
@@ -335,7 +336,7 @@ def gate_bank_bwd(
     dln_weight, dln_bias, dw1, db1, dw2, db2 = gradients
     du = u.new_empty(u.shape if need_u else (0,))
     g, da = (dflat.new_empty((M, B, hidden)) for _ in range(2))
-    tile = _tile(B)
+    tile = _tile(B, u.device)
     instances, units = triton.cdiv(B, tile["BLOCK_B"]), triton.cdiv(hidden, tile["BLOCK_H"])
     columns = triton.cdiv(d_u, tile["BLOCK_D"])
     with torch.cuda.device_of(u):
@@ -366,8 +367,8 @@ def _normalise(u: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return normed, rstd
 
 
-def _tile(B: int) -> dict[str, int]:
-    return {"BLOCK_B": 16 if B <= _SMALL_BATCH else 64, **_TILE}
+def _tile(B: int, device: torch.device) -> dict[str, int]:
+    return {"BLOCK_B": 16 if B <= _SMALL_BATCH else 64, **_TILE.on(device)}
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **blocks: int) -> None:
@@ -388,8 +389,8 @@ def builds() -> Iterator[Build]:
         _input_weights_kernel,
         _embedding_kernel,
     )
-    whole = {"BLOCK_M": 64, "BLOCK_D": 64}
-    cases = [(kernel, _tile(B), "fp32") for kernel in tiled for B in (_SMALL_BATCH, _SMALL_BATCH + 1)]
+    whole, meta = {"BLOCK_M": 64, "BLOCK_D": 64}, torch.device("meta")
+    cases = [(kernel, _tile(B, meta), "fp32") for kernel in tiled for B in (_SMALL_BATCH, _SMALL_BATCH + 1)]
     cases += [(_normalise_kernel, whole, dtype) for dtype in ("fp32", "bf16", "fp16")]
     cases += [(_du_kernel, whole, dtype) for dtype in ("fp32", "bf16", "fp16")]
     for kernel, shape, dtype in cases:

@@ -19,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rellax.kernels._build import Build
+from rellax.kernels._tuning import Tuned
 
-_ROW_BYTES = 4096  # that a program takes of a row: 64 for each thread
-_WARPS = 2
+_ROW = Tuned({"bytes": 4096, "num_warps": 2})  # that a program takes of a row: 64 for each thread
 _CAPACITY = 16  # of a soft row's list of tokens
 _WINDOW = 1024  # tokens that are compared with a soft row at once
 _COUNTED = 512  # tokens of a program that lists them
@@ -125,7 +125,8 @@ def soft_prompt_fwd(
     y = words.new_empty((*input_ids.shape, d))
     if y.numel() == 0:
         return y
-    block = _ROW_BYTES // words.element_size()
+    row = _ROW.on(y.device)
+    block = row["bytes"] // words.element_size()
     with torch.cuda.device_of(y):
         _soft_prompt_fwd_kernel[(tokens, triton.cdiv(d, block))](
             words,
@@ -140,7 +141,7 @@ def soft_prompt_fwd(
             words.stride(0),
             soft.stride(0),
             BLOCK_D=block,
-            num_warps=_WARPS,
+            num_warps=row["num_warps"],
         )
     return y
 
@@ -177,7 +178,8 @@ def _row_sums(rows: Tensor, index: Tensor, table: Tensor) -> Tensor:
         return sums
     counts = torch.zeros(count, dtype=torch.int32, device=rows.device)
     occurrences = torch.empty((count, _CAPACITY), dtype=torch.int32, device=rows.device)
-    block = _ROW_BYTES // rows.element_size()
+    row = _ROW.on(rows.device)
+    block = row["bytes"] // rows.element_size()
     with torch.cuda.device_of(rows):
         if tokens:
             _occurrences_kernel[(triton.cdiv(tokens, _COUNTED),)](
@@ -195,7 +197,7 @@ def _row_sums(rows: Tensor, index: Tensor, table: Tensor) -> Tensor:
             CAPACITY=_CAPACITY,
             WINDOW=_WINDOW,
             BLOCK_D=block,
-            num_warps=_WARPS,
+            num_warps=row["num_warps"],
         )
     return sums
 
@@ -209,7 +211,7 @@ def builds() -> Iterator[Build]:
     """See ``rellax.kernels._build``; for each pair of dtypes, and with the words as they are and scaled."""
     sizes = {"fp32": 4, "bf16": 2, "fp16": 2}
     for words, soft in itertools.product(sizes, sizes):
-        shape = {"BLOCK_D": _ROW_BYTES // sizes[words]}
+        shape = {"BLOCK_D": _ROW["bytes"] // sizes[words]}
         for scale in (None, "*fp32"):
             signature = {
                 "words_ptr": f"*{words}",
@@ -226,7 +228,7 @@ def builds() -> Iterator[Build]:
                 signature | ({"scale_ptr": scale} if scale else {}),
                 shape | ({} if scale else {"scale_ptr": None}),
                 ("words_ptr", "soft_ptr", "y_ptr", "d", "stride_words", "stride_soft"),
-                _WARPS,
+                _ROW["num_warps"],
             )
     pointers = {"index_ptr": "*i64", "count_ptr": "*i32", "occurrences_ptr": "*i32", "tokens": "i32"}
     yield Build(
@@ -240,7 +242,7 @@ def builds() -> Iterator[Build]:
             f"soft_prompt row sums of {dy} to {out}",
             _row_sums_kernel,
             pointers | {"dy_ptr": f"*{dy}", "out_ptr": f"*{out}", "d": "i32", "stride_dy": "i32"},
-            {"CAPACITY": _CAPACITY, "WINDOW": _WINDOW, "BLOCK_D": _ROW_BYTES // sizes[dy]},
+            {"CAPACITY": _CAPACITY, "WINDOW": _WINDOW, "BLOCK_D": _ROW["bytes"] // sizes[dy]},
             ("index_ptr", "occurrences_ptr", "dy_ptr", "out_ptr", "d", "stride_dy"),
-            _WARPS,
+            _ROW["num_warps"],
         )
