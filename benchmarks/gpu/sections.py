@@ -94,7 +94,7 @@ def _run(
 ) -> Iterator[None]:
     """Fill `found` with what the section's processes find; yields after each change.
 
-    Each command has an equal part of what the ones before it have left.
+    Each command has a third of the time left, the last ones more: one that hangs costs no more.
     """
     start = time.monotonic()
     lines, log = logs / f"{section.name}.jsonl", logs / f"{section.name}.log"
@@ -104,7 +104,7 @@ def _run(
     with log.open("w", encoding="utf-8") as output:
         for i, command in enumerate(section.commands):
             now = time.monotonic()
-            end = now + (start + limit - now) / (len(section.commands) - i)
+            end = now + (start + limit - now) / min(len(section.commands) - i, 3)
             with _group([sys.executable, *command], environment, output) as process:
                 while process.poll() is None and time.monotonic() < end:
                     with contextlib.suppress(subprocess.TimeoutExpired):
