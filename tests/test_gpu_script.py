@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -146,15 +145,14 @@ def test_a_section_ends_with_its_time_and_the_next_may_have_too_little(tmp_path:
     assert "sleep 98765" not in running
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_a_kill_in_the_middle_loses_nothing(tmp_path: Path, how: signal.Signals) -> None:
+def test_a_kill_in_the_middle_loses_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--only", "machine,sanitizer"]
     path = tmp_path / "dry-run.json"
     process = subprocess.Popen([*command, "--out", str(tmp_path)], cwd=ROOT, stdout=subprocess.DEVNULL)
     while not path.exists() or len(json.loads(path.read_text(encoding="utf-8"))["sections"]) < 2:
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(how)
+    process.kill()
     process.wait(20)
     found = json.loads(path.read_text(encoding="utf-8"))["sections"]
     assert found["machine"]["status"] == "done"

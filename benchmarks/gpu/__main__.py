@@ -53,6 +53,7 @@ def sections(dry: bool) -> list[Section]:
     step, last = files.pop("bench_step.py", None), files.pop("bench_cflora.py")
     files["bench_cflora.py"] = last  # the sweep has measured most of it
     timed = [*PYTEST, "--benchmark-only"]
+    benchmarks = [[*timed, *files.values()]] if dry else [[*timed, file] for file in files.values()]
     benchmark = ["pytest", "pytest_benchmark"]
     return [
         Section("machine", "the machine and its ceilings", [_module("machine")], 25),
@@ -60,8 +61,7 @@ def sections(dry: bool) -> list[Section]:
         Section("sweep", "operators over sizes, beside peers", [_module("sweep")], 90, needs=["pytest"]),
         Section("tests", "the tests", [tests], 120, needs=["pytest"], variables={"OMP_NUM_THREADS": "1"}),
         Section("sanitizer", "compute-sanitizer: memcheck and racecheck", [_module("sanitizer")], 50),
-        Section("benchmarks", "benchmarks with peers", [[*timed, file] for file in files.values()], 140,
-                needs=benchmark),
+        Section("benchmarks", "benchmarks with peers", benchmarks, 140, needs=benchmark),
         Section("step", "the whole training step", [[*timed, step]] if step else [], 60, needs=benchmark,
                 nothing="there is no benchmarks/bench_step.py"),
         Section(TUNE, "configurations of kernels, the fastest beside the present", [_module(TUNE)], 60),
