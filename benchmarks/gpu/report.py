@@ -92,7 +92,8 @@ def _counted(section: Mapping[str, Any]) -> str:
     words += [
         f"{name}: {record['skipped']}" for name, record in section["records"].items() if "skipped" in record
     ]
-    words += [section["reason"]] * (section["status"] == "stopped")
+    reasons = {reason for record in section["records"].values() for reason in record.get("skips", ())}
+    words += sorted(reasons) + [section["reason"]] * (section["status"] == "stopped")
     return _one_line(", ".join(words))
 
 

@@ -81,7 +81,7 @@ def main() -> None:
     if dry:
         mend_interpreter()
     for trial in {t.table: t for t in TRIALS}.values() if dry else TRIALS:
-        _try(trial._replace(candidates=trial.candidates[:2]) if dry else trial, dry)
+        _try(trial._replace(candidates=trial.candidates[:1]) if dry else trial, dry)
 
 
 def _try(trial: Trial, dry: bool) -> None:
