@@ -140,6 +140,26 @@ def test_packed_equals_padded(implementation: str, family: str, loss: str) -> No
     assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)  # transformers' norms and softmax are fp32
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_packed_in_bfloat16_with_checkpoints(reentrant: bool) -> None:
+    model = tiny.patched(tiny.base_model(dtype=torch.bfloat16))
+    batch = tiny.batch(tiny.instances(), "packed")
+    expected = tiny.gradients(model, model(**batch).loss)
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    assert_close(tiny.gradients(model, model(**batch).loss), expected)
+
+
+def test_the_first_layer_hands_no_gradient_to_frozen_embeddings() -> None:
+    """Each linear layer is one product of the backward pass, but q, k and v of the first decoder layer."""
+    model = tiny.patched(tiny.base_model(dtype=torch.float32), soft_prompt=False)
+    model.rellax.set_trainable(lora=False)
+    loss = model(**tiny.batch(tiny.instances(placeholders=False), "packed")).loss
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.autograd.grad(loss, list(model.rellax.gate_bank.parameters()))
+    names = [event.name for event in profile.events()]
+    assert sum(names.count(name) for name in ("aten::mm", "aten::addmm_")) == 7 * 2 - 3
+
+
 def test_packed_equals_padded_with_flex_attention() -> None:
     """On a CPU it has no backward pass."""
     base = tiny.base_model(dtype=torch.float32)
