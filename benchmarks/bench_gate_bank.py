@@ -1,7 +1,7 @@
 """The gates of 64 projections against as many small perceptrons: `make bench PYTEST="-k gate_bank"`.
 
-r = 8, d_u = 64, forward + backward to u and all parameters, or the forward pass alone. Three sets of parameters
-take turns, larger together than a core's cache.
+r = 8, d_u = 64; the forward pass alone, or with the backward pass to u and all parameters. Three sets of
+parameters take turns, larger together than a core's cache.
 """
 
 from __future__ import annotations
