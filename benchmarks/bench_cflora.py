@@ -12,10 +12,8 @@ way to split the update from the product (docs/cflora.md), at the bandwidth and 
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,6 +21,7 @@ from typing import Any, NamedTuple
 import floors
 import pytest
 import torch
+from memory import keep_freed_memory
 from peers import cflora as peers
 from torch import Tensor
 
@@ -63,10 +62,7 @@ DTYPES = [torch.bfloat16] if GPU else [torch.bfloat16, torch.float32]
 
 @pytest.fixture(autouse=True, scope="module")
 def _keep_freed_memory() -> None:
-    if sys.platform == "linux":
-        trim_threshold, mmap_threshold = -1, -3
-        for option in (trim_threshold, mmap_threshold):
-            ctypes.CDLL(None).mallopt(option, 2**30)
+    keep_freed_memory()
 
 
 def rellax_cflora(x: Tensor, weight: Tensor, *, a: Tensor, b: Tensor, gate: Tensor, scale: float) -> Tensor:

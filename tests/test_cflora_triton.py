@@ -295,6 +295,19 @@ def test_is_captured_in_a_cuda_graph(case: str) -> None:
         assert torch.equal(actual, expected)
 
 
+@needs_cuda
+def test_nothing_waits_for_the_device() -> None:
+    """A packed batch, forward and backward: its table of tiles, too, is made without the offsets."""
+    inputs = cflora_set(torch.bfloat16, packed=True, lengths=[7, 0, 33], dropout=0.3)
+    run(cflora_linears, inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        tiles = cflora_tiles(inputs["cu_seqlens"], len(inputs["x"]))
+        run(cflora_linears, inputs | {"tiles": tiles})
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
 def test_runs_on_the_tensors_own_device() -> None:
     inputs = cflora_set(torch.bfloat16, dropout=0.3)

@@ -117,40 +117,44 @@ void shrink(const T* rows, int64_t row_stride, int64_t d, const T* matrix, int64
     }
 }
 
-// What an expansion passes through, and what it is then added to: rows and one row for all, either may be null.
+// What an expansion is added to: rows, and one row for all; either may be null. The sum begins with it: all rows of a
+// block are then read before one is written, and no read waits for a write of the row before, whose address is often
+// the same in its lowest bits.
 template <class T>
-struct Ends {
-    const Dropout& dropout;
-    const T* base;
+struct AddTo {
+    const T* rows;
     int64_t stride;
     const T* bias;
 
-    // Without dropout the sum begins with what it is added to: all rows are then read before one is written, and no
-    // read waits for a write of the row before, whose address often is the same in its lowest bits.
-    Floats begin(int64_t token, int64_t column, int64_t left) const {
-        return dropout.column == nullptr ? added(token, column, left) : Floats{};
-    }
-    Floats finish(int64_t token, int64_t column, int64_t left, Floats sum) const {
-        if (dropout.column == nullptr) return sum;
-        return drop(dropout, hash_row(dropout, token), column, sum) + added(token, column, left);
-    }
-
-private:
     // `left` columns exist from `column` on.
-    Floats added(int64_t token, int64_t column, int64_t left) const {
+    Floats begin(int64_t token, int64_t column, int64_t left) const {
         Floats values = {};
-        if (base != nullptr) values = load_left(base + token * stride + column, left);
+        if (rows != nullptr) values = load_left(rows + token * stride + column, left);
         if (bias != nullptr) values += load_left(bias + column, left);
         return values;
     }
+    Floats finish(int64_t, int64_t, int64_t, Floats sum) const { return sum; }
+
     static Floats load_left(const T* at, int64_t left) {
         return left >= kWidth ? load(at) : left > 0 ? load_some(at, left) : Floats{};
     }
 };
 
+// The same where the expansion passes through dropout first.
+template <class T>
+struct DropThenAdd {
+    const Dropout& dropout;
+    const AddTo<T> to;
+
+    Floats begin(int64_t, int64_t, int64_t) const { return Floats{}; }
+    Floats finish(int64_t token, int64_t column, int64_t left, Floats sum) const {
+        return drop(dropout, hash_row(dropout, token), column, sum) + to.begin(token, column, left);
+    }
+};
+
 // One block of columns of kHeight rows. `left` columns of it exist; `to` takes a whole block all the same.
-template <int kHeight, class T>
-inline void expand_block(const T* z, const T* block, int64_t components, const Ends<T>& ends, int64_t token,
+template <int kHeight, class T, class Ends>
+inline void expand_block(const T* z, const T* block, int64_t components, const Ends& ends, int64_t token,
                          int64_t column, int64_t left, T* const* to) {
     constexpr int kGroup = Operand<T>::kGroup, kVectors = 2;
     const int64_t padded = padded_components(components);
@@ -188,8 +192,8 @@ inline void prefetch_block(const T* block) {
 }
 
 // kHeight rows from `token` on: rows = ends(z matrix). The rows that follow are asked for on the way.
-template <int kHeight, class T>
-void expand_rows(T* rows, int64_t stride, int64_t d, const T* matrix, int64_t components, const T* z, const Ends<T>& ends,
+template <int kHeight, class T, class Ends>
+void expand_rows(T* rows, int64_t stride, int64_t d, const T* matrix, int64_t components, const T* z, const Ends& ends,
                  int64_t token) {
     const int64_t padded = padded_components(components);
     T* to[kHeight];
@@ -211,8 +215,8 @@ void expand_rows(T* rows, int64_t stride, int64_t d, const T* matrix, int64_t co
 }
 
 // rows = ends(z matrix) for the tile's tokens; z (count, components) is narrowed to the rows' dtype first.
-template <class T>
-void expand(T* rows, int64_t stride, int64_t d, const T* matrix, int64_t components, const float* z, const Ends<T>& ends,
+template <class T, class Ends>
+void expand(T* rows, int64_t stride, int64_t d, const T* matrix, int64_t components, const float* z, const Ends& ends,
             const Tile& tile, T* narrow) {
     const int64_t count = tile.last - tile.first, padded = padded_components(components);
     for (int64_t t = 0; t < count; ++t) {
@@ -294,10 +298,9 @@ void forward(const Cflora& task, const Tile& tile, float* memory) {
     for (int64_t i = 0; i < task.layers; ++i) {
         const CfloraLayer& layer = task.layer[i];
         apply_gate(h + i * r, components, count, gate_of(layer, tile, r), false, r, task.scale, scratch.small, r);
-        const Ends<T> ends{kKeepAll, static_cast<const T*>(layer.base), layer.base_stride,
-                           static_cast<const T*>(layer.bias)};
+        const AddTo<T> base{static_cast<const T*>(layer.base), layer.base_stride, static_cast<const T*>(layer.bias)};
         expand(static_cast<T*>(layer.rows), layer.stride, layer.d, static_cast<const T*>(layer.packed_b), r,
-               scratch.small, ends, tile, scratch.narrow);
+               scratch.small, base, tile, scratch.narrow);
     }
 }
 
@@ -324,9 +327,14 @@ void backward(const Cflora& task, const Tile& tile, float* memory) {
     }
     if (task.x != nullptr) {
         T* const dx = static_cast<T*>(task.x);
-        const Ends<T> ends{task.dropout, task.accumulate ? dx : nullptr, task.x_stride, nullptr};
-        expand(dx, task.x_stride, task.d_in, static_cast<const T*>(task.packed_a), components, dh, ends, tile,
-               scratch.narrow);
+        const T* const a = static_cast<const T*>(task.packed_a);
+        const AddTo<T> base{task.accumulate ? dx : nullptr, task.x_stride, nullptr};
+        if (task.dropout.column == nullptr) {
+            expand(dx, task.x_stride, task.d_in, a, components, dh, base, tile, scratch.narrow);
+        } else {
+            const DropThenAdd<T> ends{task.dropout, base};
+            expand(dx, task.x_stride, task.d_in, a, components, dh, ends, tile, scratch.narrow);
+        }
     }
 }
 

@@ -31,17 +31,19 @@ def cflora_fwd(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[list[Tensor], Tensor]:
-    """As ``rellax.reference.cflora.cflora_fwd``, for fp32 and bf16."""
+    """As ``rellax.reference.cflora.cflora_fwd``, for fp32 and bf16.
+
+    All is prepared before the products, which leave little of the interpreter's in the caches.
+    """
     rows = _rows(x)
     h = torch.empty((rows.shape[0], len(lora_a) * lora_a[0].shape[0]))
-    if weight:
-        outputs = bases = [torch.mm(rows, w.t()) for w in weight]
-    else:
-        bases = [_rows(y) for y in base]
-        outputs = [torch.empty_like(y, memory_format=torch.contiguous_format) for y in bases]
-        bias = [None] * len(bases)
+    outputs = [rows.new_empty((rows.shape[0], b.shape[0])) for b in lora_b]
+    bases, bias = (outputs, bias) if weight else ([_rows(y) for y in base], [None] * len(base))
     update = _Set(rows, False, outputs, bases, bias, lora_a, lora_b, gate, scale, (dropout, seed), h)
-    extension().cflora_forward(update.task, **_tokens(x, gate, cu_seqlens))
+    tokens = _tokens(x, gate, cu_seqlens)
+    for y, w in zip(outputs, weight, strict=bool(weight)):
+        torch.mm(rows, w.t(), out=y)
+    extension().cflora_forward(update.task, **tokens)
     return [y.view(*x.shape[:-1], y.shape[1]) for y in outputs], h
 
 
@@ -63,23 +65,18 @@ def cflora_bwd(
     """As ``rellax.reference.cflora.cflora_bwd``, for fp32 and bf16."""
     need_x, need_gate, need_a, need_b = needs
     d_in, rows = lora_a[0].shape[1], [_rows(dy_i) for dy_i in dy]
-    if need_x and weight:
-        dx = torch.mm(rows[0], weight[0])
-        for dy_i, w in zip(rows[1:], weight[1:], strict=True):
-            dx.addmm_(dy_i, w)
-    else:
-        dx = rows[0].new_empty((h.shape[0] if need_x else 0, d_in))
+    dx = rows[0].new_empty((h.shape[0] if need_x else 0, d_in))
     dh = torch.empty_like(h) if need_a else None
     z = torch.empty_like(h) if need_b else None
     dgate = [torch.empty(g.shape) for g in gate] if need_gate else []
     nothing: list[Tensor | None] = [None] * len(dy)
     update = _Set(dx, bool(weight), rows, nothing, nothing, lora_a, lora_b, gate, scale, (dropout, seed), h)
+    tokens = _tokens(dy[0], gate, cu_seqlens)
+    if need_x:
+        for i, (dy_i, w) in enumerate(zip(rows, weight, strict=bool(weight))):
+            dx.addmm_(dy_i, w, beta=min(i, 1))
     extension().cflora_backward(
-        update.task,
-        dh=_address(dh),
-        z=_address(z),
-        dgate=[g.data_ptr() for g in dgate],
-        **_tokens(dy[0], gate, cu_seqlens),
+        update.task, dh=_address(dh), z=_address(z), dgate=[g.data_ptr() for g in dgate], **tokens
     )
     da, db = [], []
     if dh is not None and x is not None:
