@@ -27,10 +27,10 @@ from torch import Tensor
 
 from rellax.ops import cflora_linear, cflora_linears
 
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
-ROTATED, ROUNDS = 4, 25
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TOKENS, INSTANCES, RANK, ROTATED, ROUNDS = 2048, 8, 8, 4, 40
 Run = Callable[..., Any]
+GPU = DEVICE.type == "cuda"
 
 
 class Shape(NamedTuple):
@@ -54,7 +54,7 @@ def _gpu_shapes() -> list[Shape]:
     return list(dict.fromkeys([headline, *sweep]))
 
 
-CPU_SHAPES = [Shape(2048, d, 8, 8) for d in (2048, 4096)]
+CPU_SHAPES = [Shape(TOKENS, d, RANK, INSTANCES) for d in (2048, 4096)]
 SHAPES = _gpu_shapes() if GPU else CPU_SHAPES
 SHARED_SHAPE = Shape(8192, 4096, 16, 8) if GPU else CPU_SHAPES[0]
 DTYPES = [torch.bfloat16] if GPU else [torch.bfloat16, torch.float32]
@@ -93,7 +93,7 @@ else:
 def test_cflora(benchmark: Any, dtype: torch.dtype, shape: Shape, direction: str, variant: str) -> None:
     """A and B are frozen, x and the gate take gradients."""
     inputs = [_inputs(dtype, shape, seed) for seed in range(ROTATED)]
-    _measure(benchmark, direction, VARIANTS[variant], peers.frozen_linear, inputs)
+    _measure(benchmark, direction, VARIANTS[variant], peers.frozen_linear, inputs, shape.d)
     _count(benchmark, shape, dtype, direction, layers=1)
 
 
@@ -122,11 +122,15 @@ def test_shared_input(benchmark: Any, direction: str, variant: str) -> None:
         layers = [_inputs(torch.bfloat16, SHARED_SHAPE, 3 * seed + i) for i in range(3)]
         x, *_ = [layer.pop("x") for layer in layers]
         inputs.append({"x": x, "layers": layers})
-    _measure(benchmark, direction, SHARED[variant], one_by_one(peers.frozen_linear), inputs)
+    _measure(benchmark, direction, SHARED[variant], one_by_one(peers.frozen_linear), inputs, SHARED_SHAPE.d)
     _count(benchmark, SHARED_SHAPE, torch.bfloat16, direction, layers=3)
 
 
-def _measure(benchmark: Any, direction: str, run: Run, frozen: Run, inputs: list[dict[str, Any]]) -> None:
+def _measure(
+    benchmark: Any, direction: str, run: Run, frozen: Run, inputs: list[dict[str, Any]], d: int
+) -> None:
+    """Fewer rounds of what takes longer."""
+    rounds = max(1, ROUNDS * 2048 // d)
     step = _forward if direction == "forward" else _both
     cycle, frozen_seconds = itertools.cycle(inputs), []
 
@@ -137,18 +141,22 @@ def _measure(benchmark: Any, direction: str, run: Run, frozen: Run, inputs: list
         frozen_seconds.append(time.perf_counter() - start)
         return (run, made), {}
 
-    benchmark.pedantic(step, setup=setup, rounds=ROUNDS, warmup_rounds=2)
-    pairs = list(zip(benchmark.stats.stats.data, frozen_seconds[-ROUNDS:], strict=True))
-    q1, median, q3 = statistics.quantiles([mine / base - 1 for mine, base in pairs], n=4)
+    benchmark.pedantic(step, setup=setup, rounds=rounds, warmup_rounds=2)
+    pairs = list(zip(benchmark.stats.stats.data, frozen_seconds[-rounds:], strict=True))
+    q1, median, q3 = _quartiles([mine / base - 1 for mine, base in pairs])
     benchmark.extra_info.update(
         overhead=median,
         overhead_q1=q1,
         overhead_q3=q3,
         overhead_ms=1e3 * statistics.median(mine - base for mine, base in pairs),
-        frozen_ms=1e3 * statistics.median(frozen_seconds[-ROUNDS:]),
+        frozen_ms=1e3 * statistics.median(frozen_seconds[-rounds:]),
         saved_mb=_saved_bytes(run, inputs[0]) / 2**20,
         threads=torch.get_num_threads(),
     )
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    return statistics.quantiles(values, n=4) if len(values) > 1 else 3 * values
 
 
 def _count(benchmark: Any, shape: Shape, dtype: torch.dtype, direction: str, layers: int) -> None:
