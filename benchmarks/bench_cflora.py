@@ -141,7 +141,7 @@ def _measure(
         frozen_seconds.append(time.perf_counter() - start)
         return (run, made), {}
 
-    benchmark.pedantic(step, setup=setup, rounds=rounds, warmup_rounds=2)
+    benchmark.pedantic(step, setup=setup, rounds=rounds, warmup_rounds=rounds // 4)
     pairs = list(zip(benchmark.stats.stats.data, frozen_seconds[-rounds:], strict=True))
     q1, median, q3 = _quartiles([mine / base - 1 for mine, base in pairs])
     benchmark.extra_info.update(
