@@ -193,12 +193,12 @@ NB_MODULE(_C, m) {
         .def(
             "__init__",
             [](rellax::CfloraLayer* self, int64_t d_out, Address rows, int64_t stride, Address base,
-               int64_t base_stride, Address bias, const Factor& a, const Factor& b, Address gate) {
+               int64_t base_stride, const Factor& a, const Factor& b, Address gate) {
                 new (self) rellax::CfloraLayer{
-                    d_out, at<void>(rows), stride, at<const void>(base), base_stride, at<const void>(bias),
+                    d_out, at<void>(rows), stride, at<const void>(base), base_stride,
                     cflora_factor(a), cflora_factor(b), at<const float>(gate), nullptr, nullptr};
             },
-            nb::kw_only(), "d_out"_a, "rows"_a, "stride"_a, "base"_a, "base_stride"_a, "bias"_a, "a"_a, "b"_a,
+            nb::kw_only(), "d_out"_a, "rows"_a, "stride"_a, "base"_a, "base_stride"_a, "a"_a, "b"_a,
             "gate"_a, "A layer over the memory at these addresses; A and B as (address, component, column).");
     nb::class_<CfloraTask>(m, "Cflora")
         .def(nb::init<const char*, int64_t, int64_t, Address, int64_t, bool, std::vector<rellax::CfloraLayer>, float,
@@ -206,7 +206,7 @@ NB_MODULE(_C, m) {
              nb::kw_only(), "dtype"_a, "r"_a, "d_in"_a, "x"_a, "x_stride"_a, "accumulate"_a, "layers"_a, "scale"_a,
              "dropout"_a, "h"_a, "A set of layers over the memory at these addresses; see csrc/cflora.h.");
     m.def("cflora_forward", &cflora_forward, "set"_a, nb::kw_only(), "offsets"_a, "threads"_a,
-          "y = base + bias + s · (h G) Bᵀ for each layer of a set.");
+          "y = base + s · (h G) Bᵀ for each layer of a set.");
     m.def("cflora_backward", &cflora_backward, "set"_a, nb::kw_only(), "dh"_a, "z"_a, "dgate"_a, "offsets"_a,
           "threads"_a, "dx += drop(dh A), and each layer's dG, dh and z.");
     m.def("cflora_outer", &cflora_outer, nb::kw_only(), "dtype"_a, "tokens"_a, "components"_a, "d"_a, "left"_a,

@@ -1,8 +1,8 @@
 // The low-rank updates of frozen linear layers that read the same x, gated per instance. For each layer, with A and B
 // of its own:
 //
-//     forward      h = drop(x) Aᵀ    z = s · h G       y = base + bias + z Bᵀ
-//     backward     dz = s · dy B     dG = Σ hᵀ dz      dh = dz Gᵀ              dx += drop(dh A)
+//     forward      h = drop(x) Aᵀ    z = s · h G       y = base + z Bᵀ
+//     backward     dz = s · dy B     dG = Σ hᵀ dz      dh = dz Gᵀ           dx += drop(dh A)
 //
 // Rows shrink to r numbers per layer, these meet a small matrix, and the result expands to other rows. Dropout keeps or
 // zeroes; its factor 1 / (1 - p) is part of h and of dh. The products with W come first: their rows, y and dx, are still
@@ -41,7 +41,6 @@ struct CfloraLayer {
     int64_t stride;    // elements from row to row
     const void* base;  // forward: (T, d), `rows` itself perhaps, or null: zeros
     int64_t base_stride;
-    const void* bias;      // forward: (d,), or null: zeros
     CfloraFactor a, b;     // A (r, d_in), Bᵀ (r, d)
     const float* gate;     // (B, r, r), or null: the identity
     const void* packed_b;  // expanding in the forward pass, shrinking in the backward pass; set on the way, as is

@@ -117,27 +117,21 @@ void shrink(const T* rows, int64_t row_stride, int64_t d, const T* matrix, int64
     }
 }
 
-// What an expansion is added to: rows, and one row for all; either may be null. The sum begins with it: all rows of a
-// block are then read before one is written, and no read waits for a write of the row before, whose address is often
-// the same in its lowest bits.
+// What an expansion is added to: rows, or null, nothing. The sum begins with it: all rows of a block are then read
+// before one is written, and no read waits for a write of the row before, whose address is often the same in its
+// lowest bits.
 template <class T>
 struct AddTo {
     const T* rows;
     int64_t stride;
-    const T* bias;
 
     // `left` columns exist from `column` on.
     Floats begin(int64_t token, int64_t column, int64_t left) const {
-        Floats values = {};
-        if (rows != nullptr) values = load_left(rows + token * stride + column, left);
-        if (bias != nullptr) values += load_left(bias + column, left);
-        return values;
-    }
-    Floats finish(int64_t, int64_t, int64_t, Floats sum) const { return sum; }
-
-    static Floats load_left(const T* at, int64_t left) {
+        if (rows == nullptr) return Floats{};
+        const T* at = rows + token * stride + column;
         return left >= kWidth ? load(at) : left > 0 ? load_some(at, left) : Floats{};
     }
+    Floats finish(int64_t, int64_t, int64_t, Floats sum) const { return sum; }
 };
 
 // The same where the expansion passes through dropout first.
@@ -298,7 +292,7 @@ void forward(const Cflora& task, const Tile& tile, float* memory) {
     for (int64_t i = 0; i < task.layers; ++i) {
         const CfloraLayer& layer = task.layer[i];
         apply_gate(h + i * r, components, count, gate_of(layer, tile, r), false, r, task.scale, scratch.small, r);
-        const AddTo<T> base{static_cast<const T*>(layer.base), layer.base_stride, static_cast<const T*>(layer.bias)};
+        const AddTo<T> base{static_cast<const T*>(layer.base), layer.base_stride};
         expand(static_cast<T*>(layer.rows), layer.stride, layer.d, static_cast<const T*>(layer.packed_b), r,
                scratch.small, base, tile, scratch.narrow);
     }
@@ -328,7 +322,7 @@ void backward(const Cflora& task, const Tile& tile, float* memory) {
     if (task.x != nullptr) {
         T* const dx = static_cast<T*>(task.x);
         const T* const a = static_cast<const T*>(task.packed_a);
-        const AddTo<T> base{task.accumulate ? dx : nullptr, task.x_stride, nullptr};
+        const AddTo<T> base{task.accumulate ? dx : nullptr, task.x_stride};
         if (task.dropout.column == nullptr) {
             expand(dx, task.x_stride, task.d_in, a, components, dh, base, tile, scratch.narrow);
         } else {

@@ -38,11 +38,11 @@ def cflora_fwd(
     rows = _rows(x)
     h = torch.empty((rows.shape[0], len(lora_a) * lora_a[0].shape[0]))
     outputs = [rows.new_empty((rows.shape[0], b.shape[0])) for b in lora_b]
-    bases, bias = (outputs, bias) if weight else ([_rows(y) for y in base], [None] * len(base))
-    update = _Set(rows, False, outputs, bases, bias, lora_a, lora_b, gate, scale, (dropout, seed), h)
+    bases = outputs if weight else [_rows(y) for y in base]
+    update = _Set(rows, False, outputs, bases, lora_a, lora_b, gate, scale, (dropout, seed), h)
     tokens = _tokens(x, gate, cu_seqlens)
-    for y, w in zip(outputs, weight, strict=bool(weight)):
-        torch.mm(rows, w.t(), out=y)
+    for y, w, b in zip(outputs, weight, bias, strict=bool(weight)):
+        torch.mm(rows, w.t(), out=y) if b is None else torch.addmm(b, rows, w.t(), out=y)
     extension().cflora_forward(update.task, **tokens)
     return [y.view(*x.shape[:-1], y.shape[1]) for y in outputs], h
 
@@ -70,7 +70,7 @@ def cflora_bwd(
     z = torch.empty_like(h) if need_b else None
     dgate = [torch.empty(g.shape) for g in gate] if need_gate else []
     nothing: list[Tensor | None] = [None] * len(dy)
-    update = _Set(dx, bool(weight), rows, nothing, nothing, lora_a, lora_b, gate, scale, (dropout, seed), h)
+    update = _Set(dx, bool(weight), rows, nothing, lora_a, lora_b, gate, scale, (dropout, seed), h)
     tokens = _tokens(dy[0], gate, cu_seqlens)
     if need_x:
         for i, (dy_i, w) in enumerate(zip(rows, weight, strict=bool(weight))):
@@ -99,7 +99,6 @@ class _Set:
         accumulate: bool,
         rows: Sequence[Tensor],
         base: Sequence[Tensor | None],
-        bias: Sequence[Tensor | None],
         lora_a: Sequence[Tensor],
         lora_b: Sequence[Tensor],
         gate: Sequence[Tensor],
@@ -107,11 +106,10 @@ class _Set:
         dropout: tuple[float, Tensor | None],
         h: Tensor,
     ) -> None:
-        bias = [None if b is None else b.contiguous() for b in bias]
         a, b_t = ([f.to(x.dtype) for f in factors] for factors in (lora_a, [b.t() for b in lora_b]))
         gates: list[Tensor | None] = [g.float().contiguous() for g in gate] or [None] * len(rows)
         self.dropout, hashes = _dropout(*dropout, x.shape[1])
-        self._kept_alive = (x, *rows, *base, *bias, *a, *b_t, *gates, hashes, h)
+        self._kept_alive = (x, *rows, *base, *a, *b_t, *gates, hashes, h)
         layers = [
             extension().CfloraLayer(
                 d_out=row.shape[1],
@@ -119,12 +117,11 @@ class _Set:
                 stride=row.stride(0),
                 base=_address(base_i),
                 base_stride=0 if base_i is None else base_i.stride(0),
-                bias=_address(bias_i),
                 a=(a_i.data_ptr(), *a_i.stride()),
                 b=(b_i.data_ptr(), *b_i.stride()),
                 gate=_address(gate_i),
             )
-            for row, base_i, bias_i, a_i, b_i, gate_i in zip(rows, base, bias, a, b_t, gates, strict=True)
+            for row, base_i, a_i, b_i, gate_i in zip(rows, base, a, b_t, gates, strict=True)
         ]
         self.task = extension().Cflora(
             dtype=str(x.dtype).removeprefix("torch."),
