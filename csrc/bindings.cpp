@@ -1,9 +1,12 @@
 // The Python module rellax._C: the only file that knows of Python. Tensors come in as addresses and sizes.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "answer.h"
@@ -43,17 +46,18 @@ void answer_forward(const char* dtype, int64_t n, int64_t d, int64_t vocabulary,
 
 using Addresses = std::vector<Address>;
 
-// A set of layers that share x, from one list per field; an empty list of gates is the identity.
+using Factor = std::tuple<Address, int64_t, int64_t>;
+
+rellax::CfloraFactor cflora_factor(const Factor& factor) {
+    return {at<const void>(std::get<0>(factor)), std::get<1>(factor), std::get<2>(factor)};
+}
+
+// A set of layers that share x.
 class CfloraTask {
 public:
-    CfloraTask(const char* dtype, int64_t r, int64_t d_in, Address x, int64_t x_stride, Address a,
-               const std::vector<int64_t>& d_out, const Addresses& rows, const std::vector<int64_t>& strides,
-               const Addresses& added, const std::vector<int64_t>& added_strides, const Addresses& b, const Addresses& gate, float scale, const rellax::Dropout& dropout, Address h) {
-        for (size_t i = 0; i < rows.size(); ++i) {
-            layers_.push_back({d_out.at(i), at<void>(rows[i]), strides.at(i), at<const void>(added.at(i)),
-                               added_strides.at(i), at<const void>(b.at(i)),
-                               gate.empty() ? nullptr : at<const float>(gate.at(i)), nullptr});
-        }
+    CfloraTask(const char* dtype, int64_t r, int64_t d_in, Address x, int64_t x_stride, bool accumulate,
+               std::vector<rellax::CfloraLayer> layers, float scale, const rellax::Dropout& dropout, Address h)
+        : layers_(std::move(layers)) {
         task.dtype = dtype_named(dtype);
         task.r = r;
         task.layers = static_cast<int64_t>(layers_.size());
@@ -61,7 +65,7 @@ public:
         task.d_in = d_in;
         task.x = at<void>(x);
         task.x_stride = x_stride;
-        task.a = at<const void>(a);
+        task.accumulate = accumulate;
         task.scale = scale;
         task.dropout = dropout;
         task.h = at<float>(h);
@@ -185,18 +189,26 @@ NB_MODULE(_C, m) {
         },
         nb::kw_only(), "column"_a = 0, "seed"_a = 0, "threshold"_a = 0, "factor"_a = 1.0f,
         "Which elements are dropped; by default none. csrc/cflora.h says what the fields hold.");
+    nb::class_<rellax::CfloraLayer>(m, "CfloraLayer")
+        .def(
+            "__init__",
+            [](rellax::CfloraLayer* self, int64_t d_out, Address rows, int64_t stride, Address base,
+               int64_t base_stride, const Factor& a, const Factor& b, Address gate) {
+                new (self) rellax::CfloraLayer{
+                    d_out, at<void>(rows), stride, at<const void>(base), base_stride,
+                    cflora_factor(a), cflora_factor(b), at<const float>(gate), nullptr, nullptr};
+            },
+            nb::kw_only(), "d_out"_a, "rows"_a, "stride"_a, "base"_a, "base_stride"_a, "a"_a, "b"_a,
+            "gate"_a, "A layer over the memory at these addresses; A and B as (address, component, column).");
     nb::class_<CfloraTask>(m, "Cflora")
-        .def(nb::init<const char*, int64_t, int64_t, Address, int64_t, Address, const std::vector<int64_t>&,
-                      const Addresses&, const std::vector<int64_t>&, const Addresses&, const std::vector<int64_t>&,
-                      const Addresses&, const Addresses&, float,
+        .def(nb::init<const char*, int64_t, int64_t, Address, int64_t, bool, std::vector<rellax::CfloraLayer>, float,
                       const rellax::Dropout&, Address>(),
-             nb::kw_only(), "dtype"_a, "r"_a, "d_in"_a, "x"_a, "x_stride"_a, "a"_a, "d_out"_a, "rows"_a, "strides"_a,
-             "added"_a, "added_strides"_a, "b"_a, "gate"_a, "scale"_a, "dropout"_a, "h"_a,
-             "A set of layers over the memory at these addresses; see csrc/cflora.h.");
+             nb::kw_only(), "dtype"_a, "r"_a, "d_in"_a, "x"_a, "x_stride"_a, "accumulate"_a, "layers"_a, "scale"_a,
+             "dropout"_a, "h"_a, "A set of layers over the memory at these addresses; see csrc/cflora.h.");
     m.def("cflora_forward", &cflora_forward, "set"_a, nb::kw_only(), "offsets"_a, "threads"_a,
-          "y = added + s · (h G) Bᵀ for each layer of a set.");
+          "y = base + s · (h G) Bᵀ for each layer of a set.");
     m.def("cflora_backward", &cflora_backward, "set"_a, nb::kw_only(), "dh"_a, "z"_a, "dgate"_a, "offsets"_a,
-          "threads"_a, "dx = drop(dh A), and each layer's dG, dh and z.");
+          "threads"_a, "dx += drop(dh A), and each layer's dG, dh and z.");
     m.def("cflora_outer", &cflora_outer, nb::kw_only(), "dtype"_a, "tokens"_a, "components"_a, "d"_a, "left"_a,
           "left_stride"_a, "right"_a, "right_stride"_a, "dropout"_a, "out"_a, "threads"_a,
           "leftᵀ drop(right) over the memory at these addresses; see csrc/cflora.h.");

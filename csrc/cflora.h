@@ -1,12 +1,12 @@
 // The low-rank updates of frozen linear layers that read the same x, gated per instance. For each layer, with A and B
 // of its own:
 //
-//     forward      h = drop(x) Aᵀ    z = s · h G       y = base + z Bᵀ, or y = bias + z Bᵀ
-//     backward     dz = s · dy B     dG = Σ hᵀ dz      dh = dz Gᵀ           dx = drop(dh A)
+//     forward      h = drop(x) Aᵀ    z = s · h G       y = base + z Bᵀ
+//     backward     dz = s · dy B     dG = Σ hᵀ dz      dh = dz Gᵀ           dx += drop(dh A)
 //
 // Rows shrink to r numbers per layer, these meet a small matrix, and the result expands to other rows. Dropout keeps or
-// zeroes; its factor 1 / (1 - p) is part of h and of dh. The products with W follow, on top of y and dx: to begin with
-// the update costs one write of these rows, to add it would cost reading them as well.
+// zeroes; its factor 1 / (1 - p) is part of h and of dh. The products with W come first: their rows, y and dx, are still
+// in the cache when the update is added to them (docs/cflora.md has the figures).
 #pragma once
 
 #include <cstdint>
@@ -24,20 +24,27 @@ struct Dropout {
     float factor;  // 1 / (1 - p)
 };
 
-// A matrix of components (c, d) comes in the rows' dtype, padded with zeros to whole blocks of kComponents components
-// and kBlock columns, in one of two forms, both walked from front to back:
+// A factor as its owner keeps it: components (c, d) in the rows' dtype, with a stride for each, in elements.
+struct CfloraFactor {
+    const void* at;
+    int64_t component, column;
+};
+
+// Kernels read factors padded with zeros to whole blocks of kComponents components and kBlock columns, in one of two
+// forms, both walked from front to back:
 //     shrinking   (components / kComponents, columns / kBlock, kComponents, kBlock)
 //     expanding   (columns / kBlock, components, kBlock), in bfloat16 (columns / kBlock, components / 2, kBlock, 2):
 //                 pairs of components side by side, as dot products of pairs take them
 struct CfloraLayer {
-    int64_t d;            // d_out
-    void* rows;           // (T, d): y, written, or dy, read
-    int64_t stride;       // elements from row to row
-    const void* added;    // forward: base (T, d), or with a stride of 0 bias (d,), or null
-    int64_t added_stride;
-    const void* b;        // Bᵀ (r, d): expanding in the forward pass, shrinking in the backward pass
-    const float* gate;    // (B, r, r), or null: the identity
-    float* dgate;         // (tiles, r, r) each tile's share of dG, written by the backward pass, or null
+    int64_t d;         // d_out
+    void* rows;        // (T, d): y, written, or dy, read
+    int64_t stride;    // elements from row to row
+    const void* base;  // forward: (T, d), `rows` itself perhaps, or null: zeros
+    int64_t base_stride;
+    CfloraFactor a, b;     // A (r, d_in), Bᵀ (r, d)
+    const float* gate;     // (B, r, r), or null: the identity
+    const void* packed_b;  // expanding in the forward pass, shrinking in the backward pass; set on the way, as is
+    float* dgate;          // (tiles, r, r) each tile's share of dG, written by the backward pass, or null
 };
 
 // Plain pointers and sizes: what an ISA-compiled kernel may see.
@@ -48,12 +55,13 @@ struct Cflora {
     int64_t d_in;
     void* x;           // (T, d_in): x, read, or dx, written; null where dx is not wanted
     int64_t x_stride;  // elements from row to row
-    const void* a;     // all layers' A (layers r, d_in): shrinking in the forward pass, expanding in the backward pass
+    bool accumulate;   // backward: dx is added to what is there
     float scale;
     Dropout dropout;
     float* h;   // (T, layers r) written by the forward pass, read by the backward pass
     float* dh;  // (T, layers r) written by the backward pass, or null
     float* z;   // (T, layers r) written by the backward pass, or null
+    const void* packed_a;  // all layers' (layers r, d_in): shrinking in the forward pass, expanding in the backward pass
 };
 
 // out (c, d) = left (T, c)ᵀ drop(right (T, d)): dA from dh and x, dB from z and dy.

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rellax.errors import InputError
+from rellax.nn import CFLoRALinear
 from rellax.ops import cflora_linear, cflora_linears, cflora_update
 from rellax.reference._numerics import keep_mask
 from rellax.testing import oracle
-from rellax.testing.cases import CFLORA, CFLORA_SET, CFLORA_UPDATE, DTYPES, cflora
+from rellax.testing.cases import CFLORA, CFLORA_SET, CFLORA_UPDATE, DTYPES, cflora, device
 from rellax.testing.cases import cflora_set as build_set
 from rellax.testing.cases import cflora_update as build_update
 
@@ -65,6 +66,14 @@ def naive_update(
     return base + naive(x, nothing, None, lora_a, lora_b, *rest, **options)
 
 
+def skip_unless_taken(backend: str, dtype: torch.dtype) -> None:
+    """Triton's interpreter multiplies the bits of bf16; C++ leaves fp16 to the reference."""
+    if backend == "triton" and dtype == torch.bfloat16 and not torch.cuda.is_available():
+        pytest.skip("Triton's interpreter cannot multiply bf16")
+    if backend == "cpp" and dtype == torch.float16:
+        pytest.skip("the C++ kernels do not take fp16")
+
+
 def gradients(y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
     return torch.autograd.grad(y, inputs, upstream)
@@ -72,19 +81,22 @@ def gradients(y: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CFLORA)
-def test_equals_a_loop_over_instances(case: str, dtype: torch.dtype) -> None:
+def test_equals_a_loop_over_instances(case: str, dtype: torch.dtype, backend: str) -> None:
+    skip_unless_taken(backend, dtype)
     oracle.check(cflora_linear, naive, cflora(dtype, **CFLORA[case]), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CFLORA_SET)
-def test_a_set_equals_its_layers(case: str, dtype: torch.dtype) -> None:
+def test_a_set_equals_its_layers(case: str, dtype: torch.dtype, backend: str) -> None:
+    skip_unless_taken(backend, dtype)
     oracle.check(cflora_linears, naive_set, build_set(dtype, **CFLORA_SET[case]), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CFLORA_UPDATE)
-def test_an_update_is_added_to_what_the_layer_gave(case: str, dtype: torch.dtype) -> None:
+def test_an_update_is_added_to_what_the_layer_gave(case: str, dtype: torch.dtype, backend: str) -> None:
+    skip_unless_taken(backend, dtype)
     inputs = build_update(dtype, **CFLORA_UPDATE[case])
     before = inputs["base"].clone()
     oracle.check(cflora_update, naive_update, inputs, dtype)
@@ -123,12 +135,11 @@ def test_diagonal_gate_scales_each_component() -> None:
     torch.testing.assert_close(cflora_linear(**inputs), expected)
 
 
-def test_gate_is_on_the_right_of_a_row_vector() -> None:
+def test_gate_is_on_the_right_of_a_row_vector(backend: str) -> None:
     """Down component 0 reaches up component 1 through G[0, 1]."""
-    x = torch.tensor([[[3.0]]])
-    gate = torch.tensor([[[0.0, 5.0], [0.0, 0.0]]])
-    lora_a, lora_b = torch.tensor([[1.0], [10.0]]), torch.tensor([[100.0, 7.0]])
-    y = cflora_linear(x, torch.zeros(1, 1), None, lora_a, lora_b, gate, 1.0)
+    values = ([[[3.0]]], [[0.0]], [[1.0], [10.0]], [[100.0, 7.0]], [[[0.0, 5.0], [0.0, 0.0]]])
+    x, weight, lora_a, lora_b, gate = (torch.tensor(value, device=device()) for value in values)
+    y = cflora_linear(x, weight, None, lora_a, lora_b, gate, 1.0)
     assert y.item() == 3 * 1 * 5 * 7
 
 
@@ -145,18 +156,16 @@ def test_packed_equals_padded() -> None:
     torch.testing.assert_close(gradients(y, *leaves), gradients(padded, *leaves))
 
 
-def test_other_instances_do_not_change_an_instance() -> None:
+def test_other_instances_do_not_change_an_instance(backend: str) -> None:
     inputs = cflora(torch.float32, lengths=[7, 7, 7])
     alone = {**inputs, "x": inputs["x"][1:2], "gate": inputs["gate"][1:2]}
     torch.testing.assert_close(cflora_linear(**inputs)[1:2], cflora_linear(**alone))
 
 
-def test_backward_drops_what_forward_dropped() -> None:
+def test_backward_drops_what_forward_dropped(backend: str) -> None:
     """With x = 1, W = 0 and A = B = 1, y_t counts the kept elements, and dx marks them."""
-    x = torch.ones(1, 50, 64, requires_grad=True)
-    y = cflora_linear(
-        x, torch.zeros(1, 64), None, torch.ones(1, 64), torch.ones(1, 1), None, 1.0, dropout=0.5
-    )
+    x, ones = torch.ones(1, 50, 64, device=device(), requires_grad=True), torch.ones(1, 64, device=device())
+    y = cflora_linear(x, torch.zeros_like(ones), None, ones, ones[:, :1], None, 1.0, dropout=0.5)
     (dx,) = torch.autograd.grad(y.sum(), x)
     assert set(dx.unique().tolist()) == {0.0, 2.0}
     torch.testing.assert_close(dx.sum(-1, keepdim=True), y.detach())
@@ -183,19 +192,95 @@ def test_dropout_draws_from_torchs_generator() -> None:
     assert not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("d_in", [33, 257])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("train_lora", [False, True])
-def test_frozen_lora_saves_nothing_of_the_size_of_x(train_lora: bool) -> None:
-    inputs = cflora(torch.float32, lengths=[64, 64], d_in=33, train_lora=train_lora)
+def test_what_is_saved_for_the_backward_pass(
+    train_lora: bool, dropout: float, d_in: int, backend: str
+) -> None:
+    """Frozen A and B: h alone, T r numbers whatever d is. Where they are trained x stays, which was there."""
+    inputs = cflora(torch.float32, lengths=[64, 64], d_in=d_in, train_lora=train_lora, dropout=dropout)
+    there = {x.untyped_storage().data_ptr() for x in inputs.values() if isinstance(x, Tensor)}
     saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         cflora_linear(**inputs)
-    activations = [tensor for tensor in saved if tensor.shape[:-1].numel() >= 128]
-    assert any(tensor.shape[-1] == 33 for tensor in activations) == train_lora
-    assert all(tensor.shape[-1] in (4, 33) for tensor in activations)
+    kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved}
+    assert (inputs["x"].untyped_storage().data_ptr() in kept) == train_lora
+    assert sum(size for address, size in kept.items() if address not in there) == 4 * 128 * 4
+
+
+def test_thousands_of_instances(backend: str) -> None:
+    """Most of one token, some of none; a tile of tokens for each."""
+    count = 100 if backend == "triton" and device().type == "cpu" else 4096
+    lengths = [(1, 0, 1, 2)[b % 4] for b in range(count)]
+    inputs = cflora(torch.float32, lengths=lengths, packed=True, d_in=5, d_out=3, r=2)
+    oracle.check(cflora_linear, naive, inputs, torch.float32)
+    assert cflora_linear(**inputs).isfinite().all()
+
+
+def test_offsets_beyond_32_bits(backend: str) -> None:
+    """Rows 2³¹ elements apart, in memory of which two rows are ever touched."""
+    inputs = build_update(torch.float16 if backend == "triton" else torch.float32, lengths=[2])
+    far = {name: far_apart(inputs[name]) for name in ("x", "base")}
+    y, expected = cflora_update(**inputs | far), cflora_update(**inputs)
+    torch.testing.assert_close(y, expected)
+    upstream = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y)
+    near_leaves, far_leaves = ([call["x"], call["gate"]] for call in (inputs, inputs | far))
+    near = torch.autograd.grad(expected, near_leaves, upstream)
+    torch.testing.assert_close(torch.autograd.grad(y, far_leaves, far_apart(upstream)), near)
+
+
+def far_apart(x: Tensor) -> Tensor:
+    """x (1, 2, d) with 2³¹ elements from row to row."""
+    room = x.new_empty(2**31 + x.shape[-1]).as_strided(x.shape, (2**32, 2**31, 1))
+    return room.copy_(x.detach()).requires_grad_(x.requires_grad)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_same_bits_on_any_number_of_threads(dropout: float) -> None:
+    """Of the update alone: torch's own product need not."""
+    inputs = build_update(torch.float32, lengths=[900, 45], packed=True, d_in=200, d_out=130, dropout=dropout)
+    leaves = [inputs[name] for name in ("x", "gate", "lora_a", "lora_b")]
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            y = cflora_update(**inputs)
+            runs.append([y, *gradients(y, *leaves)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_a_changed_factor_is_seen(backend: str) -> None:
+    """In place, by an optimiser's step and by load_state_dict: no backend keeps what it made of A and B."""
+    layer = CFLoRALinear(33, 9, r=4, device=device())
+    x = torch.randn(1, 5, 33).to(device())
+    nn.init.normal_(layer.lora_b)
+    optimiser = torch.optim.SGD(layer.parameters(), lr=0.1)
+
+    def in_place() -> None:
+        with torch.no_grad():
+            layer.lora_a.mul_(2)
+
+    def step() -> None:
+        layer(x).sum().backward()
+        optimiser.step()
+
+    def load() -> None:
+        layer.load_state_dict({name: 0.5 * value for name, value in layer.state_dict().items()})
+
+    seen = [layer(x)]
+    for change in (in_place, step, load):
+        change()
+        seen.append(layer(x))
+        arguments = (x, layer.weight, layer.bias, layer.lora_a, layer.lora_b, None, layer.scale)
+        torch.testing.assert_close(seen[-1], naive(*arguments), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(seen[-1], seen[-2])
 
 
 @pytest.mark.parametrize("case", ["plain", "packed", "dropout"])
-def test_same_bits_every_time(case: str) -> None:
+def test_same_bits_every_time(case: str, backend: str) -> None:
     inputs = cflora(torch.float32, **CFLORA[case])
     leaves = [inputs[name] for name in ("x", "gate", "lora_a", "lora_b")]
     first, second = cflora_linear(**inputs), cflora_linear(**inputs)

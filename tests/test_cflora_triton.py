@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -244,3 +245,80 @@ def test_contract_and_compiler(case: str) -> None:
     compiled = torch.compile(cflora_linears, fullgraph=True, backend="aot_eager")
     for actual, eager in zip(run(compiled, inputs), expected, strict=True):
         assert torch.equal(actual, eager)
+
+
+def test_frozen_factors_cost_one_read_of_dy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dz, dh and the parts of dG come from the one kernel's product with dy; x is not read at all."""
+    readers: dict[str, set[int]] = {"_shrink": set(), "_combine": set(), "_outer": set(), "_expand": set()}
+
+    def spy(launcher: Callable[..., Any], seen: set[int], *args: Any) -> Any:
+        seen.update(x.data_ptr() for x in tree_leaves(args) if isinstance(x, Tensor))
+        return launcher(*args)
+
+    for name, addresses in readers.items():
+        monkeypatch.setattr(kernels, name, functools.partial(spy, getattr(kernels, name), addresses))
+    inputs = cflora_set(torch.float32, train_lora=False)
+    outputs = cflora_linears(**inputs)
+    for addresses in readers.values():
+        addresses.clear()
+    upstream = [torch.ones_like(y) for y in outputs]
+    torch.autograd.grad(outputs, [inputs["x"], *inputs["gates"]], upstream)
+    for dy in upstream:
+        assert [name for name, addresses in readers.items() if dy.data_ptr() in addresses] == ["_shrink"]
+    assert all(inputs["x"].data_ptr() not in addresses for addresses in readers.values())
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@needs_cuda
+@pytest.mark.parametrize("case", ["plain", "dropout", "packed"])
+def test_is_captured_in_a_cuda_graph(case: str) -> None:
+    """Forward and backward; the replay computes on what the inputs hold then."""
+    options = {"plain": {}, "dropout": {"dropout": 0.3}, "packed": {"packed": True, "lengths": [7, 0, 33]}}[
+        case
+    ]
+    inputs = cflora_set(torch.bfloat16, **options)
+    if case == "packed":
+        inputs["tiles"] = cflora_tiles(inputs["cu_seqlens"], len(inputs["x"]))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(cflora_linears, inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(cflora_linears, inputs)
+    with torch.no_grad():
+        inputs["x"].mul_(-2)
+    graph.replay()
+    for actual, expected in zip(captured, run(cflora_linears, inputs), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@needs_cuda
+def test_nothing_waits_for_the_device() -> None:
+    """A packed batch, forward and backward: its table of tiles, too, is made without the offsets."""
+    inputs = cflora_set(torch.bfloat16, packed=True, lengths=[7, 0, 33], dropout=0.3)
+    run(cflora_linears, inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        tiles = cflora_tiles(inputs["cu_seqlens"], len(inputs["x"]))
+        run(cflora_linears, inputs | {"tiles": tiles})
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+def test_runs_on_the_tensors_own_device() -> None:
+    inputs = cflora_set(torch.bfloat16, dropout=0.3)
+    expected = run(cflora_linears, inputs)
+    other = tree_map(to_second_device, inputs)
+    assert torch.cuda.current_device() == 0
+    for actual, first in zip(run(cflora_linears, other), expected, strict=True):
+        assert actual.device.index == 1
+        assert torch.equal(actual.to(first.device), first)
+
+
+def to_second_device(x: Any) -> Any:
+    return x.detach().to("cuda:1").requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x

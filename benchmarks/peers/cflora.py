@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def frozen_linear(x: Tensor, weight: Tensor, **_: object) -> Tensor:
@@ -27,7 +27,7 @@ compiled_cflora = torch.compile(published_cflora, dynamic=False)
 
 
 def plain_lora(x: Tensor, weight: Tensor, *, a: Tensor, b: Tensor, gate: Tensor, scale: float) -> Tensor:
-    """LoRA as PEFT runs it, with the adapter in x's dtype; it has no gate, and so does less."""
+    """LoRA written by hand as PEFT computes it, the adapter in x's dtype; no gate, so it does less."""
     return F.linear(x, weight) + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scale
 
 
@@ -57,4 +57,56 @@ class _AddmmChain(torch.autograd.Function):
 
 def addmm_chain(x: Tensor, weight: Tensor, *, a: Tensor, b: Tensor, gate: Tensor, scale: float) -> Tensor:
     y: Tensor = _AddmmChain.apply(x, weight, a.to(x.dtype), b.to(x.dtype), gate.to(x.dtype), scale)
+    return y
+
+
+def peft_lora(x: Tensor, weight: Tensor, *, a: Tensor, b: Tensor, gate: Tensor, scale: float) -> Tensor:
+    """PEFT's own layer as `get_peft_model` makes it: the adapter in fp32, also around a bf16 layer."""
+    y: Tensor = _peft_layer(weight, a, b, scale, torch.float32)(x)
+    return y
+
+
+def peft_lora_narrow(
+    x: Tensor, weight: Tensor, *, a: Tensor, b: Tensor, gate: Tensor, scale: float
+) -> Tensor:
+    """PEFT's own layer with the adapter in x's dtype, as with `autocast_adapter_dtype=False`."""
+    y: Tensor = _peft_layer(weight, a, b, scale, x.dtype)(x)
+    return y
+
+
+def _peft_layer(weight: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> nn.Module:
+    """The layer over these tensors; it is kept with the weight."""
+    layers: dict[torch.dtype, nn.Module] = vars(weight).setdefault("peft_layers", {})
+    if dtype not in layers:
+        from peft import LoraConfig
+        from peft.tuners.lora.layer import Linear
+
+        rank, d_in = a.shape
+        base = nn.Linear(d_in, len(b), bias=False, device="meta")
+        base.weight = nn.Parameter(weight, requires_grad=False)
+        config = LoraConfig(r=rank, lora_alpha=rank * scale)
+        layer = Linear(base, "default", config, r=rank, lora_alpha=rank * scale)
+        layer.lora_A["default"].weight = nn.Parameter(a.to(dtype), requires_grad=False)
+        layer.lora_B["default"].weight = nn.Parameter(b.to(dtype), requires_grad=False)
+        layers[dtype] = layer
+    return layers[dtype]
+
+
+class _RowPasses(torch.autograd.Function):
+    """What an update on a CPU cannot do without, in torch's vector code: x read, y read and written."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight).add_(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        return (dy @ weight).add_(dy), None
+
+
+def row_passes(x: Tensor, weight: Tensor, **_: object) -> Tensor:
+    """The floor of an update that is added to the product: y += x and dx += dy, for square weights."""
+    y: Tensor = _RowPasses.apply(x, weight)
     return y

@@ -7,7 +7,7 @@
 namespace rellax::RELLAX_LEVEL {
 namespace {
 
-constexpr int64_t kShrinkColumns = 2048;  // with kComponents components: half of a first cache of 32 KiB
+constexpr int64_t kShrinkColumns = 2048;  // of kTogether rows: half of a first cache of 32 KiB
 
 constexpr int64_t at_most(int64_t count) { return count < kWidth ? count : kWidth; }
 
@@ -83,21 +83,21 @@ inline void dot(const T* const* rows, const T* components, int64_t first, int64_
     for (int i = 0; i < kHeight; ++i) dots[i] = sums(products[i]);
 }
 
-// out (count, components) = factor · drop(rows) matrixᵀ for the tile's tokens. One block of components and
-// kShrinkColumns stay in the first cache while the tile's rows pass by.
+// out (count, components) = factor · drop(rows) matrixᵀ for the tile's tokens. kTogether rows, of kShrinkColumns,
+// stay in the first cache while the components pass by.
 template <class T>
 void shrink(const T* rows, int64_t row_stride, int64_t d, const T* matrix, int64_t components, const Dropout& dropout,
             const Tile& tile, float factor, T* staging, float* out, int64_t out_stride) {
     const int64_t count = tile.last - tile.first, columns = padded_columns(d);
     const T* staged[kTileTokens];
     stage(rows, row_stride, d, dropout, tile.first, count, staging, staged);
-    for (int64_t component = 0; component < components; component += kComponents) {
-        const T* part = matrix + component * columns;
-        const int64_t width = components - component < kComponents ? components - component : kComponents;
-        for (int64_t first = 0; first < columns; first += kShrinkColumns) {
-            const int64_t last = columns - first < kShrinkColumns ? columns : first + kShrinkColumns;
-            for (int64_t t = 0; t < count; t += kTogether) {
-                const int64_t height = count - t < kTogether ? count - t : kTogether;
+    for (int64_t first = 0; first < columns; first += kShrinkColumns) {
+        const int64_t last = columns - first < kShrinkColumns ? columns : first + kShrinkColumns;
+        for (int64_t t = 0; t < count; t += kTogether) {
+            const int64_t height = count - t < kTogether ? count - t : kTogether;
+            for (int64_t component = 0; component < components; component += kComponents) {
+                const T* part = matrix + component * columns;
+                const int64_t width = components - component < kComponents ? components - component : kComponents;
                 Four dots[kTogether];
                 if (height == kTogether) {
                     dot<kTogether>(staged + t, part, first, last, dots);
@@ -117,27 +117,32 @@ void shrink(const T* rows, int64_t row_stride, int64_t d, const T* matrix, int64
     }
 }
 
-// What an expansion is added to: rows, or with a stride of 0 the same one for all, or nothing.
+// What an expansion is added to: rows, or null, nothing. The sum begins with it: all rows of a block are then read
+// before one is written, and no read waits for a write of the row before, whose address is often the same in its
+// lowest bits.
 template <class T>
 struct AddTo {
     const T* rows;
     int64_t stride;
 
+    // `left` columns exist from `column` on.
     Floats begin(int64_t token, int64_t column, int64_t left) const {
         if (rows == nullptr) return Floats{};
         const T* at = rows + token * stride + column;
         return left >= kWidth ? load(at) : left > 0 ? load_some(at, left) : Floats{};
     }
-    Floats finish(int64_t, int64_t, Floats values) const { return values; }
+    Floats finish(int64_t, int64_t, int64_t, Floats sum) const { return sum; }
 };
 
-// What an expansion passes through: dropout.
-struct DropFrom {
+// The same where the expansion passes through dropout first.
+template <class T>
+struct DropThenAdd {
     const Dropout& dropout;
+    const AddTo<T> to;
 
     Floats begin(int64_t, int64_t, int64_t) const { return Floats{}; }
-    Floats finish(int64_t token, int64_t column, Floats values) const {
-        return drop(dropout, hash_row(dropout, token), column, values);
+    Floats finish(int64_t token, int64_t column, int64_t left, Floats sum) const {
+        return drop(dropout, hash_row(dropout, token), column, sum) + to.begin(token, column, left);
     }
 };
 
@@ -167,13 +172,20 @@ inline void expand_block(const T* z, const T* block, int64_t components, const E
         for (int i = 0; i < kHeight; ++i) {
             for (int v = 0; v < kVectors; ++v) {
                 const int64_t place = j + v * kWidth;
-                store(to[i] + place, ends.finish(token + i, column + place, sums[i][v]));
+                store(to[i] + place, ends.finish(token + i, column + place, left - place, sums[i][v]));
             }
         }
     }
 }
 
-// kHeight rows from `token` on: rows = ends(z matrix).
+// Asks for a block that is about to be read and written.
+template <class T>
+inline void prefetch_block(const T* block) {
+    constexpr int kLine = 64 / sizeof(T);
+    for (int j = 0; j < kBlock; j += kLine) __builtin_prefetch(block + j, 1);
+}
+
+// kHeight rows from `token` on: rows = ends(z matrix). The rows that follow are asked for on the way.
 template <int kHeight, class T, class Ends>
 void expand_rows(T* rows, int64_t stride, int64_t d, const T* matrix, int64_t components, const T* z, const Ends& ends,
                  int64_t token) {
@@ -183,7 +195,10 @@ void expand_rows(T* rows, int64_t stride, int64_t d, const T* matrix, int64_t co
     int64_t j = 0;
     for (; j + kBlock <= d; j += kBlock) {
         expand_block<kHeight>(z, matrix + j * padded, components, ends, token, j, kBlock, to);
-        for (int i = 0; i < kHeight; ++i) to[i] += kBlock;
+        for (int i = 0; i < kHeight; ++i) {
+            prefetch_block(to[i] + kHeight * stride);
+            to[i] += kBlock;
+        }
     }
     if (j == d) return;
     T last[kHeight][kBlock];
@@ -272,14 +287,14 @@ void forward(const Cflora& task, const Tile& tile, float* memory) {
     const Scratch<T> scratch(task, memory);
     const int64_t r = task.r, components = task.layers * r, count = tile.last - tile.first;
     float* const h = task.h + tile.first * components;
-    shrink(static_cast<const T*>(task.x), task.x_stride, task.d_in, static_cast<const T*>(task.a), components,
+    shrink(static_cast<const T*>(task.x), task.x_stride, task.d_in, static_cast<const T*>(task.packed_a), components,
            task.dropout, tile, task.dropout.factor, scratch.staging, h, components);
     for (int64_t i = 0; i < task.layers; ++i) {
         const CfloraLayer& layer = task.layer[i];
         apply_gate(h + i * r, components, count, gate_of(layer, tile, r), false, r, task.scale, scratch.small, r);
-        const AddTo<T> base{static_cast<const T*>(layer.added), layer.added_stride};
-        expand(static_cast<T*>(layer.rows), layer.stride, layer.d, static_cast<const T*>(layer.b), r, scratch.small,
-               base, tile, scratch.narrow);
+        const AddTo<T> base{static_cast<const T*>(layer.base), layer.base_stride};
+        expand(static_cast<T*>(layer.rows), layer.stride, layer.d, static_cast<const T*>(layer.packed_b), r,
+               scratch.small, base, tile, scratch.narrow);
     }
 }
 
@@ -293,7 +308,7 @@ void backward(const Cflora& task, const Tile& tile, float* memory) {
     for (int64_t i = 0; i < task.layers; ++i) {
         const CfloraLayer& layer = task.layer[i];
         const float* const gate = gate_of(layer, tile, r);
-        shrink(static_cast<const T*>(layer.rows), layer.stride, layer.d, static_cast<const T*>(layer.b), r, kKeepAll,
+        shrink(static_cast<const T*>(layer.rows), layer.stride, layer.d, static_cast<const T*>(layer.packed_b), r, kKeepAll,
                tile, task.scale, scratch.staging, dz, r);
         if (layer.dgate != nullptr) {
             multiply_transposed(h + i * r, components, dz, count, r, layer.dgate + tile.index * r * r);
@@ -305,9 +320,15 @@ void backward(const Cflora& task, const Tile& tile, float* memory) {
         apply_gate(dz, r, count, gate, true, r, task.dropout.factor, dh + i * r, components);
     }
     if (task.x != nullptr) {
-        const DropFrom dropped{task.dropout};
-        expand(static_cast<T*>(task.x), task.x_stride, task.d_in, static_cast<const T*>(task.a), components, dh, dropped,
-               tile, scratch.narrow);
+        T* const dx = static_cast<T*>(task.x);
+        const T* const a = static_cast<const T*>(task.packed_a);
+        const AddTo<T> base{task.accumulate ? dx : nullptr, task.x_stride};
+        if (task.dropout.column == nullptr) {
+            expand(dx, task.x_stride, task.d_in, a, components, dh, base, tile, scratch.narrow);
+        } else {
+            const DropThenAdd<T> ends{task.dropout, base};
+            expand(dx, task.x_stride, task.d_in, a, components, dh, ends, tile, scratch.narrow);
+        }
     }
 }
 

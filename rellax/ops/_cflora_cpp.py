@@ -1,6 +1,6 @@
 """``rellax._C``'s CFLoRA kernels as implementations of ``rellax::cflora_linear`` and its backward pass.
 
-The kernels begin y and dx with the low-rank updates; torch's own products with W are added on top, in place.
+torch's own products with W come first; the kernels add the low-rank updates to them in place.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rellax.ops._register import extension
@@ -32,17 +31,19 @@ def cflora_fwd(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[list[Tensor], Tensor]:
-    """As ``rellax.reference.cflora.cflora_fwd``, for fp32 and bf16."""
+    """As ``rellax.reference.cflora.cflora_fwd``, for fp32 and bf16.
+
+    All is prepared before the products, which leave little of the interpreter's in the caches.
+    """
     rows = _rows(x)
-    outputs = [rows.new_empty((rows.shape[0], b.shape[0])) for b in lora_b]
-    added = [None if b is None else b.contiguous() for b in bias] if weight else [_rows(y) for y in base]
     h = torch.empty((rows.shape[0], len(lora_a) * lora_a[0].shape[0]))
-    a = _shrinking(torch.cat(list(lora_a)), x.dtype)
-    b = [_expanding(matrix.t(), x.dtype) for matrix in lora_b]
-    update = _Set(rows, a, outputs, added, b, gate, scale, (dropout, seed), h)
-    extension().cflora_forward(update.task, **_tokens(x, gate, cu_seqlens))
-    for y, w in zip(outputs, weight, strict=bool(weight)):
-        y.addmm_(rows, w.t())
+    outputs = [rows.new_empty((rows.shape[0], b.shape[0])) for b in lora_b]
+    bases = outputs if weight else [_rows(y) for y in base]
+    update = _Set(rows, False, outputs, bases, lora_a, lora_b, gate, scale, (dropout, seed), h)
+    tokens = _tokens(x, gate, cu_seqlens)
+    for y, w, b in zip(outputs, weight, bias, strict=bool(weight)):
+        torch.mm(rows, w.t(), out=y) if b is None else torch.addmm(b, rows, w.t(), out=y)
+    extension().cflora_forward(update.task, **tokens)
     return [y.view(*x.shape[:-1], y.shape[1]) for y in outputs], h
 
 
@@ -63,27 +64,20 @@ def cflora_bwd(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """As ``rellax.reference.cflora.cflora_bwd``, for fp32 and bf16."""
     need_x, need_gate, need_a, need_b = needs
-    dtype, d_in = dy[0].dtype, lora_a[0].shape[1]
-    rows = [_rows(dy_i) for dy_i in dy]
+    d_in, rows = lora_a[0].shape[1], [_rows(dy_i) for dy_i in dy]
     dx = rows[0].new_empty((h.shape[0] if need_x else 0, d_in))
     dh = torch.empty_like(h) if need_a else None
     z = torch.empty_like(h) if need_b else None
     dgate = [torch.empty(g.shape) for g in gate] if need_gate else []
-
-    a = _expanding(torch.cat(list(lora_a)), dtype)
-    b = [_shrinking(matrix.t(), dtype) for matrix in lora_b]
-    update = _Set(dx, a, rows, [None] * len(dy), b, gate, scale, (dropout, seed), h)
-    extension().cflora_backward(
-        update.task,
-        dh=_address(dh),
-        z=_address(z),
-        dgate=[g.data_ptr() for g in dgate],
-        **_tokens(dy[0], gate, cu_seqlens),
-    )
+    nothing: list[Tensor | None] = [None] * len(dy)
+    update = _Set(dx, bool(weight), rows, nothing, lora_a, lora_b, gate, scale, (dropout, seed), h)
+    tokens = _tokens(dy[0], gate, cu_seqlens)
     if need_x:
-        for dy_i, w in zip(rows, weight, strict=bool(weight)):
-            dx.addmm_(dy_i, w)
-        dx = dx.view(*dy[0].shape[:-1], d_in)
+        for i, (dy_i, w) in enumerate(zip(rows, weight, strict=bool(weight))):
+            dx.addmm_(dy_i, w, beta=min(i, 1))
+    extension().cflora_backward(
+        update.task, dh=_address(dh), z=_address(z), dgate=[g.data_ptr() for g in dgate], **tokens
+    )
     da, db = [], []
     if dh is not None and x is not None:
         for part, a_i in zip(_outer(dh, _rows(x), update.dropout).chunk(len(dy)), lora_a, strict=True):
@@ -93,7 +87,7 @@ def cflora_bwd(
         for z_i, rows_i, b_i in zip(z.chunk(len(dy), 1), rows, lora_b, strict=True):
             db.append(_outer(z_i, rows_i, keep).t().to(b_i.dtype).contiguous())
     dgate = [d.to(g.dtype) for d, g in zip(dgate, gate if need_gate else [], strict=True)]
-    return dx if need_x else dy[0].new_empty(0), dgate, da, db
+    return dx.view(*dy[0].shape[:-1], d_in) if need_x else dy[0].new_empty(0), dgate, da, db
 
 
 class _Set:
@@ -102,32 +96,41 @@ class _Set:
     def __init__(
         self,
         x: Tensor,
-        a: Tensor,
+        accumulate: bool,
         rows: Sequence[Tensor],
-        added: Sequence[Tensor | None],
-        b: Sequence[Tensor],
+        base: Sequence[Tensor | None],
+        lora_a: Sequence[Tensor],
+        lora_b: Sequence[Tensor],
         gate: Sequence[Tensor],
         scale: float,
         dropout: tuple[float, Tensor | None],
         h: Tensor,
     ) -> None:
-        gate = [g.float().contiguous() for g in gate]
+        a, b_t = ([f.to(x.dtype) for f in factors] for factors in (lora_a, [b.t() for b in lora_b]))
+        gates: list[Tensor | None] = [g.float().contiguous() for g in gate] or [None] * len(rows)
         self.dropout, hashes = _dropout(*dropout, x.shape[1])
-        self._kept_alive = (x, a, *rows, *added, *b, *gate, hashes, h)
+        self._kept_alive = (x, *rows, *base, *a, *b_t, *gates, hashes, h)
+        layers = [
+            extension().CfloraLayer(
+                d_out=row.shape[1],
+                rows=row.data_ptr(),
+                stride=row.stride(0),
+                base=_address(base_i),
+                base_stride=0 if base_i is None else base_i.stride(0),
+                a=(a_i.data_ptr(), *a_i.stride()),
+                b=(b_i.data_ptr(), *b_i.stride()),
+                gate=_address(gate_i),
+            )
+            for row, base_i, a_i, b_i, gate_i in zip(rows, base, a, b_t, gates, strict=True)
+        ]
         self.task = extension().Cflora(
             dtype=str(x.dtype).removeprefix("torch."),
             r=h.shape[1] // len(rows),
             d_in=x.shape[1],
             x=x.data_ptr(),
             x_stride=x.stride(0),
-            a=a.data_ptr(),
-            d_out=[row.shape[1] for row in rows],
-            rows=[row.data_ptr() for row in rows],
-            strides=[row.stride(0) for row in rows],
-            added=[_address(part) for part in added],
-            added_strides=[part.stride(0) if part is not None and part.dim() == 2 else 0 for part in added],
-            b=[matrix.data_ptr() for matrix in b],
-            gate=[g.data_ptr() for g in gate],
+            accumulate=accumulate,
+            layers=layers,
             scale=scale,
             dropout=self.dropout,
             h=h.data_ptr(),
@@ -171,26 +174,6 @@ def _rows(x: Tensor) -> Tensor:
     """x as (T, d) with the elements of a row side by side; a copy only where it cannot be a view."""
     rows = x.flatten(0, -2)
     return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
-def _shrinking(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Components (c, d) in the form for shrinking: see csrc/cflora.h."""
-    blocks = _padded(matrix, dtype).unflatten(1, (-1, _BLOCK)).unflatten(0, (-1, _COMPONENTS))
-    return blocks.transpose(1, 2).contiguous()
-
-
-def _expanding(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Components (c, d) in the form for expanding: see csrc/cflora.h."""
-    group = 2 if dtype == torch.bfloat16 else 1
-    blocks = _padded(matrix, dtype).unflatten(1, (-1, _BLOCK)).unflatten(0, (-1, group))
-    return blocks.permute(2, 0, 3, 1).contiguous()
-
-
-def _padded(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """`matrix` with zeros up to whole blocks."""
-    c, d = matrix.shape
-    missing = (0, -d % _BLOCK, 0, -c % _COMPONENTS)
-    return F.pad(matrix.to(dtype), missing) if any(missing) else matrix.to(dtype)
 
 
 def _round_up(count: int, step: int) -> int:
