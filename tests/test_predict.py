@@ -115,6 +115,15 @@ def test_without_a_time_everything_known_is_history(workspace: Workspace, run: P
     assert one.to_pylist() == two.to_pylist()
 
 
+def test_a_time_where_the_data_have_none(workspace: Workspace, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(workspace.data, tmp_path / "data")
+    path = tmp_path / "data" / "dataset.json"
+    path.write_text(path.read_text().replace('"timed": true', '"timed": false'))
+    (tmp_path / "new.csv").write_text("user_id,item_id,time\n3,4,5\n")
+    with pytest.raises(InputError, match=r"new.csv: expected no column 'time', the data in .* have no times"):
+        predict(run, tmp_path / "new.csv", tmp_path / "out.csv", data=tmp_path / "data", progress=False)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

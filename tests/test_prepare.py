@@ -265,6 +265,10 @@ BAD_FOLDERS = {
         lambda f: (f / "dataset.json").unlink(),
         "dataset.json: expected a JSON file, found none",
     ),
+    "older version": (
+        lambda f: (f / "dataset.json").write_text('{"item_noun": "film"}'),
+        "dataset.json: expected an entry 'timed', found none; `rellax prepare`",
+    ),
     "no table": (
         lambda f: (f / "users.parquet").unlink(),
         "users.parquet: expected a file of `rellax prepare`",

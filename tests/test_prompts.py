@@ -108,6 +108,18 @@ def test_whole_prompt(dataset: Dataset) -> None:
     assert (prompt.item_ids, prompt.behaviours) == ([], 4)
 
 
+def test_no_line_about_a_user_of_whom_nothing_is_known(dataset: Dataset) -> None:
+    users = dataset.users.set_column(2, "profile", pa.array([""] * dataset.users.num_rows))
+    assert dataset.users.column_names[2] == "profile"
+    nobody = dataclasses.replace(dataset, users=users)
+    for tokenizer in (byte_level(CHATML), byte_level(None)):
+        prompts = builder(tokenizer, nobody)
+        text = prompts.render(SAMPLE, [0, 1])
+        who = f"User: {dataset.profiles[dataset.samples.user[SAMPLE]]}\n"
+        assert text == builder(tokenizer, dataset).render(SAMPLE, [0, 1]).replace(who, "")
+        assert prompts.build(SAMPLE, [0, 1]).input_ids == tokenizer.encode(text, add_special_tokens=False)
+
+
 def test_plain_text_without_a_template(dataset: Dataset) -> None:
     text = builder(byte_level(None), dataset).render(SAMPLE, [0])
     assert text.startswith("User: ")

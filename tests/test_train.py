@@ -362,8 +362,8 @@ def test_mixture_has_each_sample_with_either_history(workspace: Workspace) -> No
     chosen = inputs.dataset.choose("train", 10, seed=3)
     both = task.examples(chosen, "mixture")
     assert [example.sample for example in both] == np.repeat(chosen, 2).tolist()
-    assert both[::2] == task.examples(chosen, "recent")
-    assert both[1::2] == task.examples(chosen, "retrieved")
+    assert list(both[::2]) == list(task.examples(chosen, "recent"))
+    assert list(both[1::2]) == list(task.examples(chosen, "retrieved"))
     assert both[::2] != both[1::2]
 
 

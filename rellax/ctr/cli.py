@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rellax import __version__
-from rellax.ctr.config import INTERACTIONS, PACKING, PROMPTS, STAGES, DemoConfig, TrainConfig
+from rellax.ctr.config import DATASETS, INTERACTIONS, PACKING, PROMPTS, STAGES, DemoConfig, TrainConfig
 from rellax.errors import InputError
 
 _WORK = Path("runs/ml-100k")
@@ -108,13 +108,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    from rellax.ctr.assets import movielens_100k
-    from rellax.ctr.prepare import prepare
-    from rellax.ctr.sources import READERS
+    from rellax.ctr.prepare import prepare, summary
+    from rellax.ctr.sources import READERS, read_own
 
-    raw = movielens_100k() if options.raw is None else options.raw
-    counts = prepare(READERS[options.dataset](raw), options.work / "data")["counts"]
-    print(f"{options.work / 'data'}: {counts['samples']:,} samples of {counts['users']:,} users")
+    if options.columns is None:
+        name = options.dataset or "ml-100k"
+        source = READERS[name](_fetched(name) if options.raw is None else options.raw)
+    elif options.dataset is None:
+        source = read_own(options.columns, options.raw)
+    else:
+        raise InputError("columns: expected either --dataset or --columns, got both")
+    print(f"{options.work / 'data'}: {summary(prepare(source, options.work / 'data'))}")
+
+
+def _fetched(name: str) -> Path:
+    if name == "ml-100k":
+        from rellax.ctr.assets import movielens_100k
+
+        return movielens_100k()
+    from rellax.ctr.downloads import published
+
+    return published(name)
 
 
 def _crm(options: argparse.Namespace) -> None:
@@ -239,9 +253,20 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything")
     _add_fields(demo, DemoConfig, _DEMO_HELP)
 
-    prepare = _command(commands, "prepare", _prepare, "raw ratings to samples", "rellax prepare")
-    prepare.add_argument("--dataset", default="ml-100k", choices=["ml-100k"], help="format of the raw files")
-    prepare.add_argument("--raw", type=Path, help="folder with the raw files (default: fetched)")
+    prepare = _command(
+        commands,
+        "prepare",
+        _prepare,
+        "raw ratings to samples",
+        "rellax prepare\n"
+        "rellax prepare --dataset ml-1m --raw Downloads/ml-1m --work runs/ml-1m\n"
+        "rellax prepare --columns shop/columns.json --work runs/shop",
+    )
+    prepare.add_argument("--dataset", choices=DATASETS, help="a published data set (default: ml-100k)")
+    prepare.add_argument("--columns", type=Path, help="or: column map of your own tables, docs/own-data.md")
+    prepare.add_argument(
+        "--raw", type=Path, help="folder with the raw files (default: fetched, or that of the column map)"
+    )
 
     crm = _command(
         commands, "crm", _crm, "train the classical model", "rellax crm\nrellax crm sim --model SIM"

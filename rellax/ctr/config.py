@@ -10,6 +10,7 @@ from typing import Any
 from rellax._files import read_json
 from rellax.errors import InputError
 
+DATASETS = ("ml-100k", "ml-1m", "ml-25m", "bookcrossing")
 STAGES = ("1", "2", "joint")
 PROMPTS = ("recent", "retrieved", "mixture")
 PACKING = ("auto", "always", "never")

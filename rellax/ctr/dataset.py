@@ -28,6 +28,7 @@ COLUMNS = {
     "behaviours": ("user", "item", "rating", "time"),
     "samples": ("user", "item", "position", "label", "split"),
 }
+_META = ("item_noun", "timed", "rating_scale", "positive_above", "unrated", "answers", "question", "features")
 _BLOCK = 1 << 20
 
 
@@ -78,6 +79,12 @@ class Dataset:
         """
         folder = Path(folder)
         meta = read_json(folder / "dataset.json", maker="rellax prepare")
+        lacking = [name for name in _META if name not in meta]
+        if lacking:
+            raise InputError(
+                f"{folder / 'dataset.json'}: expected an entry {lacking[0]!r}, found none; "
+                "`rellax prepare` of this version makes it"
+            )
         items, users = (_File(folder, name).table() for name in ("items", "users"))
         behaviours, samples = _File(folder, "behaviours"), _File(folder, "samples")
         dataset = cls(

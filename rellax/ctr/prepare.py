@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rellax._files import atomic_folder, sha256_file, write_json
+from rellax._files import atomic_folder, read_json, sha256_file, write_json
 from rellax.ctr.dataset import SPLITS
 from rellax.ctr.sources import Source
 from rellax.errors import InputError
@@ -39,6 +39,19 @@ class _Behaviours:
         return len(self.user)
 
 
+def summary(meta: dict[str, Any]) -> str:
+    """What `prepare` read, left out and wrote, from its dataset.json: a line each."""
+    counts = meta["counts"]
+    lines = [f"{counts['samples']:,} samples of {counts['users']:,} users and {counts['items']:,} items"]
+    lines += [f"  read     {rows:>12,}  {name}" for name, rows in meta["rows"].items()]
+    lines += [f"  dropped  {rows:>12,}  {reason}" for reason, rows in meta["dropped"].items() if rows]
+    lines += [f"  mended   {rows:>12,}  {what}" for what, rows in meta["odd"].items() if rows]
+    for name in SPLITS:
+        samples, positives = counts[name]["samples"], counts[name]["positives"]
+        lines.append(f"  {name:8} {samples:>12,}  samples, {positives / samples:.1%} positive")
+    return "\n".join(lines)
+
+
 def prepare(
     source: Source, folder: str | Path, *, min_history: int = 5, split: tuple[int, int, int] = (8, 1, 1)
 ) -> dict[str, Any]:
@@ -52,9 +65,10 @@ def prepare(
     sample, and `split` cuts the users, in random order.
 
     Raises:
-        InputError: an id twice in a table, an interaction with an id in no table, a rating off the scale, or
-            a split without samples.
+        InputError: an id twice in a table, an interaction with an id in no table, a rating off the scale, a
+            split without samples, or `folder` holds another data set.
     """
+    _check_folder(Path(folder), source.name)
     items, users = _dense(source.items, "item"), _dense(source.users, "user")
     timed = "time" in source.interactions.column_names
     behaviours, unknown = _behaviours(source, users, items, timed)
@@ -100,6 +114,13 @@ def prepare(
     return meta
 
 
+def _check_folder(folder: Path, name: str) -> None:
+    """What is there may be replaced by the same data set anew."""
+    path = folder / "dataset.json"
+    if path.exists() and (found := read_json(path)["name"]) != name:
+        raise InputError(f"{folder}: holds the data set {found!r}, expected a new folder for {name!r}")
+
+
 def _dense(table: pa.Table, kind: str) -> pa.Table:
     """`table` sorted by raw id, numbers as numbers, with the row as its dense id in front."""
     ids = table[f"{kind}_id"].to_pylist()
@@ -115,24 +136,27 @@ def _behaviours(
     source: Source, users: pa.Table, items: pa.Table, timed: bool
 ) -> tuple[_Behaviours, dict[str, int]]:
     """All interactions with known ids, and how many others there are, by reason."""
-    user, item = _lookup(source, "user", users), _lookup(source, "item", items)
-    rating = _ratings(source)
-    time = source.interactions["time"].to_numpy() if timed else np.zeros(len(user), dtype=np.int64)
-    dropped = {}
+    user, item, dropped = _lookup(source, "user", users), _lookup(source, "item", items), {}
+    columns = {"user": user, "item": item, "rating": _ratings(source)}
+    columns["time"] = source.interactions["time"].to_numpy() if timed else np.zeros(len(user), np.int64)
     if source.drop_unknown:
         known = (user >= 0) & (item >= 0)
         dropped["interactions of users in no table"] = int((user < 0).sum())
         dropped["interactions with items in no table"] = int(((user >= 0) & (item < 0)).sum())
-        user, item, rating, time = (values[known] for values in (user, item, rating, time))
+        columns = {name: values[known] for name, values in columns.items()}
+    del user, item
     if timed:
-        order = np.lexsort((item, time, user))
+        order = np.lexsort((columns["item"], columns["time"], columns["user"]))
     else:
-        order = np.lexsort((np.random.default_rng(_SEED).permutation(len(user)), user))
-    user = user[order]
-    lengths = np.bincount(user, minlength=users.num_rows)
-    starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
-    position = np.subtract(np.arange(len(user)), starts).astype(np.int32)
-    return _Behaviours(user, item[order], rating[order], time[order], position), dropped
+        shuffled = np.random.default_rng(_SEED).permutation(len(columns["user"]))
+        order = np.lexsort((shuffled, columns["user"]))
+    for name in columns:  # one after another: a column that is in order takes the place of the one before
+        columns[name] = columns[name][order]
+    del order
+    lengths = np.bincount(columns["user"], minlength=users.num_rows)
+    position = np.arange(len(columns["user"]), dtype=np.int32)
+    position -= np.repeat((np.cumsum(lengths) - lengths).astype(np.int32), lengths)
+    return _Behaviours(**columns, position=position), dropped
 
 
 def _lookup(source: Source, kind: str, table: pa.Table) -> np.ndarray:
@@ -171,9 +195,9 @@ def _sample_rows(behaviours: _Behaviours, min_history: int, timed: bool) -> np.n
     """Rows of the behaviours that are samples, in the samples' order."""
     enough = behaviours.position >= min_history
     if timed:
-        rows = np.flatnonzero(enough)
-        keys = (behaviours.item, behaviours.user, behaviours.time)
-        return rows[np.lexsort([key[rows] for key in keys])]
+        rows = np.flatnonzero(enough).astype(np.int32)
+        # In (user, time, item) order as they stand: a stable sort by time makes that (time, user, item).
+        return rows[np.argsort(behaviours.time[rows], kind="stable")]
     is_last = np.append(np.diff(behaviours.user) != 0, True)[: len(behaviours)]
     return np.random.default_rng(_SEED).permutation(np.flatnonzero(enough & is_last))
 

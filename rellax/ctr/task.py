@@ -78,7 +78,7 @@ def input_hashes(config: TrainConfig) -> dict[str, str]:
     return {path.name: sha256_file(path) for path in makers}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Examples(Sequence[Example]):
     """Prompts that are made when they are asked for: of all others no more than 9 bytes are held.
 

@@ -91,7 +91,9 @@ def _read(path: Path, header: tuple[str, ...]) -> tuple[pa.Table, int]:
     whole = pc.starts_with(table[0], '"')  # a line may also be the end of a row that was cut in two
     broken += table.num_rows - pc.sum(whole).as_py() if table.num_rows else 0
     table = table.filter(whole)
-    columns = [pc.replace_substring_regex(column, r'^"|"$', "") for column in table.columns]
+    columns = table.columns
+    columns[0] = pc.utf8_slice_codeunits(columns[0], 1)
+    columns[-1] = pc.replace_substring_regex(columns[-1], '"$', "")
     return pa.table(columns, names=list(header)), broken
 
 

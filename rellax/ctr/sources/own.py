@@ -255,12 +255,11 @@ def _checked(
     place = f"{path}: {name}: " if name else f"{path}: "
     if not isinstance(found, dict):
         raise InputError(f"{place}expected an object, found {found!r}")
-    value: Any
     for entry, value in found.items():
         if entry not in entries:
             raise InputError(f"{place}expected entries {', '.join(entries)}, found {entry!r}")
-        kind: Any = entries[entry][0]
-        if not isinstance(value, int | float if kind is float else kind) or isinstance(value, bool):
+        kind = entries[entry][0]
+        if not _is_a(value, kind):
             raise InputError(f"{place}{entry}: expected {_KINDS[kind]}, found {value!r}")
         named = value if entry in ("text", "profile", "features") else []
         if not all(isinstance(column, str) for column in named):
@@ -271,3 +270,7 @@ def _checked(
         if required and entry not in found:
             raise InputError(f"{place}expected an entry {entry!r}, found {', '.join(map(repr, found))}")
     return found
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    return isinstance(value, int | float if kind is float else kind) and not isinstance(value, bool)

@@ -1,0 +1,234 @@
+"""People's own tables: the documentation's example, literally; the column map's entries; what is refused."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoTokenizer
+from workspace import make_model
+
+from rellax.ctr import cli
+from rellax.ctr.dataset import Dataset
+from rellax.ctr.prepare import prepare
+from rellax.ctr.prompts import PromptBuilder, Wording
+from rellax.ctr.sources import read_own
+from rellax.errors import InputError
+
+PAGE = Path(__file__).parents[1] / "docs" / "own-data.md"
+BLOCK = re.compile(r'```\w+ title="([^"]+)"\n(.*?)```', re.DOTALL)
+
+
+def test_the_example_of_the_documentation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    blocks = dict(BLOCK.findall(text))
+    (command,) = re.findall(r"```sh\nrellax (.*)\n```", text)
+    (tmp_path / "shop").mkdir()
+    for name in ("orders.csv", "products.csv", "customers.csv", "columns.json"):
+        (tmp_path / "shop" / name).write_text(blocks[name], encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(command.split()) == 0
+    assert capsys.readouterr().out == blocks["output"]
+    dataset = Dataset.load("runs/shop/data")
+    make_model(tmp_path / "model", dataset)
+    prompts = PromptBuilder(AutoTokenizer.from_pretrained(tmp_path / "model"), dataset, k=3, max_tokens=999)
+    last = len(dataset.samples) - 1
+    position = int(dataset.samples.position[last])
+    assert prompts.render(last, range(position - 3, position)) == blocks["prompt"].rstrip("\n")
+
+
+EVENTS = [
+    (f"u{user}", f"i{item}", (user + item) % 2, f"2026-01-{item + 1:02} 0{user}:00:00", f"Item {item}", "red")
+    for user in range(3)
+    for item in range(10)
+]
+NAMES = ("who", "what", "bought", "moment", "name", "colour")
+MAP: dict[str, Any] = {
+    "name": "clicks",
+    "item_noun": "article",
+    "interactions": {
+        "file": "clicks.csv",
+        "user": "who",
+        "item": "what",
+        "label": "bought",
+        "time": "moment",
+    },
+    "items": {"item": "what", "title": "name", "features": ["colour"]},
+}
+
+
+def write(folder: Path, column_map: dict[str, Any], rows: list[tuple[Any, ...]] = EVENTS) -> Path:
+    """One table with everything, as CSV and as Parquet, and the map; returns the map's path."""
+    table = pa.table(dict(zip(NAMES, map(list, zip(*rows, strict=True)), strict=True)))
+    lines = [",".join(NAMES), *(",".join(map(str, row)) for row in rows)]
+    (folder / "clicks.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if all(isinstance(row[3], str) and row[3] for row in rows):
+        moments = [datetime.datetime.fromisoformat(row[3]) for row in rows]
+        table = table.set_column(3, "moment", pa.array(moments, pa.timestamp("us")))
+    pq.write_table(table, folder / "clicks.parquet")
+    path = folder / "columns.json"
+    path.write_text(json.dumps(column_map), encoding="utf-8")
+    return path
+
+
+def test_one_table_with_labels_and_no_users(tmp_path: Path) -> None:
+    meta = prepare(read_own(write(tmp_path, MAP)), tmp_path / "data")
+    dataset = Dataset.load(tmp_path / "data")
+    assert meta["rows"] == {"clicks.csv": 30}
+    assert (meta["counts"]["items"], meta["counts"]["users"], meta["counts"]["samples"]) == (10, 3, 15)
+    assert dataset.titles == dataset.texts == [f"Item {item}" for item in range(10)]
+    assert dataset.profiles == [""] * 3
+    assert meta["features"] == {"item": ["colour"], "user": []}
+    assert np.array_equal(dataset.samples.label, (dataset.samples.user + dataset.samples.item) % 2)
+    first = datetime.datetime(2026, 1, 1, 0, tzinfo=datetime.timezone.utc)
+    assert dataset.behaviour_times[0] == first.timestamp() * 1000
+    wording = Wording.of(meta)
+    assert (wording.header, wording.question) == (
+        "Article history, oldest first:",
+        "Will the user choose this article?",
+    )
+    assert (wording.behaviour("T", 0.0), wording.behaviour("T", 1.0)) == ("no: T", "yes: T")
+
+
+def test_parquet_gives_what_csv_gives(tmp_path: Path) -> None:
+    prepare(read_own(write(tmp_path, MAP)), tmp_path / "csv")
+    events = MAP["interactions"] | {"file": "clicks.parquet"}
+    prepare(read_own(write(tmp_path, MAP | {"interactions": events})), tmp_path / "parquet")
+    for name in ("items", "users", "behaviours", "samples"):
+        assert pq.read_table(tmp_path / "csv" / f"{name}.parquet").equals(
+            pq.read_table(tmp_path / "parquet" / f"{name}.parquet")
+        )
+
+
+def test_numbers_as_ids_words_for_labels_and_missing_texts(tmp_path: Path) -> None:
+    events = [row for row in EVENTS if row[1] != "i0"] * 2
+    path = write(
+        tmp_path, MAP | {"answers": ["skipped", "bought"], "question": "Will the customer buy it?"}, events
+    )
+    table = pq.read_table(tmp_path / "clicks.parquet")
+    table = table.set_column(1, "what", pa.array([int(row[1][1:]) for row in events]))
+    table = table.set_column(4, "name", pa.array([None if row[1] == "i3" else "N" for row in events]))
+    pq.write_table(table, tmp_path / "clicks.parquet")
+    column_map = json.loads(path.read_text())
+    column_map["interactions"]["file"] = "clicks.parquet"
+    del column_map["interactions"]["time"]
+    path.write_text(json.dumps(column_map))
+    meta = prepare(read_own(path), tmp_path / "data", split=(1, 1, 1))
+    dataset = Dataset.load(tmp_path / "data")
+    assert dataset.items["item_id"].to_pylist() == [str(item) for item in range(1, 10)]
+    assert dataset.titles[2] == "Unknown title"
+    assert meta["counts"]["samples"] == 3  # without times one a user
+    wording = Wording.of(meta)
+    assert (wording.header, wording.question) == (
+        "Article history, in no order:",
+        "Will the customer buy it?",
+    )
+    assert wording.behaviour("T", 1.0) == "bought: T"
+
+
+def test_unknown_ids(tmp_path: Path) -> None:
+    (tmp_path / "items.csv").write_text("what;name\n" + "".join(f"i{i};N{i}\n" for i in range(9)))
+    items = {"file": "items.csv", "delimiter": ";", "item": "what", "title": "name"}
+    with pytest.raises(InputError, match=r"clicks.csv, line 11: item 'i9' is not in the table of items"):
+        prepare(read_own(write(tmp_path, MAP | {"items": items})), tmp_path / "data")
+    path = write(tmp_path, MAP | {"items": items, "unknown_ids": "drop"})
+    meta = prepare(read_own(path), tmp_path / "data")
+    assert meta["dropped"]["interactions with items in no table"] == 3
+    assert meta["rows"] == {"clicks.csv": 30, "items.csv": 9}
+
+
+def test_the_files_may_be_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "maps").mkdir()
+    path = write(tmp_path, MAP).rename(tmp_path / "maps" / "columns.json")
+    assert read_own(path, tmp_path).name == "clicks"
+    with pytest.raises(InputError, match=r"maps/clicks.csv: expected this file, found none"):
+        read_own(path)
+
+
+RATED = {"interactions": {"file": "clicks.csv", "user": "who", "item": "what", "rating": "bought"}}
+BAD_MAPS: dict[str, tuple[dict[str, Any], str]] = {
+    "no name": ({"name": 3}, r"columns.json: name: expected text, found 3"),
+    "typo": ({"itmes": {}}, r"columns.json: expected entries name, .*, found 'itmes'"),
+    "no items": ({"items": None}, r"columns.json: items: expected an object, found None"),
+    "no title": ({"items": {"item": "what"}}, r"items: expected an entry 'title', found 'item'"),
+    "text": ({"items": MAP["items"] | {"text": [1]}}, r"items: text: expected names of columns, found \[1\]"),
+    "no text": ({"items": MAP["items"] | {"text": []}}, r"items: text: expected at least one column"),
+    "feature": (
+        {"items": MAP["items"] | {"features": ["title"]}},
+        r"features: expected names other than item, ",
+    ),
+    "both": (
+        {"interactions": MAP["interactions"] | {"rating": "bought"}},
+        r"interactions: expected either 'rating' or 'label'",
+    ),
+    "no scale": (RATED, r"expected an entry 'rating_scale' beside a column of ratings, found none"),
+    "scale": (
+        RATED | {"rating_scale": [5, 1], "positive_above": 3},
+        r"rating_scale: expected the lowest and",
+    ),
+    "threshold": (
+        RATED | {"rating_scale": [1, 5], "positive_above": 5},
+        r"positive_above: expected at least 1 and less than 5, found 5",
+    ),
+    "answers": ({"answers": ["no"]}, r"answers: expected what labels 0 and 1 are called, found \['no'\]"),
+    "unknown": ({"unknown_ids": "keep"}, r"unknown_ids: expected 'error' or 'drop', found 'keep'"),
+    "column": (
+        {"interactions": MAP["interactions"] | {"user": "user"}},
+        r"clicks.csv, line 1: expected a column 'user', found 'who', 'what', ",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "words"), BAD_MAPS.values(), ids=BAD_MAPS.keys())
+def test_bad_maps(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    path = write(tmp_path, MAP | changes)
+    with pytest.raises(InputError, match=words):
+        read_own(path)
+
+
+def changed(column: int, value: Any) -> list[tuple[Any, ...]]:
+    return [*EVENTS[:4], (*EVENTS[4][:column], value, *EVENTS[4][column + 1 :]), *EVENTS[5:]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (changed(0, ""), r"clicks.csv, line 6: expected a value of 'who', found none"),
+        (changed(2, 0.5), r"clicks.csv, line 6: expected a label 0 or 1, found 0.5"),
+        (changed(2, "yes"), r"clicks.csv, row 6: expected a number as 'bought', found 'yes'"),
+        (changed(3, "soon"), r"clicks.csv, row 6: expected a date and time as 'moment', found 'soon'"),
+        (changed(4, "a,b"), r"clicks.csv, row 6: expected 6 fields, found 7"),
+    ],
+    ids=["id", "label", "word", "time", "fields"],
+)
+def test_bad_rows(tmp_path: Path, rows: list[tuple[Any, ...]], words: str) -> None:
+    table = [list(map(str, row)) for row in rows]
+    path = write(tmp_path, MAP)
+    (tmp_path / "clicks.csv").write_text("\n".join(map(",".join, [list(NAMES), *table])) + "\n")
+    with pytest.raises(InputError, match=words):
+        prepare(read_own(path), tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_bad_parquet(tmp_path: Path) -> None:
+    path = write(tmp_path, MAP | {"interactions": MAP["interactions"] | {"file": "clicks.parquet"}})
+    table = pq.read_table(tmp_path / "clicks.parquet")
+    missing = pa.array([None, *table["who"].to_pylist()[1:]])
+    pq.write_table(table.set_column(0, "who", missing), tmp_path / "clicks.parquet")
+    with pytest.raises(InputError, match=r"clicks.parquet, row 1: expected a value as 'who', found none"):
+        read_own(path)
+    pq.write_table(table.set_column(2, "bought", table["name"]), tmp_path / "clicks.parquet")
+    with pytest.raises(InputError, match=r"clicks.parquet: expected a number as 'bought' \(.*Item \d"):
+        read_own(path)
+    (tmp_path / "clicks.parquet").write_text("no Parquet")
+    with pytest.raises(InputError, match=r"clicks.parquet: expected Parquet, but it is damaged"):
+        read_own(path)
