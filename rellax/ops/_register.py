@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from rellax.errors import InputError
+from rellax.ops._eager import Operator
 
 BACKENDS = ("reference", "cpp", "triton")
 
@@ -160,7 +161,7 @@ def operator(
     cpp_dtypes: tuple[torch.dtype, ...] | None = None,
     triton: str | None = None,
     triton_dtypes: tuple[torch.dtype, ...] | None = None,
-) -> torch.library.CustomOpDef:
+) -> Operator:
     """Define ``rellax::<name>`` with `reference`'s signature as its schema (arguments: :class:`Backends`).
 
     The operator's first argument, a tensor or a list of tensors, decides where it runs. Autocast is off
@@ -180,7 +181,7 @@ def operator(
             return implementation(*args)
 
     schema = torch.library.infer_schema(reference, mutates_args=())
-    return torch.library.custom_op(f"rellax::{name}", run, mutates_args=(), schema=schema)
+    return Operator(torch.library.custom_op(f"rellax::{name}", run, mutates_args=(), schema=schema), run)
 
 
 @functools.cache
