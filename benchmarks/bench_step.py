@@ -9,6 +9,8 @@ is measured. The first run fetches and prepares what it needs, in the cache fold
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import itertools
 import logging
 import statistics
@@ -23,6 +25,7 @@ from peers.step import FrozenBody, PublishedModel, sharing
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from rellax._files import sha256_file
 from rellax.ctr import assets
 from rellax.ctr.batches import Collator, Example, on_device
 from rellax.ctr.config import TrainConfig
@@ -205,10 +208,14 @@ def _contest(setting: Setting) -> tuple[Steps, list[list[Example]]]:
 
 
 def _prepared(k: int) -> TrainConfig:
-    """A run on the embedded data and model, with a classical recommender of one short epoch; made once."""
+    """A run on the embedded data and model, with a classical recommender of one short epoch.
+
+    Made once, and anew where what makes the files has changed.
+    """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("rellax").setLevel(logging.INFO)
-    folder = assets.cache_folder() / "benchmark"
+    makers = "".join(sha256_file(inspect.getfile(maker)) for maker in (prepare, Dataset, train_crm))
+    folder = assets.cache_folder() / f"benchmark-{hashlib.sha256(makers.encode()).hexdigest()[:8]}"
     if not (folder / "data" / "dataset.json").exists():
         prepare(read_ml_100k(assets.movielens_100k()), folder / "data")
     if not (folder / "crm" / "outputs.safetensors").exists():
