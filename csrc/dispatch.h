@@ -22,6 +22,7 @@ struct Level {
     GateBankForwardKernel* gate_bank_forward;
     GateBankBackwardKernel* gate_bank_backward;
     HistoryTopkKernel* history_topk;
+    HistoryTopkScratch* history_topk_scratch;
     ConvertKernel* convert;
     RowSumsKernel* row_sums;
 };

@@ -25,6 +25,7 @@ def _cpp(
         dim=embeddings.shape[1],
         items=items.data_ptr(),
         offsets=offsets.data_ptr(),
+        users=len(offsets) - 1,
         target=target.data_ptr(),
         user=user.data_ptr(),
         end=end.data_ptr(),
