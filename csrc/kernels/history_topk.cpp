@@ -143,8 +143,20 @@ private:
         worst_ = {0.0f, 0.0f};
         for (int64_t from = block; from < packed_to_; from += kPanelRows) {
             Bound* const bounds = scratch_.candidate_bounds + (from - block);
+            const int64_t next = from + kPanelRows;
+            prefetch(history_ + next, smaller(kPanelRows, packed_to_ - next));
             pack(history_ + from, smaller(kPanelRows, packed_to_ - from), candidate_panel(from), bounds);
             for (int64_t row = 0; row < smaller(kPanelRows, longest_ - from); ++row) worst_ = worse(worst_, bounds[row]);
+        }
+    }
+
+    // Asks for rows that are read soon: each lies somewhere else in memory.
+    void prefetch(const int64_t* items, int64_t count) const {
+        constexpr int64_t kLine = 64;
+        for (int64_t row = 0; row < count; ++row) {
+            const char* const bytes = reinterpret_cast<const char*>(embedding(items[row]));
+            const int64_t size = task_.dim * static_cast<int64_t>(sizeof(T));
+            for (int64_t at = 0; at < size; at += kLine) __builtin_prefetch(bytes + at, 0, 2);
         }
     }
 
@@ -226,7 +238,7 @@ private:
 
     void tighten(Row& row) {
         pad_scores(row.kept.scores, row.kept.size);
-        row.lower = bisect_kth(row.kept.scores, row.kept.size, task_.k);
+        row.lower = bisect_kth(row.kept.scores, row.kept.size, task_.k, row.lower);
         row.kept.tighten(row.lower - 2.0f * row.error);
         row.certified = row.kept.size <= kMostKept;
     }
@@ -259,12 +271,12 @@ private:
     }
 
     void write_best(const Kept& kept, float* scores, int64_t* positions) const {
-        pad_scores(kept.scores, kept.size);
         if (kept.size > kMostRanked || !all_finite(kept.scores, kept.size)) {
             Best best(task_.k, scores, positions);
             for (int64_t i = kept.size - 1; i >= 0; --i) best.offer(kept.scores[i], kept.positions[i]);
             return best.finish();
         }
+        pad_scores(kept.scores, kept.size);
         rank(kept.scores, kept.size, scratch_.ranks);
         for (int64_t i = 0; i < kept.size; ++i) {
             scratch_.ranked_scores[scratch_.ranks[i]] = kept.scores[i];
@@ -279,12 +291,6 @@ private:
             scores[i] = -__builtin_inff();
             positions[i] = -1;
         }
-    }
-
-    static bool all_finite(const float* scores, int64_t count) {
-        float sum = 0.0f;
-        for (int64_t i = 0; i < count; ++i) sum += scores[i] - scores[i];
-        return sum == 0.0f;
     }
 
     // The exact score of each of the first `count` behaviours.

@@ -53,32 +53,46 @@ inline int64_t count_at_least(const float* scores, int64_t count, float x) {
 #endif
 }
 
+inline bool all_finite(const float* scores, int64_t count) {
+    Integers odd = {};
+    for (int64_t i = 0; i < count; i += kWidth) {
+        const Floats values = load(scores + i);
+        odd |= (values - values != 0.0f) & (count_up() + static_cast<int32_t>(i) < static_cast<int32_t>(count));
+    }
+    int32_t any = 0;
+    for (int lane = 0; lane < kWidth; ++lane) any |= odd[lane];
+    return any == 0;
+}
+
 struct Range {
     float low, high;
 };
 
+// The smallest and the largest of the padded scores, the padding apart.
 inline Range range_of(const float* scores, int64_t count) {
     Floats low = Floats{} + __builtin_inff(), high = -low;
-    int64_t i = 0;
-    for (; i + kWidth <= count; i += kWidth) {
+    for (int64_t i = 0; i < count; i += kWidth) {
         const Floats values = load(scores + i);
-        low = values < low ? values : low;
+        low = (values < low) & (values >= -__FLT_MAX__) ? values : low;
         high = larger(values, high);
     }
-    Range range{__builtin_inff(), -__builtin_inff()};
-    const auto take = [&range](float least, float most) {
-        if (least < range.low) range.low = least;
-        if (most > range.high) range.high = most;
-    };
-    for (int lane = 0; lane < kWidth; ++lane) take(low[lane], high[lane]);
-    for (; i < count; ++i) take(scores[i], scores[i]);
-    return range;
+    float lows[kWidth], highs[kWidth];
+    store(lows, low);
+    store(highs, high);
+    for (int half = kWidth / 2; half > 0; half /= 2) {
+        for (int lane = 0; lane < half; ++lane) {
+            lows[lane] = lows[lane + half] < lows[lane] ? lows[lane + half] : lows[lane];
+            highs[lane] = highs[lane + half] > highs[lane] ? highs[lane + half] : highs[lane];
+        }
+    }
+    return {lows[0], highs[0]};
 }
 
-// A value that at least k of the padded scores reach, close below the k-th best of them; needs k <= count.
-inline float bisect_kth(const float* scores, int64_t count, int64_t k) {
-    constexpr int kSteps = 7;
+// A value that at least k of the padded scores reach, close below the k-th best of them, given one such or -inf.
+inline float bisect_kth(const float* scores, int64_t count, int64_t k, float known = -__builtin_inff()) {
+    constexpr int kSteps = 6;
     Range range = range_of(scores, count);
+    if (known > range.low) range.low = known;
     for (int step = 0; step < kSteps; ++step) {
         const float middle = range.low + 0.5f * (range.high - range.low);
         const bool reached = count_at_least(scores, count, middle) >= k;
@@ -87,17 +101,15 @@ inline float bisect_kth(const float* scores, int64_t count, int64_t k) {
     return range.low;
 }
 
-// The same from the maxima of strided classes of scores where there are many: as many scores as maxima reach it.
+// The same from the maxima of strided classes of scores where there are many: k of the scores reach it as well.
 inline float kth_lower_bound(const float* scores, int64_t count, int64_t k) {
     constexpr int64_t kClasses = 64;
     if (k > kClasses / 2 || count <= 2 * kClasses) return bisect_kth(scores, count, k);
     float maxima[kClasses];
     __builtin_memcpy(maxima, scores, sizeof maxima);
-    const int64_t padded_count = whole_vectors(count);
-    for (int64_t i = kClasses; i < padded_count; i += kClasses) {
-        for (int64_t c = 0; c < kClasses && i + c < padded_count; c += kWidth) {
-            store(maxima + c, larger(load(scores + i + c), load(maxima + c)));
-        }
+    for (int64_t i = kClasses; i < count; i += kWidth) {
+        float* const maximum = maxima + i % kClasses;
+        store(maximum, larger(load(scores + i), load(maximum)));
     }
     return bisect_kth(maxima, kClasses, k);
 }
