@@ -86,7 +86,7 @@ int64_t packed_block(const HistoryTopk& task, int threads) {
     for (int64_t user = 0; user < task.users; ++user) {
         longest = std::max(longest, task.offsets[user + 1] - task.offsets[user]);
     }
-    const int64_t affordable = kPackedBytes / threads / (static_cast<int64_t>(sizeof(float)) * (task.dim + 2));
+    const int64_t affordable = kPackedBytes / threads / (static_cast<int64_t>(sizeof(float)) * 2 * (task.dim + 2));
     const int64_t blocks = std::min((longest + kHistoryBlock - 1) / kHistoryBlock, affordable / kHistoryBlock);
     return std::max<int64_t>(blocks, 1) * kHistoryBlock;
 }

@@ -22,6 +22,7 @@ constexpr int64_t kSlack = 16;        // a vector may be written past the last e
 constexpr int64_t kStripStride = kStrip + kSlack;
 constexpr int64_t kKeptStride = kMostKept + kStrip + kSlack;
 constexpr int64_t kGroupQueries = 8 * kPanelRows;  // queries that share the packing of a part of a long history
+constexpr int64_t kCachedBytes = 1 << 19;          // rows that stay in a core's cache while a panel is rescored
 constexpr float kLargestScore = 0x1p120f;          // within it no sum on the way to a score overflows
 static_assert(kStrip % kPanelRows == 0 && kHistoryBlock % kStrip == 0 && kPanelRows % kTileRows == 0);
 
@@ -46,21 +47,23 @@ private:
 // A query on the way.
 struct Row {
     Kept kept;
+    int64_t rescored;  // how many of them have their exact scores
     float lower;     // at least k of the candidates so far have an approximate score that reaches it
     float error;     // how far an approximate score may be from the exact one
     bool certified;  // else all candidates get their exact scores
 };
 
 struct Scratch {
-    Packed* candidates;  // panels of up to task.block behaviours
+    float* wide;         // rows of up to task.block behaviours in fp32, padded
+    Packed* candidates;  // their panels
     Bound* candidate_bounds;
-    Packed* targets;  // one panel
+    float* wide_targets;  // one panel's
+    Packed* targets;
     Bound* target_bounds;
     float* strip;        // kPanelRows x kStrip
     float* kept_scores;  // kGroupQueries x (kMostKept + kStrip)
     int32_t* kept_positions;
     Row* rows;
-    float* target;  // widened
     int32_t* ranks;
     float* ranked_scores;
     int32_t* ranked_positions;
@@ -68,15 +71,16 @@ struct Scratch {
 
     Scratch(const HistoryTopk& task, void* memory) {
         Arena arena(memory);
+        wide = arena.take<float>(task.block * padded(task.dim));
         candidates = arena.take<Packed>(task.block / kPanelRows * panel_size(task.dim));
         candidate_bounds = arena.take<Bound>(task.block);
+        wide_targets = arena.take<float>(kPanelRows * padded(task.dim));
         targets = arena.take<Packed>(panel_size(task.dim));
         target_bounds = arena.take<Bound>(kPanelRows);
         strip = arena.take<float>(kPanelRows * kStripStride);
         kept_scores = arena.take<float>(kGroupQueries * kKeptStride);
         kept_positions = arena.take<int32_t>(kGroupQueries * kKeptStride);
         rows = arena.take<Row>(kGroupQueries);
-        target = arena.take<float>(padded(task.dim));
         ranks = arena.take<int32_t>(kMostRanked + kSlack);
         ranked_scores = arena.take<float>(kMostRanked);
         ranked_positions = arena.take<int32_t>(kMostRanked);
@@ -118,34 +122,38 @@ private:
     void search(int64_t first, int64_t count) {
         const int64_t longest = end(first + count - 1);
         for (int64_t row = 0; row < count; ++row) start_row(row);
-        if (longest > task_.k && task_.k <= kLargestK) {
+        if (task_.k <= kLargestK) {
             for (int64_t block = 0; block < longest; block += task_.block) {
-                pack_candidates(block);
-                for (int64_t row = 0; row < count; row += kPanelRows) {
+                load_candidates(block);
+                for (int64_t row = 0; row < count && longest > task_.k; row += kPanelRows) {
                     score_panel(first + row, scratch_.rows + row, smaller(kPanelRows, count - row));
                 }
             }
         }
-        for (int64_t row = 0; row < count; ++row) finish_row(first + row, scratch_.rows[row]);
+        if (longest_ <= task_.block) {
+            finish_cached(first, count);
+        } else {
+            for (int64_t row = 0; row < count; ++row) finish_far(first + row, scratch_.rows[row]);
+        }
     }
 
     void start_row(int64_t row) {
         const int64_t at = row * kKeptStride;
         const Kept kept{scratch_.kept_scores + at, scratch_.kept_positions + at, 0};
-        scratch_.rows[row] = {kept, -__builtin_inff(), 0.0f, true};
+        scratch_.rows[row] = {kept, 0, -__builtin_inff(), 0.0f, true};
     }
 
-    // The behaviours from `block` on, unless they are packed already, and one more, which may be a target.
-    void pack_candidates(int64_t block) {
-        if (packed_from_ == block) return;
-        packed_from_ = block;
-        packed_to_ = smaller(smaller(length_, longest_ + 1), block + task_.block);
+    // The behaviours from `block` on, unless they are there already, and one more, which may be a target.
+    void load_candidates(int64_t block) {
+        if (loaded_from_ == block) return;
+        loaded_from_ = block;
+        loaded_to_ = smaller(smaller(length_, longest_ + 1), block + task_.block);
         worst_ = {0.0f, 0.0f};
-        for (int64_t from = block; from < packed_to_; from += kPanelRows) {
-            Bound* const bounds = scratch_.candidate_bounds + (from - block);
+        for (int64_t from = block; from < loaded_to_; from += kPanelRows) {
             const int64_t next = from + kPanelRows;
-            prefetch(history_ + next, smaller(kPanelRows, packed_to_ - next));
-            pack(history_ + from, smaller(kPanelRows, packed_to_ - from), candidate_panel(from), bounds);
+            prefetch(history_ + next, smaller(kPanelRows, loaded_to_ - next));
+            Bound* const bounds = scratch_.candidate_bounds + (from - block);
+            load_panel(history_ + from, smaller(kPanelRows, loaded_to_ - from), wide(from), candidate_panel(from), bounds);
             for (int64_t row = 0; row < smaller(kPanelRows, longest_ - from); ++row) worst_ = worse(worst_, bounds[row]);
         }
     }
@@ -160,10 +168,14 @@ private:
         }
     }
 
-    void pack(const int64_t* items, int64_t count, Packed* panel, Bound* bounds) const {
-        const T* rows[kPanelRows];
-        for (int64_t row = 0; row < count; ++row) rows[row] = embedding(items[row]);
-        pack_panel(rows, static_cast<int>(count), task_.dim, panel, bounds);
+    // Rows side by side: their fp32 copies are rescored from, out of fewer pages than the table's rows lie in.
+    void load_panel(const int64_t* items, int64_t count, float* wide, Packed* panel, Bound* bounds) const {
+        const float* rows[kPanelRows];
+        for (int64_t row = 0; row < count; ++row) {
+            rows[row] = wide + row * padded(task_.dim);
+            widen(embedding(items[row]), task_.dim, wide + row * padded(task_.dim));
+        }
+        if (longest_ > task_.k) pack_panel(rows, static_cast<int>(count), task_.dim, panel, bounds);
     }
 
     // The larger of either; NaN counts as infinite.
@@ -172,17 +184,19 @@ private:
         return {worse(a.norm, b.norm), worse(a.residual, b.residual)};
     }
 
+    float* wide(int64_t position) const { return scratch_.wide + (position - loaded_from_) * padded(task_.dim); }
+
     Packed* candidate_panel(int64_t position) const {
-        return scratch_.candidates + (position - packed_from_) / kPanelRows * panel_size(task_.dim);
+        return scratch_.candidates + (position - loaded_from_) / kPanelRows * panel_size(task_.dim);
     }
 
     // The queries from place `first` on, a panel of them at most, against the packed candidates.
     void score_panel(int64_t first, Row* rows, int64_t count) {
-        const int64_t last = smaller(end(first + count - 1), packed_to_);
-        if (last <= packed_from_) return;
+        const int64_t last = smaller(end(first + count - 1), loaded_to_);
+        if (last <= loaded_from_) return;
         const Targets targets = target_panel(first, count);
         for (int64_t row = 0; row < count; ++row) bound_error(targets.bounds[row], rows[row]);
-        for (int64_t from = packed_from_; from < last; from += kStrip) {
+        for (int64_t from = loaded_from_; from < last; from += kStrip) {
             const int64_t to = smaller(last, from + kStrip);
             score_strip(targets.panel, first, count, from, to);
             for (int64_t row = 0; row < count; ++row) {
@@ -192,6 +206,7 @@ private:
     }
 
     struct Targets {
+        const float* wide;
         const Packed* panel;
         const Bound* bounds;
     };
@@ -201,11 +216,13 @@ private:
         const int64_t position = end(first);
         int64_t items[kPanelRows];
         for (int64_t row = 0; row < count; ++row) items[row] = target(first + row);
-        bool packed = position % kPanelRows == 0 && position >= packed_from_ && position + count <= packed_to_;
-        for (int64_t row = 0; packed && row < count; ++row) packed = items[row] == history_[position + row];
-        if (packed) return {candidate_panel(position), scratch_.candidate_bounds + (position - packed_from_)};
-        pack(items, count, scratch_.targets, scratch_.target_bounds);
-        return {scratch_.targets, scratch_.target_bounds};
+        bool loaded = position % kPanelRows == 0 && position >= loaded_from_ && position + count <= loaded_to_;
+        for (int64_t row = 0; loaded && row < count; ++row) loaded = items[row] == history_[position + row];
+        if (loaded) {
+            return {wide(position), candidate_panel(position), scratch_.candidate_bounds + (position - loaded_from_)};
+        }
+        load_panel(items, count, scratch_.wide_targets, scratch_.targets, scratch_.target_bounds);
+        return {scratch_.wide_targets, scratch_.targets, scratch_.target_bounds};
     }
 
     void bound_error(Bound target, Row& row) const {
@@ -243,34 +260,74 @@ private:
         row.certified = row.kept.size <= kMostKept;
     }
 
-    void finish_row(int64_t place, Row& row) {
-        const int64_t count = end(place), output = query(place) * task_.k;
-        float* const scores = task_.scores + output;
-        int64_t* const positions = task_.positions + output;
-        widen(embedding(target(place)), task_.dim, scratch_.target);
-        if (task_.k > kLargestK || !row.certified) return search_all(count, scores, positions);
-        if (count <= task_.k) {
+    // Leaves the candidates that exact scores are needed of; false where that is all of them.
+    bool settle(int64_t place, Row& row) {
+        const int64_t count = end(place);
+        if (task_.k > kLargestK || !row.certified) return false;
+        if (count > task_.k) {
+            tighten(row);
+        } else {
             for (int64_t position = 0; position < count; ++position) row.kept.positions[position] = position;
             row.kept.size = count;
-        } else {
-            tighten(row);
         }
-        rescore(row.kept);
-        write_best(row.kept, scores, positions);
+        return row.certified;
     }
 
-    // Exact scores in place of the approximate ones.
-    void rescore(const Kept& kept) const {
-        for (int64_t from = 0; from < kept.size; from += kExactRows) {
-            const T* rows[kExactRows];
-            for (int64_t row = 0; row < kExactRows; ++row) {
-                rows[row] = embedding(history_[kept.positions[smaller(from + row, kept.size - 1)]]);
+    // A panel of queries whose candidates are loaded: part by part, so that all of them find its rows in the cache.
+    void finish_cached(int64_t first, int64_t count) {
+        if (task_.k <= kLargestK && end(first + count - 1) > 0) rescore_panel(first, count);
+        for (int64_t row = 0; row < count; ++row) {
+            Row& of = scratch_.rows[row];
+            if (of.certified && task_.k <= kLargestK) {
+                write_best(first + row, of.kept);
+            } else {
+                search_all(first + row);
             }
-            exact_scores(scratch_.target, rows, task_.dim, kept.scores + from);
         }
     }
 
-    void write_best(const Kept& kept, float* scores, int64_t* positions) const {
+    void rescore_panel(int64_t first, int64_t count) {
+        const int64_t longest = end(first + count - 1), stride = padded(task_.dim);
+        const float* const targets = target_panel(first, count).wide;
+        for (int64_t row = 0; row < count; ++row) scratch_.rows[row].certified = settle(first + row, scratch_.rows[row]);
+        const int64_t row_bytes = stride * static_cast<int64_t>(sizeof(float));
+        const int64_t part = row_bytes < kCachedBytes ? kCachedBytes / row_bytes : 1;
+        for (int64_t from = 0; from < longest; from += part) {
+            for (int64_t row = 0; row < count; ++row) {
+                Row& of = scratch_.rows[row];
+                if (of.certified) rescore(of, from + part, targets + row * stride, [&](int64_t at) { return wide(at); });
+            }
+        }
+    }
+
+    // Exact scores in place of the approximate ones, of the candidates before `to`.
+    template <class RowAt>
+    void rescore(Row& row, int64_t to, const float* target, RowAt row_at) const {
+        const int32_t* const positions = row.kept.positions;
+        int64_t from = row.rescored, last = from;
+        while (last < row.kept.size && positions[last] < to) ++last;
+        row.rescored = last;
+        for (; from < last; from += kExactRows) {
+            decltype(row_at(0)) rows[kExactRows];
+            float exact[kExactRows];
+            for (int64_t i = 0; i < kExactRows; ++i) rows[i] = row_at(positions[smaller(from + i, last - 1)]);
+            exact_scores(target, rows, task_.dim, exact);
+            for (int64_t i = 0; i < smaller(kExactRows, last - from); ++i) row.kept.scores[from + i] = exact[i];
+        }
+    }
+
+    // A query whose candidates were loaded one block after the other.
+    void finish_far(int64_t place, Row& row) {
+        if (!settle(place, row)) return search_all(place);
+        widen(embedding(target(place)), task_.dim, scratch_.wide_targets);
+        rescore(row, end(place), scratch_.wide_targets, [&](int64_t at) { return embedding(history_[at]); });
+        write_best(place, row.kept);
+    }
+
+    void write_best(int64_t place, const Kept& kept) const {
+        const int64_t output = query(place) * task_.k;
+        float* const scores = task_.scores + output;
+        int64_t* const positions = task_.positions + output;
         if (kept.size > kMostRanked || !all_finite(kept.scores, kept.size)) {
             Best best(task_.k, scores, positions);
             for (int64_t i = kept.size - 1; i >= 0; --i) best.offer(kept.scores[i], kept.positions[i]);
@@ -293,16 +350,19 @@ private:
         }
     }
 
-    // The exact score of each of the first `count` behaviours.
-    void search_all(int64_t count, float* scores, int64_t* positions) const {
-        Best best(task_.k, scores, positions);
+    // The exact score of every candidate.
+    void search_all(int64_t place) const {
+        const int64_t count = end(place), output = query(place) * task_.k;
+        float* const target_row = scratch_.wide_targets;
+        widen(embedding(target(place)), task_.dim, target_row);
+        Best best(task_.k, task_.scores + output, task_.positions + output);
         for (int64_t last = count; last > 0; last -= kExactRows) {
             const T* rows[kExactRows];
             float exact[kExactRows];
             for (int64_t row = 0; row < kExactRows; ++row) {
                 rows[row] = embedding(history_[last - 1 - smaller(row, last - 1)]);
             }
-            exact_scores(scratch_.target, rows, task_.dim, exact);
+            exact_scores(target_row, rows, task_.dim, exact);
             for (int64_t row = 0; row < smaller(kExactRows, last); ++row) best.offer(exact[row], last - 1 - row);
         }
         best.finish();
@@ -313,7 +373,7 @@ private:
     const int64_t begin_, length_;
     const int64_t* const history_;
     int64_t longest_ = 0;
-    int64_t packed_from_ = -1, packed_to_ = -1;
+    int64_t loaded_from_ = -1, loaded_to_ = -1;
     Bound worst_{};  // of the packed candidates
 };
 
