@@ -2,13 +2,13 @@
 
 D = 512, K = 30, fp32 unit rows, popularity-skewed items, no item twice in a history:
 
-- every: like MovieLens-25M, 62,000 items, log-normal histories of 20 to 2,500 (median 71, mean about 150); a sample of
-  1,500 users stands for all, every behaviour of theirs is a target.
+- every: like MovieLens-25M, 62,000 items, log-normal histories of 20 to 2,500 (median 71, mean about 150);
+  1,500 users stand for all, every behaviour of theirs is a target.
 - small: like MovieLens-1M, 3,706 items, 6,040 users, histories of 20 to 2,314; every behaviour is a target.
-- cold: like `every`, but histories of 1,000, and one target for each user.
+- cold: like `every`, but 4,000 users with histories of 1,000, and one target for each.
 
-Before each round of a peer rellax runs on the whole workload; the peers that go sample by sample run on `SAMPLES` random
-samples of it, `ratio` compares times per sample. Ids are compared first, up to ties within fp32 rounding.
+Before each round of a peer rellax runs on the whole workload; peers that go sample by sample run on some random
+samples of it, and `ratio` compares times per sample. Ids are compared first, up to ties within fp32 rounding.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def small() -> Workload:
 
 @cache
 def cold() -> Workload:
-    users = 1_000
+    users = 4_000
     work = _workload(62_000, torch.full((users,), 1_000))
     target = torch.randint(62_000, (users,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
     user = torch.arange(users, device=DEVICE)
@@ -75,7 +75,8 @@ def cold() -> Workload:
 CASES: dict[str, tuple[Callable[[], Workload], Callable[[Workload], Callable[..., Tensor]], int | None]] = {
     "every-published_loop": (every, lambda _: peers.published_loop, 2_000),
     "every-per_user_torch": (every, lambda _: peers.per_user_torch, None),
-    "small-neighbour_lists": (small, lambda work: peers.NeighbourLists(work.embeddings), 2_000),
+    "small-neighbour_lists": (small, lambda work: peers.NeighbourLists(work.embeddings, list), 1_000),
+    "small-neighbour_lists_set": (small, lambda work: peers.NeighbourLists(work.embeddings, set), 2_000),
     "cold-published_loop": (cold, lambda _: peers.published_loop, 500),
     "cold-gather_faiss_knn": (cold, lambda _: peers.gather_faiss_knn, 300),
     "cold-faiss_selector": (cold, lambda work: peers.faiss_selector(work.embeddings), 300),

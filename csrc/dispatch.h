@@ -23,6 +23,8 @@ struct Level {
     GateBankBackwardKernel* gate_bank_backward;
     HistoryTopkKernel* history_topk;
     HistoryTopkScratch* history_topk_scratch;
+    HistoryPairsKernel* history_topk_pairs;
+    HistorySketchKernel* history_topk_sketch;
     ConvertKernel* convert;
     RowSumsKernel* row_sums;
 };

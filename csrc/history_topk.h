@@ -11,6 +11,7 @@ namespace rellax {
 struct HistoryTopk {
     const void* embeddings;  // (N, dim), rows back to back
     Dtype dtype;
+    int64_t count;  // N
     int64_t dim;
     const int64_t* items;    // (M,) row of `embeddings` of each behaviour, user by user, in time order
     const int64_t* offsets;  // (U + 1,) where a user's behaviours begin
@@ -26,13 +27,28 @@ struct HistoryTopk {
     // What history_topk fills in for its kernels.
     const int64_t* order = nullptr;  // (Q,) the queries by user and end, null where they come so
     int64_t block = 0;               // behaviours of a user that are packed at once, a multiple of kHistoryBlock
+    const float* pairs = nullptr;    // (N, N) exact scores of all pairs of items, or null
+    const void* sketch = nullptr;    // (N, dim rounded up to 32) bfloat16, rounded embeddings, or null; zero past dim
+    float sketch_norm = 0.0f, sketch_residual = 0.0f;  // bounds of its rows
+};
+
+// At least the norm of each of some rows and of what rounding took from it.
+struct HistorySketchBound {
+    float norm, residual;
 };
 
 constexpr int64_t kHistoryBlock = 1024;
+constexpr int64_t kFewHistoryQueries = 8;  // of a user: below it packing the behaviours costs more than it saves
 
 // Places [first, last) of the order. `scratch` holds as many bytes as the other kernel says, aligned to 64.
 using HistoryTopkKernel = void(const HistoryTopk& task, int64_t first, int64_t last, void* scratch);
 using HistoryTopkScratch = int64_t(const HistoryTopk& task);
+
+// Rows [first, last) of `pairs` up to the diagonal, and the columns that mirror them; `scratch` is one of the above.
+using HistoryPairsKernel = void(const HistoryTopk& task, int64_t first, int64_t last, float* pairs, void* scratch);
+
+// Rows [first, last) of `sketch`.
+using HistorySketchKernel = HistorySketchBound(const HistoryTopk& task, int64_t first, int64_t last, void* sketch);
 
 // All queries, on at most `threads` threads; the result does not depend on their number.
 void history_topk(HistoryTopk task, int threads);

@@ -1,4 +1,4 @@
-"""What users run today to find the behaviours nearest to a target item: positions (Q, k), -1 past the last."""
+"""How users find the behaviours nearest to a target item today: positions (Q, k), -1 past the last."""
 
 from __future__ import annotations
 
@@ -31,25 +31,31 @@ def per_user_torch(embeddings: Tensor, items: Tensor, offsets: Tensor, k: int, *
 
 
 class NeighbourLists:
-    """As published for the small data sets: along the target's list of all items by falling similarity until k
-    of them turn up in the history. The lists are made beforehand and cost nothing here."""
+    """As published for the small data sets: along the target's list of all items by falling similarity, until k of
+    them turn up in the history. The lists of all items are made beforehand and cost nothing here.
 
-    def __init__(self, embeddings: Tensor) -> None:
+    Args:
+        container: what an item is looked up in: `list`, as a sample carries its history, or `set`.
+    """
+
+    def __init__(self, embeddings: Tensor, container: type[list[int]] | type[set[int]]) -> None:
         self.lists = (embeddings @ embeddings.T).argsort(dim=1, descending=True).tolist()
+        self.container = container
 
     def __call__(
         self, embeddings: Tensor, items: Tensor, offsets: Tensor, k: int, *queries: Tensor
     ) -> Tensor:
         found = []
         for target, history in _samples(items, offsets, queries):
-            place = {item: position for position, item in enumerate(history.tolist())}
+            behaviours = history.tolist()
+            known = self.container(behaviours)
             nearest: list[int] = []
             for item in self.lists[target]:
-                if item in place:
-                    nearest.append(place[item])
+                if item in known:
+                    nearest.append(behaviours.index(item))
                     if len(nearest) == k:
                         break
-            found.append(torch.tensor(nearest))
+            found.append(torch.tensor(nearest, dtype=torch.long))
         return _padded(found, k)
 
 

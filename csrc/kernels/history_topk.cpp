@@ -1,9 +1,13 @@
 // Compiled once per ISA level, with the level as namespace. Nothing of the standard library but <cstdint> may be
 // used here: the linker keeps one copy of an inline function, and that could be the one for the newest machine.
 //
-// The queries of a user are one product of their targets with the user's behaviours, tile by tile from packed panels.
-// A tile's scores are approximate; of each query, those are kept that the error bound leaves a chance to be among the
-// best k, and exact scores of these decide.
+// Scores of a panel of queries with a strip of candidates come from one of four sources:
+//   product  many queries of a user: tiles of one product of their targets with the behaviours, from packed panels
+//   sketch   few queries of a user: one bfloat16 row of the table after the other
+//   direct   short histories, and few queries where there is no sketch: fp32 rows
+//   table    few items: the scores of all pairs, made beforehand
+// The first two are approximate: of each query, those candidates are kept that the error bound leaves a chance to be
+// among the best k, and exact scores of these decide.
 #include "history_topk.h"
 
 #include "exact.h"
@@ -23,6 +27,7 @@ constexpr int64_t kStripStride = kStrip + kSlack;
 constexpr int64_t kKeptStride = kMostKept + kStrip + kSlack;
 constexpr int64_t kGroupQueries = 8 * kPanelRows;  // queries that share the packing of a part of a long history
 constexpr int64_t kCachedBytes = 1 << 19;          // rows that stay in a core's cache while a panel is rescored
+constexpr int64_t kShortHistory = 128;  // up to here exact scores of all cost less than approximate ones first
 constexpr float kLargestScore = 0x1p120f;          // within it no sum on the way to a score overflows
 static_assert(kStrip % kPanelRows == 0 && kHistoryBlock % kStrip == 0 && kPanelRows % kTileRows == 0);
 
@@ -50,6 +55,7 @@ struct Row {
     int64_t rescored;  // how many of them have their exact scores
     float lower;     // at least k of the candidates so far have an approximate score that reaches it
     float error;     // how far an approximate score may be from the exact one
+    bool exact;      // the scores are exact ones, and final
     bool certified;  // else all candidates get their exact scores
 };
 
@@ -88,7 +94,34 @@ struct Scratch {
     }
 };
 
+// The larger of either; NaN counts as infinite.
+inline Bound worse(Bound a, Bound b) {
+    const auto worse = [](float x, float y) { return y <= x ? x : y < __builtin_inff() ? y : __builtin_inff(); };
+    return {worse(a.norm, b.norm), worse(a.residual, b.residual)};
+}
+
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Rows of a sketch that share a pass over the target's.
+constexpr int kSketchRows = 8;
+
+constexpr int64_t sketch_width(int64_t dim) { return (dim + 31) / 32 * 32; }
+
+// Approximate scores of a row of the sketch with kSketchRows others.
+inline void sketch_scores(const BFloat16* target, const BFloat16* const* rows, int64_t dim, float* scores) {
+    Floats totals[2][4] = {};
+    for (int64_t d = 0; d < dim; d += 2 * kWidth) {
+        const Words values = load_operand(target + d);
+        for (int row = 0; row < kSketchRows; ++row) {
+            Floats& total = totals[row / 4][row % 4];
+            total = multiply_add(values, load_operand(rows[row] + d), total);
+        }
+    }
+    for (int half = 0; half < 2; ++half) {
+        const Four four = sums(totals[half]);
+        __builtin_memcpy(scores + 4 * half, &four, sizeof four);
+    }
+}
 
 // The queries of one user, by rising ends.
 template <class T>
@@ -104,6 +137,11 @@ public:
     // Places [first, last) of the task's order.
     void run(int64_t first, int64_t last) {
         longest_ = end(last - 1);
+        const bool few = last - first < kFewHistoryQueries || longest_ <= kShortHistory;
+        if (task_.k <= kLargestK && (few || task_.pairs != nullptr)) {
+            for (; first < last; first += kPanelRows) search_strips(first, smaller(kPanelRows, last - first));
+            return;
+        }
         const int64_t step = longest_ <= task_.block ? kPanelRows : kGroupQueries;
         for (; first < last; first += step) search(first, smaller(step, last - first));
     }
@@ -137,10 +175,80 @@ private:
         }
     }
 
+    // A panel of queries from any source but the product.
+    void search_strips(int64_t first, int64_t count) {
+        const int64_t longest = end(first + count - 1), stride = padded(task_.dim);
+        for (int64_t row = 0; row < count; ++row) {
+            start_row(row);
+            if (task_.pairs == nullptr) widen(embedding(target(first + row)), task_.dim, scratch_.wide_targets + row * stride);
+        }
+        for (int64_t from = 0; from < longest; from += kStrip) fill_strip(first, count, from, smaller(longest, from + kStrip));
+        for (int64_t row = 0; row < count; ++row) {
+            Row& of = scratch_.rows[row];
+            if (settle(first + row, of)) {
+                if (!of.exact) rescore(of, longest, scratch_.wide_targets + row * stride, RowOf{*this});
+                write_best(first + row, of.kept);
+            } else {
+                search_all(first + row);
+            }
+        }
+    }
+
+    void fill_strip(int64_t first, int64_t count, int64_t from, int64_t to) {
+        const bool sketched = task_.sketch != nullptr && longest_ > kShortHistory;
+        if (task_.pairs == nullptr && !sketched) direct_strip(first, count, from, to);
+        for (int64_t row = 0; row < count; ++row) {
+            Row& of = scratch_.rows[row];
+            float* const scores = scratch_.strip + row * kStripStride;
+            const int64_t last = smaller(to, end(first + row));
+            if (last <= from) continue;
+            if (task_.pairs != nullptr) {
+                const float* const pairs = task_.pairs + target(first + row) * task_.count;
+                for (int64_t at = from; at < last; ++at) scores[at - from] = pairs[history_[at]];
+            }
+            if (sketched) sketch_strip(first + row, of, scores, from, last);
+            of.exact = !sketched;
+            of.certified &= sketched || all_finite(scores, last - from);
+            select(of, end(first + row), scores, from, to);
+        }
+    }
+
+    // Some rows of candidates after the other, while they are in the cache against all targets.
+    void direct_strip(int64_t first, int64_t count, int64_t from, int64_t to) {
+        for (int64_t at = from; at < to; at += kExactRows) {
+            const T* rows[kExactRows];
+            for (int64_t i = 0; i < kExactRows; ++i) rows[i] = embedding(history_[smaller(at + i, to - 1)]);
+            prefetch(history_ + at + kExactRows, smaller(kExactRows, to - at - kExactRows));
+            for (int64_t row = count - 1; row >= 0 && end(first + row) > at; --row) {
+                const float* const target = scratch_.wide_targets + row * padded(task_.dim);
+                exact_scores(target, rows, task_.dim, scratch_.strip + row * kStripStride + (at - from));
+            }
+        }
+    }
+
+    void sketch_strip(int64_t place, Row& row, float* scores, int64_t from, int64_t to) {
+        worst_ = {task_.sketch_norm, task_.sketch_residual};
+        bound_error(worst_, row);
+        const BFloat16* const query = sketch_row(target(place));
+        for (int64_t at = from; at < to; at += kSketchRows) {
+            const BFloat16* rows[kSketchRows];
+            for (int64_t i = 0; i < kSketchRows; ++i) {
+                rows[i] = sketch_row(history_[smaller(at + i, to - 1)]);
+                const int64_t ahead = at + 2 * kSketchRows + i;
+                if (ahead < to) prefetch_bytes(sketch_row(history_[ahead]), 2 * sketch_width(task_.dim));
+            }
+            sketch_scores(query, rows, task_.dim, scores + (at - from));
+        }
+    }
+
+    const BFloat16* sketch_row(int64_t item) const {
+        return static_cast<const BFloat16*>(task_.sketch) + item * sketch_width(task_.dim);
+    }
+
     void start_row(int64_t row) {
         const int64_t at = row * kKeptStride;
         const Kept kept{scratch_.kept_scores + at, scratch_.kept_positions + at, 0};
-        scratch_.rows[row] = {kept, 0, -__builtin_inff(), 0.0f, true};
+        scratch_.rows[row] = {kept, 0, -__builtin_inff(), 0.0f, false, true};
     }
 
     // The behaviours from `block` on, unless they are there already, and one more, which may be a target.
@@ -160,12 +268,14 @@ private:
 
     // Asks for rows that are read soon: each lies somewhere else in memory.
     void prefetch(const int64_t* items, int64_t count) const {
-        constexpr int64_t kLine = 64;
         for (int64_t row = 0; row < count; ++row) {
-            const char* const bytes = reinterpret_cast<const char*>(embedding(items[row]));
-            const int64_t size = task_.dim * static_cast<int64_t>(sizeof(T));
-            for (int64_t at = 0; at < size; at += kLine) __builtin_prefetch(bytes + at, 0, 2);
+            prefetch_bytes(embedding(items[row]), task_.dim * static_cast<int64_t>(sizeof(T)));
         }
+    }
+
+    static void prefetch_bytes(const void* row, int64_t size) {
+        constexpr int64_t kLine = 64;
+        for (int64_t at = 0; at < size; at += kLine) __builtin_prefetch(static_cast<const char*>(row) + at, 0, 2);
     }
 
     // Rows side by side: their fp32 copies are rescored from, out of fewer pages than the table's rows lie in.
@@ -176,12 +286,6 @@ private:
             widen(embedding(items[row]), task_.dim, wide + row * padded(task_.dim));
         }
         if (longest_ > task_.k) pack_panel(rows, static_cast<int>(count), task_.dim, panel, bounds);
-    }
-
-    // The larger of either; NaN counts as infinite.
-    static Bound worse(Bound a, Bound b) {
-        const auto worse = [](float x, float y) { return y <= x ? x : y < __builtin_inff() ? y : __builtin_inff(); };
-        return {worse(a.norm, b.norm), worse(a.residual, b.residual)};
     }
 
     float* wide(int64_t position) const { return scratch_.wide + (position - loaded_from_) * padded(task_.dim); }
@@ -246,9 +350,9 @@ private:
     // Keeps those of the candidates [from, to) that may be among the best k.
     void select(Row& row, int64_t end, float* scores, int64_t from, int64_t to) {
         const int64_t count = smaller(end, to) - from;
-        if (end <= task_.k || count <= 0 || !row.certified) return;
+        if (count <= 0 || !row.certified || (end <= task_.k && !row.exact)) return;
         pad_scores(scores, count);
-        if (from == 0) row.lower = kth_lower_bound(scores, count, task_.k);
+        if (from == 0 && end > task_.k) row.lower = kth_lower_bound(scores, count, task_.k);
         row.kept.append(scores, count, from, row.lower - 2.0f * row.error);
         if (row.kept.size > kMostKept) tighten(row);
     }
@@ -266,7 +370,7 @@ private:
         if (task_.k > kLargestK || !row.certified) return false;
         if (count > task_.k) {
             tighten(row);
-        } else {
+        } else if (!row.exact) {
             for (int64_t position = 0; position < count; ++position) row.kept.positions[position] = position;
             row.kept.size = count;
         }
@@ -316,11 +420,16 @@ private:
         }
     }
 
+    struct RowOf {
+        const UserSearch& search;
+        const T* operator()(int64_t at) const { return search.embedding(search.history_[at]); }
+    };
+
     // A query whose candidates were loaded one block after the other.
     void finish_far(int64_t place, Row& row) {
         if (!settle(place, row)) return search_all(place);
         widen(embedding(target(place)), task_.dim, scratch_.wide_targets);
-        rescore(row, end(place), scratch_.wide_targets, [&](int64_t at) { return embedding(history_[at]); });
+        rescore(row, end(place), scratch_.wide_targets, RowOf{*this});
         write_best(place, row.kept);
     }
 
@@ -402,6 +511,44 @@ void run(const HistoryTopk& task, int64_t first, int64_t last, const Scratch& sc
     }
 }
 
+// Items [first, last) of the sketch; returns their bound.
+template <class T>
+Bound make_sketch(const HistoryTopk& task, int64_t first, int64_t last, BFloat16* sketch) {
+    Bound worst{0.0f, 0.0f};
+    for (int64_t item = first; item < last; ++item) {
+        const T* const row = static_cast<const T*>(task.embeddings) + item * task.dim;
+        BFloat16* const packed = sketch + item * sketch_width(task.dim);
+        Squares squares;
+        for (int64_t d = 0; d < sketch_width(task.dim); d += kWidth) {
+            const int64_t rest = task.dim - d;
+            const Floats exact = rest >= kWidth ? load(row + d) : load_some(row + d, rest > 0 ? rest : 0);
+            store(packed + d, exact);
+            squares.add(exact, load(packed + d));
+        }
+        worst = worse(worst, squares.bound(task.dim));
+    }
+    return worst;
+}
+
+// Rows [first, last) of the scores of all pairs as far as the diagonal, and their mirror images.
+template <class T>
+void make_pairs(const HistoryTopk& task, int64_t first, int64_t last, float* pairs, float* wide) {
+    const T* const table = static_cast<const T*>(task.embeddings);
+    for (int64_t item = first; item < last; item += kExactRows) {
+        const T* rows[kExactRows];
+        for (int64_t i = 0; i < kExactRows; ++i) rows[i] = table + smaller(item + i, last - 1) * task.dim;
+        for (int64_t other = 0; other < smaller(item + kExactRows, last); ++other) {
+            float scores[kExactRows];
+            widen(table + other * task.dim, task.dim, wide);
+            exact_scores(wide, rows, task.dim, scores);
+            for (int64_t i = 0; i < smaller(kExactRows, last - item); ++i) {
+                pairs[(item + i) * task.count + other] = scores[i];
+                pairs[other * task.count + item + i] = scores[i];
+            }
+        }
+    }
+}
+
 }  // namespace
 
 int64_t history_topk_scratch(const HistoryTopk& task) { return Scratch(task, nullptr).bytes; }
@@ -413,6 +560,26 @@ void history_topk(const HistoryTopk& task, int64_t first, int64_t last, void* me
         case Dtype::bfloat16: return run<BFloat16>(task, first, last, scratch);
         case Dtype::float16: return run<Float16>(task, first, last, scratch);
     }
+}
+
+void history_topk_pairs(const HistoryTopk& task, int64_t first, int64_t last, float* pairs, void* memory) {
+    float* const wide = static_cast<float*>(memory);
+    switch (task.dtype) {
+        case Dtype::float32: return make_pairs<float>(task, first, last, pairs, wide);
+        case Dtype::bfloat16: return make_pairs<BFloat16>(task, first, last, pairs, wide);
+        case Dtype::float16: return make_pairs<Float16>(task, first, last, pairs, wide);
+    }
+}
+
+HistorySketchBound history_topk_sketch(const HistoryTopk& task, int64_t first, int64_t last, void* sketch) {
+    BFloat16* const rows = static_cast<BFloat16*>(sketch);
+    Bound bound{};
+    switch (task.dtype) {
+        case Dtype::float32: bound = make_sketch<float>(task, first, last, rows); break;
+        case Dtype::bfloat16: bound = make_sketch<BFloat16>(task, first, last, rows); break;
+        case Dtype::float16: bound = make_sketch<Float16>(task, first, last, rows); break;
+    }
+    return {bound.norm, bound.residual};
 }
 
 }  // namespace rellax::RELLAX_LEVEL

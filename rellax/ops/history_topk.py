@@ -22,6 +22,7 @@ def _cpp(
     extension().history_topk(
         embeddings=embeddings.data_ptr(),
         dtype=str(embeddings.dtype).removeprefix("torch."),
+        count=embeddings.shape[0],
         dim=embeddings.shape[1],
         items=items.data_ptr(),
         offsets=offsets.data_ptr(),
