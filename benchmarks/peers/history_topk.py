@@ -31,8 +31,8 @@ def per_user_torch(embeddings: Tensor, items: Tensor, offsets: Tensor, k: int, *
 
 
 class NeighbourLists:
-    """As published for the small data sets: along the target's list of all items by falling similarity, until k of
-    them turn up in the history. The lists of all items are made beforehand and cost nothing here.
+    """As published for the small data sets: along the target's list of all items by falling similarity, until
+    k of them turn up in the history. The lists are made beforehand and cost nothing here.
 
     Args:
         container: what an item is looked up in: `list`, as a sample carries its history, or `set`.
