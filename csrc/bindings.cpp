@@ -117,14 +117,16 @@ void gate_bank_backward(const rellax::GateBank& bank, Address dflat, Address du,
     rellax::gate_bank_backward(bank, gradients, threads);
 }
 
-void history_topk(Address embeddings, const char* dtype, int64_t dim, Address items, Address offsets, Address target,
-                  Address user, Address end, int64_t queries, int64_t k, Address positions, Address scores,
-                  int threads) {
+void history_topk(Address embeddings, const char* dtype, int64_t count, int64_t dim, Address items, Address offsets, int64_t users,
+                  Address target, Address user, Address end, int64_t queries, int64_t k, Address positions,
+                  Address scores, int threads) {
     const rellax::HistoryTopk task{at<const void>(embeddings),
                                    dtype_named(dtype),
+                                   count,
                                    dim,
                                    at<const int64_t>(items),
                                    at<const int64_t>(offsets),
+                                   users,
                                    at<const int64_t>(target),
                                    at<const int64_t>(user),
                                    at<const int64_t>(end),
@@ -234,8 +236,8 @@ NB_MODULE(_C, m) {
     m.def("gate_bank_backward", &gate_bank_backward, "bank"_a, nb::kw_only(), "dflat"_a, "du"_a, "dln_weight"_a,
           "dln_bias"_a, "dw1"_a, "db1"_a, "dw2"_a, "db2"_a, "threads"_a,
           "All gradients into the memory at these addresses; see csrc/gate_bank.h.");
-    m.def("history_topk", &history_topk, nb::kw_only(), "embeddings"_a, "dtype"_a, "dim"_a, "items"_a, "offsets"_a,
-          "target"_a, "user"_a, "end"_a, "queries"_a, "k"_a, "positions"_a, "scores"_a, "threads"_a,
+    m.def("history_topk", &history_topk, nb::kw_only(), "embeddings"_a, "dtype"_a, "count"_a, "dim"_a, "items"_a,
+          "offsets"_a, "users"_a, "target"_a, "user"_a, "end"_a, "queries"_a, "k"_a, "positions"_a, "scores"_a, "threads"_a,
           "history_topk over the memory at these addresses; see csrc/history_topk.h for what they hold.");
     nb::class_<rellax::Rows>(m, "Rows").def(
         "__init__",

@@ -15,6 +15,9 @@ namespace rellax {
     GateBankForwardKernel gate_bank_forward;   \
     GateBankBackwardKernel gate_bank_backward; \
     HistoryTopkKernel history_topk;            \
+    HistoryTopkScratch history_topk_scratch;   \
+    HistoryPairsKernel history_topk_pairs;     \
+    HistorySketchKernel history_topk_sketch;   \
     ConvertKernel convert;                     \
     RowSumsKernel row_sums;                    \
     }
@@ -26,9 +29,11 @@ RELLAX_DECLARE_LEVEL(avx512_bf16)
 
 namespace {
 
-#define RELLAX_KERNELS(level)                                                                   \
-    level::answer, level::cflora_forward, level::cflora_backward, level::cflora_outer,          \
-        level::gate_bank_forward, level::gate_bank_backward, level::history_topk, level::convert, level::row_sums
+#define RELLAX_KERNELS(level)                                                                              \
+    level::answer, level::cflora_forward, level::cflora_backward, level::cflora_outer,                     \
+        level::gate_bank_forward, level::gate_bank_backward, level::history_topk,                          \
+        level::history_topk_scratch, level::history_topk_pairs, level::history_topk_sketch,                \
+        level::convert, level::row_sums
 
 #ifdef RELLAX_X86
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }

@@ -22,6 +22,9 @@ struct Level {
     GateBankForwardKernel* gate_bank_forward;
     GateBankBackwardKernel* gate_bank_backward;
     HistoryTopkKernel* history_topk;
+    HistoryTopkScratch* history_topk_scratch;
+    HistoryPairsKernel* history_topk_pairs;
+    HistorySketchKernel* history_topk_sketch;
     ConvertKernel* convert;
     RowSumsKernel* row_sums;
 };

@@ -11,29 +11,46 @@ namespace rellax {
 struct HistoryTopk {
     const void* embeddings;  // (N, dim), rows back to back
     Dtype dtype;
+    int64_t count;  // N
     int64_t dim;
     const int64_t* items;    // (M,) row of `embeddings` of each behaviour, user by user, in time order
     const int64_t* offsets;  // (U + 1,) where a user's behaviours begin
-    const int64_t* target;   // (Q,) row of `embeddings`
+    int64_t users;           // U
+    const int64_t* target;   // (Q,) row of `embeddings`; this and the next two null: every behaviour is a target
     const int64_t* user;     // (Q,)
     const int64_t* end;      // (Q,) the user's first `end` behaviours are the candidates
     int64_t queries;
     int64_t k;
     int64_t* positions;  // (Q, k) within the user's behaviours, best first; -1 past the last candidate
     float* scores;       // (Q, k); -inf past the last candidate; the first is NaN where any was not finite
+
+    // What history_topk fills in for its kernels.
+    const int64_t* order = nullptr;  // (Q,) the queries by user and end, null where they come so
+    int64_t block = 0;               // behaviours of a user that are packed at once, a multiple of kHistoryBlock
+    const float* pairs = nullptr;    // (N, N) exact scores of all pairs of items, or null
+    const void* sketch = nullptr;    // (N, dim rounded up to 32) bfloat16, rounded embeddings, or null; zero past dim
+    float sketch_norm = 0.0f, sketch_residual = 0.0f;  // bounds of its rows
 };
 
-// A score is the sum of rounded fp32 products over this many interleaved lanes, added up as a binary tree.
-// Every level keeps this order, so scores and positions have the same bits on all of them.
-constexpr int64_t kLanes = 16;
-constexpr int64_t kMaxBlock = 8;  // queries a kernel may take at once
+// At least the norm of each of some rows and of what rounding took from it.
+struct HistorySketchBound {
+    float norm, residual;
+};
 
-constexpr int64_t padded(int64_t dim) { return (dim + kLanes - 1) / kLanes * kLanes; }
+constexpr int64_t kHistoryBlock = 1024;
+constexpr int64_t kFewHistoryQueries = 8;  // of a user: below it packing the behaviours costs more than it saves
 
-// Queries [first, last). `scratch` holds kMaxBlock * padded(dim) floats.
-using HistoryTopkKernel = void(const HistoryTopk& task, int64_t first, int64_t last, float* scratch);
+// Places [first, last) of the order. `scratch` holds as many bytes as the other kernel says, aligned to 64.
+using HistoryTopkKernel = void(const HistoryTopk& task, int64_t first, int64_t last, void* scratch);
+using HistoryTopkScratch = int64_t(const HistoryTopk& task);
+
+// Rows [first, last) of `pairs` up to the diagonal, and the columns that mirror them; `scratch` is one of the above.
+using HistoryPairsKernel = void(const HistoryTopk& task, int64_t first, int64_t last, float* pairs, void* scratch);
+
+// Rows [first, last) of `sketch`.
+using HistorySketchKernel = HistorySketchBound(const HistoryTopk& task, int64_t first, int64_t last, void* sketch);
 
 // All queries, on at most `threads` threads; the result does not depend on their number.
-void history_topk(const HistoryTopk& task, int threads);
+void history_topk(HistoryTopk task, int threads);
 
 }  // namespace rellax

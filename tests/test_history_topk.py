@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rellax.errors import InputError
@@ -230,6 +231,96 @@ def test_rows_that_no_query_reads_are_not_looked_at(backend: str) -> None:
     items, offsets = torch.tensor([0, 1, 0, 2]), torch.tensor([0, 4])
     query = {"target": torch.tensor([1]), "user": torch.tensor([0]), "end": torch.tensor([3])}
     assert history_topk(embeddings, items, offsets, 2, **query)[0].tolist() == [[2, 1]]
+
+
+def lane_scores(target: Tensor, rows: Tensor) -> Tensor:
+    """The documented order of the C++ kernel's sums: 16 interleaved lanes, added up as a binary tree."""
+    products = F.pad(rows.float() * target.float(), (0, -rows.shape[1] % 16)).unflatten(1, (-1, 16))
+    lanes = torch.zeros(len(rows), 16)
+    for step in products.unbind(1):
+        lanes = lanes + step
+    while lanes.shape[1] > 1:
+        lanes = lanes[:, : lanes.shape[1] // 2] + lanes[:, lanes.shape[1] // 2 :]
+    return lanes[:, 0]
+
+
+def unit_rows(items: int, dim: int) -> Tensor:
+    rows = torch.randn(items, dim, generator=torch.Generator().manual_seed(8))
+    return F.normalize(rows, dim=1)
+
+
+def neighbours_by_one_ulp(items: int, dim: int) -> Tensor:
+    """Rows that bf16 can't tell apart: one row, and in each an element that is one fp32 ulp away."""
+    rows = unit_rows(1, dim).repeat(items, 1)
+    place = torch.arange(items)
+    rows[place, place % dim] = torch.nextafter(rows[place, place % dim], torch.tensor(torch.inf))
+    return rows
+
+
+EMBEDDINGS = {
+    "unit": unit_rows,
+    "one ulp apart": neighbours_by_one_ulp,
+    "all equal": lambda items, dim: unit_rows(1, dim).repeat(items, 1),
+    "in pairs": lambda items, dim: unit_rows((items + 1) // 2, dim).repeat(2, 1)[:items],
+    "zero": torch.zeros,
+    "tiny": lambda items, dim: unit_rows(items, dim) * 1e-21,
+    "of all sizes": lambda items, dim: unit_rows(items, dim) * torch.logspace(-6, 3, items)[:, None],
+}
+REGIMES = {  # items, dim, lengths, random queries or None for every behaviour, k
+    "short histories": (900, 70, [0, 1, 31, 32, 33, 127, 128], None, 30),
+    "product": (900, 513, [129, 31, 257, 301], None, 30),
+    "product, k past histories": (900, 33, [129, 150], None, 200),
+    "product, several strips": (900, 7, [1100, 2070], 300, 30),
+    "product, largest k": (900, 7, [1100], 40, 512),
+    "heap": (900, 7, [1100], 40, 513),
+    "product, several blocks": (700, 2049, [4200], 20, 5),
+    "sketch": (100, 65, [129, 500, 1030, 140], 12, 30),
+    "few queries without a sketch": (900, 65, [140, 1030], 5, 30),
+    "pairs": (40, 65, [129, 1030, 20], None, 30),
+    "pairs of one item": (1, 16, [40], None, 30),
+}
+
+
+@pytest.mark.parametrize("kind", EMBEDDINGS)
+@pytest.mark.parametrize("regime", REGIMES)
+def test_every_regime_gives_the_bits_of_a_brute_force(
+    monkeypatch: pytest.MonkeyPatch, regime: str, kind: str
+) -> None:
+    monkeypatch.setenv("RELLAX_BACKEND", "cpp")
+    count, dim, lengths, queries, k = REGIMES[regime]
+    if kind not in ("unit", "one ulp apart", "all equal") and dim > 600:
+        pytest.skip("slow, and no other path than in smaller dimensions")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        embeddings = EMBEDDINGS[kind](count, dim).to(dtype)
+        items, offsets = histories(lengths, count)
+        asked = {} if queries is None else random_queries(offsets, count, queries)
+        positions, scores = history_topk(embeddings, items, offsets, k, **asked)
+        asked = asked or every_behaviour(items, offsets)
+        checked = range(0, len(positions), max(len(positions) // 60, 1))
+        for q in checked:
+            target, user, end = (int(asked[name][q]) for name in asked)
+            rows = embeddings[items[offsets[user] : offsets[user] + end]]
+            expected = lane_scores(embeddings[target], rows)
+            best = best_first(expected.numpy(), k)
+            assert positions[q].tolist() == best.tolist()
+            assert scores[q, : min(k, end)].equal(expected[best[: min(k, end)]])
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_every_regime_finds_a_score_that_is_not_finite(
+    monkeypatch: pytest.MonkeyPatch, regime: str, value: float
+) -> None:
+    monkeypatch.setenv("RELLAX_BACKEND", "cpp")
+    count, dim, lengths, queries, k = REGIMES[regime]
+    embeddings = unit_rows(count, dim)
+    items, offsets = histories(lengths, count)
+    asked = {} if queries is None else random_queries(offsets, count, queries)
+    user = int(offsets.diff().argmax() if queries is None else asked["user"][asked["end"].argmax()])
+    history_topk(embeddings, items, offsets, k, **asked)
+    embeddings[items[offsets[user]]] = value
+    with pytest.raises(InputError, match="dot products are finite in fp32"):
+        history_topk(embeddings, items, offsets, k, **asked)
 
 
 GOOD = {

@@ -50,9 +50,11 @@ def pieces_of_equal_items(threads: int) -> list[int]:
     extension().history_topk(
         embeddings=ones.data_ptr(),
         dtype="float32",
+        count=64,
         dim=512,
         **{name: tensor.data_ptr() for name, tensor in index.items()},
         offsets=offsets.data_ptr(),
+        users=1,
         end=end.data_ptr(),
         queries=2000,
         k=k,

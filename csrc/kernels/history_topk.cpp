@@ -1,189 +1,585 @@
 // Compiled once per ISA level, with the level as namespace. Nothing of the standard library but <cstdint> may be
 // used here: the linker keeps one copy of an inline function, and that could be the one for the newest machine.
+//
+// Scores of a panel of queries with a strip of candidates come from one of four sources:
+//   product  many queries of a user: tiles of one product of their targets with the behaviours, from packed panels
+//   sketch   few queries of a user: one bfloat16 row of the table after the other
+//   direct   short histories, and few queries where there is no sketch: fp32 rows
+//   table    few items: the scores of all pairs, made beforehand
+// The first two are approximate: of each query, those candidates are kept that the error bound leaves a chance to be
+// among the best k, and exact scores of these decide.
 #include "history_topk.h"
 
-#include "vector.h"
+#include "exact.h"
+#include "heap.h"
+#include "select.h"
+#include "similarity.h"
 
 namespace rellax::RELLAX_LEVEL {
 namespace {
 
-// How many queries of one user share a pass over the candidates: as many as their sums fit in registers.
-#if defined(__AVX512F__)
-constexpr int kBlock = 8;
-#elif defined(__AVX2__)
-constexpr int kBlock = 4;
-#else
-constexpr int kBlock = 2;
-#endif
-constexpr int kVectors = kLanes / kWidth;
-static_assert(kBlock <= kMaxBlock);
+constexpr int64_t kStrip = 1024;     // candidates whose scores with a panel of targets are held at once
+constexpr int64_t kMostKept = 1024;  // candidates of a query that are kept from strip to strip
+constexpr int64_t kLargestK = kMostKept / 2;
+constexpr int64_t kMostRanked = 128;  // what ranking each against each pays for
+constexpr int64_t kSlack = 16;        // a vector may be written past the last element
+constexpr int64_t kStripStride = kStrip + kSlack;
+constexpr int64_t kKeptStride = kMostKept + kStrip + kSlack;
+constexpr int64_t kGroupQueries = 8 * kPanelRows;  // queries that share the packing of a part of a long history
+constexpr int64_t kCachedBytes = 1 << 19;          // rows that stay in a core's cache while a panel is rescored
+constexpr int64_t kShortHistory = 128;  // up to here exact scores of all cost less than approximate ones first
+constexpr float kLargestScore = 0x1p120f;          // within it no sum on the way to a score overflows
+static_assert(kStrip % kPanelRows == 0 && kHistoryBlock % kStrip == 0 && kPanelRows % kTileRows == 0);
 
-// Sums of `kRows` targets against one candidate: lane l of a sum takes the elements l, l + kLanes, ...
-template <int kRows>
-struct Sums {
-    Floats at[kRows][kVectors] = {};
+// Hands out parts of the scratch memory; without memory it only measures.
+class Arena {
+public:
+    explicit Arena(void* memory) : memory_(reinterpret_cast<uintptr_t>(memory)) {}
 
     template <class T>
-    void add(const float* targets, int64_t stride, const T* candidate) {
-        for (int vector = 0; vector < kVectors; ++vector) {
-            const Floats values = load(candidate + vector * kWidth);
-            for (int row = 0; row < kRows; ++row) {
-                at[row][vector] += load(targets + row * stride + vector * kWidth) * values;
+    T* take(int64_t count) {
+        const uintptr_t part = memory_ + used_;
+        used_ += (count * sizeof(T) + 63) / 64 * 64;
+        return reinterpret_cast<T*>(part);
+    }
+
+    int64_t used() const { return static_cast<int64_t>(used_); }
+
+private:
+    uintptr_t memory_, used_ = 0;
+};
+
+// A query on the way.
+struct Row {
+    Kept kept;
+    int64_t rescored;  // how many of them have their exact scores
+    float lower;     // at least k of the candidates so far have an approximate score that reaches it
+    float error;     // how far an approximate score may be from the exact one
+    bool exact;      // the scores are exact ones, and final
+    bool certified;  // else all candidates get their exact scores
+};
+
+struct Scratch {
+    float* wide;         // rows of up to task.block behaviours in fp32, padded
+    Packed* candidates;  // their panels
+    Bound* candidate_bounds;
+    float* wide_targets;  // one panel's
+    Packed* targets;
+    Bound* target_bounds;
+    float* strip;        // kPanelRows x kStrip
+    float* kept_scores;  // kGroupQueries x (kMostKept + kStrip)
+    int32_t* kept_positions;
+    Row* rows;
+    int32_t* ranks;
+    float* ranked_scores;
+    int32_t* ranked_positions;
+    int64_t bytes;
+
+    Scratch(const HistoryTopk& task, void* memory) {
+        Arena arena(memory);
+        wide = arena.take<float>(task.block * padded(task.dim));
+        candidates = arena.take<Packed>(task.block / kPanelRows * panel_size(task.dim));
+        candidate_bounds = arena.take<Bound>(task.block);
+        wide_targets = arena.take<float>(kPanelRows * padded(task.dim));
+        targets = arena.take<Packed>(panel_size(task.dim));
+        target_bounds = arena.take<Bound>(kPanelRows);
+        strip = arena.take<float>(kPanelRows * kStripStride);
+        kept_scores = arena.take<float>(kGroupQueries * kKeptStride);
+        kept_positions = arena.take<int32_t>(kGroupQueries * kKeptStride);
+        rows = arena.take<Row>(kGroupQueries);
+        ranks = arena.take<int32_t>(kMostRanked + kSlack);
+        ranked_scores = arena.take<float>(kMostRanked);
+        ranked_positions = arena.take<int32_t>(kMostRanked);
+        bytes = arena.used();
+    }
+};
+
+// The larger of either; NaN counts as infinite.
+inline Bound worse(Bound a, Bound b) {
+    const auto worse = [](float x, float y) { return y <= x ? x : y < __builtin_inff() ? y : __builtin_inff(); };
+    return {worse(a.norm, b.norm), worse(a.residual, b.residual)};
+}
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Rows of a sketch that share a pass over the target's.
+constexpr int kSketchRows = 8;
+
+constexpr int64_t sketch_width(int64_t dim) { return (dim + 31) / 32 * 32; }
+
+// Approximate scores of a row of the sketch with kSketchRows others.
+inline void sketch_scores(const BFloat16* target, const BFloat16* const* rows, int64_t dim, float* scores) {
+    Floats totals[2][4] = {};
+    for (int64_t d = 0; d < dim; d += 2 * kWidth) {
+        const Words values = load_operand(target + d);
+        for (int row = 0; row < kSketchRows; ++row) {
+            Floats& total = totals[row / 4][row % 4];
+            total = multiply_add(values, load_operand(rows[row] + d), total);
+        }
+    }
+    for (int half = 0; half < 2; ++half) {
+        const Four four = sums(totals[half]);
+        __builtin_memcpy(scores + 4 * half, &four, sizeof four);
+    }
+}
+
+// The queries of one user, by rising ends.
+template <class T>
+class UserSearch {
+public:
+    UserSearch(const HistoryTopk& task, const Scratch& scratch, int64_t user)
+        : task_(task),
+          scratch_(scratch),
+          begin_(task.offsets[user]),
+          length_(task.offsets[user + 1] - begin_),
+          history_(task.items + begin_) {}
+
+    // Places [first, last) of the task's order.
+    void run(int64_t first, int64_t last) {
+        longest_ = end(last - 1);
+        const bool few = last - first < kFewHistoryQueries || longest_ <= kShortHistory;
+        if (task_.k <= kLargestK && (few || task_.pairs != nullptr)) {
+            for (; first < last; first += kPanelRows) search_strips(first, smaller(kPanelRows, last - first));
+            return;
+        }
+        const int64_t step = longest_ <= task_.block ? kPanelRows : kGroupQueries;
+        for (; first < last; first += step) search(first, smaller(step, last - first));
+    }
+
+private:
+    int64_t query(int64_t place) const { return task_.order == nullptr ? place : task_.order[place]; }
+
+    int64_t end(int64_t place) const { return task_.end == nullptr ? place - begin_ : task_.end[query(place)]; }
+
+    int64_t target(int64_t place) const {
+        return task_.target == nullptr ? task_.items[place] : task_.target[query(place)];
+    }
+
+    const T* embedding(int64_t item) const { return static_cast<const T*>(task_.embeddings) + item * task_.dim; }
+
+    void search(int64_t first, int64_t count) {
+        const int64_t longest = end(first + count - 1);
+        for (int64_t row = 0; row < count; ++row) start_row(row);
+        if (task_.k <= kLargestK) {
+            for (int64_t block = 0; block < longest; block += task_.block) {
+                load_candidates(block);
+                for (int64_t row = 0; row < count && longest > task_.k; row += kPanelRows) {
+                    score_panel(first + row, scratch_.rows + row, smaller(kPanelRows, count - row));
+                }
+            }
+        }
+        if (longest_ <= task_.block) {
+            finish_cached(first, count);
+        } else {
+            for (int64_t row = 0; row < count; ++row) finish_far(first + row, scratch_.rows[row]);
+        }
+    }
+
+    // A panel of queries from any source but the product.
+    void search_strips(int64_t first, int64_t count) {
+        const int64_t longest = end(first + count - 1), stride = padded(task_.dim);
+        for (int64_t row = 0; row < count; ++row) {
+            start_row(row);
+            if (task_.pairs == nullptr) widen(embedding(target(first + row)), task_.dim, scratch_.wide_targets + row * stride);
+        }
+        for (int64_t from = 0; from < longest; from += kStrip) fill_strip(first, count, from, smaller(longest, from + kStrip));
+        for (int64_t row = 0; row < count; ++row) {
+            Row& of = scratch_.rows[row];
+            if (settle(first + row, of)) {
+                if (!of.exact) rescore(of, longest, scratch_.wide_targets + row * stride, RowOf{*this});
+                write_best(first + row, of.kept);
+            } else {
+                search_all(first + row);
             }
         }
     }
 
-    float total(int row) const {
-        float lanes[kLanes];
-        __builtin_memcpy(lanes, at[row], sizeof lanes);
-        for (int half = kLanes / 2; half > 0; half /= 2) {
-            for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    void fill_strip(int64_t first, int64_t count, int64_t from, int64_t to) {
+        const bool sketched = task_.sketch != nullptr && longest_ > kShortHistory;
+        if (task_.pairs == nullptr && !sketched) direct_strip(first, count, from, to);
+        for (int64_t row = 0; row < count; ++row) {
+            Row& of = scratch_.rows[row];
+            float* const scores = scratch_.strip + row * kStripStride;
+            const int64_t last = smaller(to, end(first + row));
+            if (last <= from) continue;
+            if (task_.pairs != nullptr) {
+                const float* const pairs = task_.pairs + target(first + row) * task_.count;
+                for (int64_t at = from; at < last; ++at) scores[at - from] = pairs[history_[at]];
+            }
+            if (sketched) sketch_strip(first + row, of, scores, from, last);
+            of.exact = !sketched;
+            of.certified &= sketched || all_finite(scores, last - from);
+            select(of, end(first + row), scores, from, to);
         }
-        return lanes[0];
     }
+
+    // Some rows of candidates after the other, while they are in the cache against all targets.
+    void direct_strip(int64_t first, int64_t count, int64_t from, int64_t to) {
+        for (int64_t at = from; at < to; at += kExactRows) {
+            const T* rows[kExactRows];
+            for (int64_t i = 0; i < kExactRows; ++i) rows[i] = embedding(history_[smaller(at + i, to - 1)]);
+            prefetch(history_ + at + kExactRows, smaller(kExactRows, to - at - kExactRows));
+            for (int64_t row = count - 1; row >= 0 && end(first + row) > at; --row) {
+                const float* const target = scratch_.wide_targets + row * padded(task_.dim);
+                exact_scores(target, rows, task_.dim, scratch_.strip + row * kStripStride + (at - from));
+            }
+        }
+    }
+
+    void sketch_strip(int64_t place, Row& row, float* scores, int64_t from, int64_t to) {
+        worst_ = {task_.sketch_norm, task_.sketch_residual};
+        bound_error(worst_, row);
+        const BFloat16* const query = sketch_row(target(place));
+        for (int64_t at = from; at < to; at += kSketchRows) {
+            const BFloat16* rows[kSketchRows];
+            for (int64_t i = 0; i < kSketchRows; ++i) {
+                rows[i] = sketch_row(history_[smaller(at + i, to - 1)]);
+                const int64_t ahead = at + 2 * kSketchRows + i;
+                if (ahead < to) prefetch_bytes(sketch_row(history_[ahead]), 2 * sketch_width(task_.dim));
+            }
+            sketch_scores(query, rows, task_.dim, scores + (at - from));
+        }
+    }
+
+    const BFloat16* sketch_row(int64_t item) const {
+        return static_cast<const BFloat16*>(task_.sketch) + item * sketch_width(task_.dim);
+    }
+
+    void start_row(int64_t row) {
+        const int64_t at = row * kKeptStride;
+        const Kept kept{scratch_.kept_scores + at, scratch_.kept_positions + at, 0};
+        scratch_.rows[row] = {kept, 0, -__builtin_inff(), 0.0f, false, true};
+    }
+
+    // The behaviours from `block` on, unless they are there already, and one more, which may be a target.
+    void load_candidates(int64_t block) {
+        if (loaded_from_ == block) return;
+        loaded_from_ = block;
+        loaded_to_ = smaller(smaller(length_, longest_ + 1), block + task_.block);
+        worst_ = {0.0f, 0.0f};
+        for (int64_t from = block; from < loaded_to_; from += kPanelRows) {
+            const int64_t next = from + kPanelRows;
+            prefetch(history_ + next, smaller(kPanelRows, loaded_to_ - next));
+            Bound* const bounds = scratch_.candidate_bounds + (from - block);
+            load_panel(history_ + from, smaller(kPanelRows, loaded_to_ - from), wide(from), candidate_panel(from), bounds);
+            for (int64_t row = 0; row < smaller(kPanelRows, longest_ - from); ++row) worst_ = worse(worst_, bounds[row]);
+        }
+    }
+
+    // Asks for rows that are read soon: each lies somewhere else in memory.
+    void prefetch(const int64_t* items, int64_t count) const {
+        for (int64_t row = 0; row < count; ++row) {
+            prefetch_bytes(embedding(items[row]), task_.dim * static_cast<int64_t>(sizeof(T)));
+        }
+    }
+
+    static void prefetch_bytes(const void* row, int64_t size) {
+        constexpr int64_t kLine = 64;
+        for (int64_t at = 0; at < size; at += kLine) __builtin_prefetch(static_cast<const char*>(row) + at, 0, 2);
+    }
+
+    // Rows side by side: their fp32 copies are rescored from, out of fewer pages than the table's rows lie in.
+    void load_panel(const int64_t* items, int64_t count, float* wide, Packed* panel, Bound* bounds) const {
+        const float* rows[kPanelRows];
+        for (int64_t row = 0; row < count; ++row) {
+            rows[row] = wide + row * padded(task_.dim);
+            widen(embedding(items[row]), task_.dim, wide + row * padded(task_.dim));
+        }
+        if (longest_ > task_.k) pack_panel(rows, static_cast<int>(count), task_.dim, panel, bounds);
+    }
+
+    float* wide(int64_t position) const { return scratch_.wide + (position - loaded_from_) * padded(task_.dim); }
+
+    Packed* candidate_panel(int64_t position) const {
+        return scratch_.candidates + (position - loaded_from_) / kPanelRows * panel_size(task_.dim);
+    }
+
+    // The queries from place `first` on, a panel of them at most, against the packed candidates.
+    void score_panel(int64_t first, Row* rows, int64_t count) {
+        const int64_t last = smaller(end(first + count - 1), loaded_to_);
+        if (last <= loaded_from_) return;
+        const Targets targets = target_panel(first, count);
+        for (int64_t row = 0; row < count; ++row) bound_error(targets.bounds[row], rows[row]);
+        for (int64_t from = loaded_from_; from < last; from += kStrip) {
+            const int64_t to = smaller(last, from + kStrip);
+            score_strip(targets.panel, first, count, from, to);
+            for (int64_t row = 0; row < count; ++row) {
+                select(rows[row], end(first + row), scratch_.strip + row * kStripStride, from, to);
+            }
+        }
+    }
+
+    struct Targets {
+        const float* wide;
+        const Packed* panel;
+        const Bound* bounds;
+    };
+
+    // The targets as a panel: where they are the behaviours of a panel of candidates, as usual, it serves as both.
+    Targets target_panel(int64_t first, int64_t count) {
+        const int64_t position = end(first);
+        int64_t items[kPanelRows];
+        for (int64_t row = 0; row < count; ++row) items[row] = target(first + row);
+        bool loaded = position % kPanelRows == 0 && position >= loaded_from_ && position + count <= loaded_to_;
+        for (int64_t row = 0; loaded && row < count; ++row) loaded = items[row] == history_[position + row];
+        if (loaded) {
+            return {wide(position), candidate_panel(position), scratch_.candidate_bounds + (position - loaded_from_)};
+        }
+        load_panel(items, count, scratch_.wide_targets, scratch_.targets, scratch_.target_bounds);
+        return {scratch_.wide_targets, scratch_.targets, scratch_.target_bounds};
+    }
+
+    void bound_error(Bound target, Row& row) const {
+        row.certified &= (target.norm + target.residual) * (worst_.norm + worst_.residual) < kLargestScore;
+        const float error = score_error(target, worst_, task_.dim);
+        if (!(error <= row.error)) row.error = error;
+    }
+
+    // Candidates [from, to) into the strip; each target only as far as its own tile of targets needs it.
+    void score_strip(const Packed* targets, int64_t first, int64_t count, int64_t from, int64_t to) {
+        for (int64_t position = from; position < to; position += kPanelRows) {
+            const Packed* const panel = candidate_panel(position);
+            for (int64_t row = 0; row < count; row += kTileRows) {
+                if (end(first + smaller(row + kTileRows, count) - 1) <= position) continue;
+                float* const scores = scratch_.strip + row * kStripStride + (position - from);
+                score_tile(tile_queries(targets, row), panel, task_.dim, scores, kStripStride);
+            }
+        }
+    }
+
+    // Keeps those of the candidates [from, to) that may be among the best k.
+    void select(Row& row, int64_t end, float* scores, int64_t from, int64_t to) {
+        const int64_t count = smaller(end, to) - from;
+        if (count <= 0 || !row.certified || (end <= task_.k && !row.exact)) return;
+        pad_scores(scores, count);
+        if (from == 0 && end > task_.k) row.lower = kth_lower_bound(scores, count, task_.k);
+        row.kept.append(scores, count, from, row.lower - 2.0f * row.error);
+        if (row.kept.size > kMostKept) tighten(row);
+    }
+
+    void tighten(Row& row) {
+        pad_scores(row.kept.scores, row.kept.size);
+        row.lower = bisect_kth(row.kept.scores, row.kept.size, task_.k, row.lower);
+        row.kept.tighten(row.lower - 2.0f * row.error);
+        row.certified = row.kept.size <= kMostKept;
+    }
+
+    // Leaves the candidates that exact scores are needed of; false where that is all of them.
+    bool settle(int64_t place, Row& row) {
+        const int64_t count = end(place);
+        if (task_.k > kLargestK || !row.certified) return false;
+        if (count > task_.k) {
+            tighten(row);
+        } else if (!row.exact) {
+            for (int64_t position = 0; position < count; ++position) row.kept.positions[position] = position;
+            row.kept.size = count;
+        }
+        return row.certified;
+    }
+
+    // A panel of queries whose candidates are loaded: part by part, so that all of them find its rows in the cache.
+    void finish_cached(int64_t first, int64_t count) {
+        if (task_.k <= kLargestK && end(first + count - 1) > 0) rescore_panel(first, count);
+        for (int64_t row = 0; row < count; ++row) {
+            Row& of = scratch_.rows[row];
+            if (of.certified && task_.k <= kLargestK) {
+                write_best(first + row, of.kept);
+            } else {
+                search_all(first + row);
+            }
+        }
+    }
+
+    void rescore_panel(int64_t first, int64_t count) {
+        const int64_t longest = end(first + count - 1), stride = padded(task_.dim);
+        const float* const targets = target_panel(first, count).wide;
+        for (int64_t row = 0; row < count; ++row) scratch_.rows[row].certified = settle(first + row, scratch_.rows[row]);
+        const int64_t row_bytes = stride * static_cast<int64_t>(sizeof(float));
+        const int64_t part = row_bytes < kCachedBytes ? kCachedBytes / row_bytes : 1;
+        for (int64_t from = 0; from < longest; from += part) {
+            for (int64_t row = 0; row < count; ++row) {
+                Row& of = scratch_.rows[row];
+                if (of.certified) rescore(of, from + part, targets + row * stride, [&](int64_t at) { return wide(at); });
+            }
+        }
+    }
+
+    // Exact scores in place of the approximate ones, of the candidates before `to`.
+    template <class RowAt>
+    void rescore(Row& row, int64_t to, const float* target, RowAt row_at) const {
+        const int32_t* const positions = row.kept.positions;
+        int64_t from = row.rescored, last = from;
+        while (last < row.kept.size && positions[last] < to) ++last;
+        row.rescored = last;
+        for (; from < last; from += kExactRows) {
+            decltype(row_at(0)) rows[kExactRows];
+            float exact[kExactRows];
+            for (int64_t i = 0; i < kExactRows; ++i) rows[i] = row_at(positions[smaller(from + i, last - 1)]);
+            exact_scores(target, rows, task_.dim, exact);
+            for (int64_t i = 0; i < smaller(kExactRows, last - from); ++i) row.kept.scores[from + i] = exact[i];
+        }
+    }
+
+    struct RowOf {
+        const UserSearch& search;
+        const T* operator()(int64_t at) const { return search.embedding(search.history_[at]); }
+    };
+
+    // A query whose candidates were loaded one block after the other.
+    void finish_far(int64_t place, Row& row) {
+        if (!settle(place, row)) return search_all(place);
+        widen(embedding(target(place)), task_.dim, scratch_.wide_targets);
+        rescore(row, end(place), scratch_.wide_targets, RowOf{*this});
+        write_best(place, row.kept);
+    }
+
+    void write_best(int64_t place, const Kept& kept) const {
+        const int64_t output = query(place) * task_.k;
+        float* const scores = task_.scores + output;
+        int64_t* const positions = task_.positions + output;
+        if (kept.size > kMostRanked || !all_finite(kept.scores, kept.size)) {
+            Best best(task_.k, scores, positions);
+            for (int64_t i = kept.size - 1; i >= 0; --i) best.offer(kept.scores[i], kept.positions[i]);
+            return best.finish();
+        }
+        pad_scores(kept.scores, kept.size);
+        rank(kept.scores, kept.size, scratch_.ranks);
+        for (int64_t i = 0; i < kept.size; ++i) {
+            scratch_.ranked_scores[scratch_.ranks[i]] = kept.scores[i];
+            scratch_.ranked_positions[scratch_.ranks[i]] = kept.positions[i];
+        }
+        const int64_t found = smaller(kept.size, task_.k);
+        for (int64_t i = 0; i < found; ++i) {
+            scores[i] = scratch_.ranked_scores[i];
+            positions[i] = scratch_.ranked_positions[i];
+        }
+        for (int64_t i = found; i < task_.k; ++i) {
+            scores[i] = -__builtin_inff();
+            positions[i] = -1;
+        }
+    }
+
+    // The exact score of every candidate.
+    void search_all(int64_t place) const {
+        const int64_t count = end(place), output = query(place) * task_.k;
+        float* const target_row = scratch_.wide_targets;
+        widen(embedding(target(place)), task_.dim, target_row);
+        Best best(task_.k, task_.scores + output, task_.positions + output);
+        for (int64_t last = count; last > 0; last -= kExactRows) {
+            const T* rows[kExactRows];
+            float exact[kExactRows];
+            for (int64_t row = 0; row < kExactRows; ++row) {
+                rows[row] = embedding(history_[last - 1 - smaller(row, last - 1)]);
+            }
+            exact_scores(target_row, rows, task_.dim, exact);
+            for (int64_t row = 0; row < smaller(kExactRows, last); ++row) best.offer(exact[row], last - 1 - row);
+        }
+        best.finish();
+    }
+
+    const HistoryTopk& task_;
+    const Scratch& scratch_;
+    const int64_t begin_, length_;
+    const int64_t* const history_;
+    int64_t longest_ = 0;
+    int64_t loaded_from_ = -1, loaded_to_ = -1;
+    Bound worst_{};  // of the packed candidates
 };
 
-// `targets` has rows of padded(dim) floats, zero past dim.
-template <int kRows, class T>
-inline Sums<kRows> multiply(const float* targets, const T* candidate, int64_t dim) {
-    const int64_t stride = padded(dim);
-    Sums<kRows> sums;
-    int64_t d = 0;
-    for (; d + kLanes <= dim; d += kLanes) sums.add(targets + d, stride, candidate + d);
-    if (d < dim) {
-        T rest[kLanes] = {};
-        __builtin_memcpy(rest, candidate + d, (dim - d) * sizeof(T));
-        sums.add(targets + d, stride, rest);
+// The user of a place where every behaviour is a target.
+int64_t user_at(const HistoryTopk& task, int64_t place) {
+    int64_t low = 0, high = task.users;
+    while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        (task.offsets[middle] <= place ? low : high) = middle;
     }
-    return sums;
+    return low;
 }
 
 template <class T>
-void widen(const T* row, int64_t dim, float* out) {
-    T rest[kLanes] = {};
-    for (int64_t d = 0; d < dim; d += kLanes) {
-        const bool whole = d + kLanes <= dim;
-        if (!whole) __builtin_memcpy(rest, row + d, (dim - d) * sizeof(T));
-        for (int lane = 0; lane < kLanes; lane += kWidth) {
-            store(out + d + lane, load((whole ? row + d : rest) + lane));
-        }
+void run(const HistoryTopk& task, int64_t first, int64_t last, const Scratch& scratch) {
+    const auto user_of = [&](int64_t place) {
+        return task.user == nullptr ? user_at(task, place) : task.user[task.order == nullptr ? place : task.order[place]];
+    };
+    while (first < last) {
+        const int64_t user = user_of(first);
+        int64_t next = first + 1;
+        if (task.user == nullptr) next = smaller(task.offsets[user + 1], last);
+        while (task.user != nullptr && next < last && user_of(next) == user) ++next;
+        UserSearch<T>(task, scratch, user).run(first, next);
+        first = next;
     }
 }
 
-// The best k of a query, kept in its rows of the output: a heap with the worst at its root, sorted by finish().
-class Best {
-public:
-    void start(int64_t k, float* scores, int64_t* positions) {
-        k_ = k;
-        size_ = 0;
-        all_finite_ = true;
-        scores_ = scores;
-        positions_ = positions;
-    }
-
-    // Candidates come from the most recent to the oldest, so that an equal score never displaces one.
-    void offer(float score, int64_t position) {
-        all_finite_ &= score - score == 0.0f;
-        if (size_ < k_) {
-            put(size_++, score, position);
-            if (size_ == k_) heapify();
-        } else if (score > scores_[0]) {
-            put(0, score, position);
-            sink(0, size_);
-        }
-    }
-
-    void finish() {
-        if (size_ < k_) heapify();
-        for (int64_t last = size_ - 1; last > 0; --last) {
-            const float score = scores_[0];
-            const int64_t position = positions_[0];
-            put(0, scores_[last], positions_[last]);
-            put(last, score, position);
-            sink(0, last);
-        }
-        for (int64_t slot = size_; slot < k_; ++slot) put(slot, -__builtin_inff(), -1);
-        if (!all_finite_) scores_[0] = __builtin_nanf("");
-    }
-
-private:
-    void put(int64_t slot, float score, int64_t position) {
-        scores_[slot] = score;
-        positions_[slot] = position;
-    }
-
-    bool worse(int64_t a, int64_t b) const {
-        return scores_[a] < scores_[b] || (scores_[a] == scores_[b] && positions_[a] < positions_[b]);
-    }
-
-    void heapify() {
-        for (int64_t root = size_ / 2 - 1; root >= 0; --root) sink(root, size_);
-    }
-
-    void sink(int64_t root, int64_t size) {
-        for (int64_t child; (child = 2 * root + 1) < size;) {
-            if (child + 1 < size && worse(child + 1, child)) ++child;
-            if (!worse(child, root)) return;
-            const float score = scores_[root];
-            const int64_t position = positions_[root];
-            put(root, scores_[child], positions_[child]);
-            put(child, score, position);
-            root = child;
-        }
-    }
-
-    int64_t k_, size_;
-    bool all_finite_;
-    float* scores_;
-    int64_t* positions_;
-};
-
-// The kRows queries from `query` on, all of one user.
-template <int kRows, class T>
-void search(const HistoryTopk& task, int64_t query, float* targets) {
-    const T* embeddings = static_cast<const T*>(task.embeddings);
-    const int64_t* history = task.items + task.offsets[task.user[query]];
-    const int64_t* end = task.end + query;
-    Best best[kRows];
-    int64_t longest = 0;
-    for (int row = 0; row < kRows; ++row) {
-        widen(embeddings + task.target[query + row] * task.dim, task.dim, targets + row * padded(task.dim));
-        best[row].start(task.k, task.scores + (query + row) * task.k, task.positions + (query + row) * task.k);
-        if (end[row] > longest) longest = end[row];
-    }
-    for (int64_t position = longest - 1; position >= 0; --position) {
-        const T* candidate = embeddings + history[position] * task.dim;
-        const Sums<kRows> sums = multiply<kRows>(targets, candidate, task.dim);
-        for (int row = 0; row < kRows; ++row) {
-            if (position < end[row]) best[row].offer(sums.total(row), position);
-        }
-    }
-    for (int row = 0; row < kRows; ++row) best[row].finish();
-}
-
+// Items [first, last) of the sketch; returns their bound.
 template <class T>
-void run(const HistoryTopk& task, int64_t first, int64_t last, float* scratch) {
-    for (int64_t query = first; query < last;) {
-        int64_t same = 1;
-        while (same < kBlock && query + same < last && task.user[query + same] == task.user[query]) ++same;
-        if (same == kBlock) {
-            search<kBlock, T>(task, query, scratch);
-            query += kBlock;
-        } else {
-            search<1, T>(task, query, scratch);
-            query += 1;
+Bound make_sketch(const HistoryTopk& task, int64_t first, int64_t last, BFloat16* sketch) {
+    Bound worst{0.0f, 0.0f};
+    for (int64_t item = first; item < last; ++item) {
+        const T* const row = static_cast<const T*>(task.embeddings) + item * task.dim;
+        BFloat16* const packed = sketch + item * sketch_width(task.dim);
+        Squares squares;
+        for (int64_t d = 0; d < sketch_width(task.dim); d += kWidth) {
+            const int64_t rest = task.dim - d;
+            const Floats exact = rest >= kWidth ? load(row + d) : load_some(row + d, rest > 0 ? rest : 0);
+            store(packed + d, exact);
+            squares.add(exact, load(packed + d));
+        }
+        worst = worse(worst, squares.bound(task.dim));
+    }
+    return worst;
+}
+
+// Rows [first, last) of the scores of all pairs as far as the diagonal, and their mirror images.
+template <class T>
+void make_pairs(const HistoryTopk& task, int64_t first, int64_t last, float* pairs, float* wide) {
+    const T* const table = static_cast<const T*>(task.embeddings);
+    for (int64_t item = first; item < last; item += kExactRows) {
+        const T* rows[kExactRows];
+        for (int64_t i = 0; i < kExactRows; ++i) rows[i] = table + smaller(item + i, last - 1) * task.dim;
+        for (int64_t other = 0; other < smaller(item + kExactRows, last); ++other) {
+            float scores[kExactRows];
+            widen(table + other * task.dim, task.dim, wide);
+            exact_scores(wide, rows, task.dim, scores);
+            for (int64_t i = 0; i < smaller(kExactRows, last - item); ++i) {
+                pairs[(item + i) * task.count + other] = scores[i];
+                pairs[other * task.count + item + i] = scores[i];
+            }
         }
     }
 }
 
 }  // namespace
 
-void history_topk(const HistoryTopk& task, int64_t first, int64_t last, float* scratch) {
+int64_t history_topk_scratch(const HistoryTopk& task) { return Scratch(task, nullptr).bytes; }
+
+void history_topk(const HistoryTopk& task, int64_t first, int64_t last, void* memory) {
+    const Scratch scratch(task, memory);
     switch (task.dtype) {
         case Dtype::float32: return run<float>(task, first, last, scratch);
         case Dtype::bfloat16: return run<BFloat16>(task, first, last, scratch);
         case Dtype::float16: return run<Float16>(task, first, last, scratch);
     }
+}
+
+void history_topk_pairs(const HistoryTopk& task, int64_t first, int64_t last, float* pairs, void* memory) {
+    float* const wide = static_cast<float*>(memory);
+    switch (task.dtype) {
+        case Dtype::float32: return make_pairs<float>(task, first, last, pairs, wide);
+        case Dtype::bfloat16: return make_pairs<BFloat16>(task, first, last, pairs, wide);
+        case Dtype::float16: return make_pairs<Float16>(task, first, last, pairs, wide);
+    }
+}
+
+HistorySketchBound history_topk_sketch(const HistoryTopk& task, int64_t first, int64_t last, void* sketch) {
+    BFloat16* const rows = static_cast<BFloat16*>(sketch);
+    Bound bound{};
+    switch (task.dtype) {
+        case Dtype::float32: bound = make_sketch<float>(task, first, last, rows); break;
+        case Dtype::bfloat16: bound = make_sketch<BFloat16>(task, first, last, rows); break;
+        case Dtype::float16: bound = make_sketch<Float16>(task, first, last, rows); break;
+    }
+    return {bound.norm, bound.residual};
 }
 
 }  // namespace rellax::RELLAX_LEVEL

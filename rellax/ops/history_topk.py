@@ -22,9 +22,11 @@ def _cpp(
     extension().history_topk(
         embeddings=embeddings.data_ptr(),
         dtype=str(embeddings.dtype).removeprefix("torch."),
+        count=embeddings.shape[0],
         dim=embeddings.shape[1],
         items=items.data_ptr(),
         offsets=offsets.data_ptr(),
+        users=len(offsets) - 1,
         target=target.data_ptr(),
         user=user.data_ptr(),
         end=end.data_ptr(),

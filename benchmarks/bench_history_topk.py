@@ -1,0 +1,192 @@
+"""history_topk against what users run today: `make bench PYTEST="-k history_topk"` prints the table.
+
+D = 512, K = 30, fp32 unit rows, popularity-skewed items, no item twice in a history:
+
+- every: like MovieLens-25M, 62,000 items, log-normal histories of 20 to 2,500 (median 71, mean about 150);
+  1,500 users stand for all, every behaviour of theirs is a target.
+- small: like MovieLens-1M, 3,706 items, 6,040 users, histories of 20 to 2,314; every behaviour is a target.
+- cold: like `every`, but 4,000 users with histories of 1,000, and one target for each.
+
+Before each round of a peer rellax runs on the whole workload; peers that go sample by sample run on random
+samples of it, and `ratio` compares times per sample. Ids are compared first, up to ties within fp32 rounding.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from peers import history_topk as peers
+from torch import Tensor
+
+from rellax.ops import history_topk
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+D, K, ROUNDS = 512, 30, 5
+ML25M_SAMPLES = 25_000_095
+
+
+class Workload(NamedTuple):
+    embeddings: Tensor
+    items: Tensor
+    offsets: Tensor
+    queries: dict[str, Tensor]
+    """target, user and end; empty where every behaviour is a target."""
+
+    def all_queries(self) -> tuple[Tensor, ...]:
+        if self.queries:
+            return tuple(self.queries.values())
+        user = torch.arange(len(self.offsets) - 1, device=DEVICE).repeat_interleave(self.offsets.diff())
+        return self.items, user, torch.arange(len(self.items), device=DEVICE) - self.offsets[user]
+
+
+def run_rellax(work: Workload) -> tuple[Tensor, Tensor]:
+    return history_topk(work.embeddings, work.items, work.offsets, K, **work.queries)
+
+
+@cache
+def every() -> Workload:
+    return _workload(62_000, _log_normal(1_500, median=71, sigma=1.24, longest=2_500))
+
+
+@cache
+def small() -> Workload:
+    return _workload(3_706, _log_normal(6_040, median=96, sigma=1.04, longest=2_314))
+
+
+@cache
+def cold() -> Workload:
+    users = 4_000
+    work = _workload(62_000, torch.full((users,), 1_000))
+    target = torch.randint(62_000, (users,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    user = torch.arange(users, device=DEVICE)
+    return work._replace(queries={"target": target, "user": user, "end": torch.full_like(user, 1_000)})
+
+
+CASES: dict[str, tuple[Callable[[], Workload], Callable[[Workload], Callable[..., Tensor]], int | None]] = {
+    "every-published_loop": (every, lambda _: peers.published_loop, 2_000),
+    "every-per_user_torch": (every, lambda _: peers.per_user_torch, None),
+    "small-neighbour_lists": (small, lambda work: peers.NeighbourLists(work.embeddings, list), 1_000),
+    "small-neighbour_lists_set": (small, lambda work: peers.NeighbourLists(work.embeddings, set), 2_000),
+    "cold-published_loop": (cold, lambda _: peers.published_loop, 500),
+    "cold-gather_faiss_knn": (cold, lambda _: peers.gather_faiss_knn, 300),
+    "cold-faiss_selector": (cold, lambda work: peers.faiss_selector(work.embeddings), 300),
+}
+"""Workload, peer, and how many random samples the peer gets; None: all."""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_history_topk(benchmark: Any, case: str) -> None:
+    if "faiss" in case:
+        pytest.importorskip("faiss")
+        if DEVICE.type == "cuda":
+            pytest.skip("the peer runs on a CPU")
+    make, make_peer, samples = CASES[case]
+    work = make()
+    peer, queries = make_peer(work), work.all_queries()
+    total = len(queries[0])
+    chosen = torch.arange(total) if samples is None else _sample(total, samples)
+    arguments = (*work[:3], K, *(query[chosen.to(DEVICE)] for query in queries))
+    _assert_same(work, queries, chosen, peer(*arguments))
+    seconds: list[float] = []
+
+    def setup() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        start = time.perf_counter()
+        _finished(run_rellax(work))
+        seconds.append((time.perf_counter() - start) / total)
+        return arguments, {}
+
+    benchmark.pedantic(lambda *given: _finished(peer(*given)), setup=setup, rounds=ROUNDS, warmup_rounds=1)
+    ours = seconds[-ROUNDS:]
+    theirs = [one / len(chosen) for one in benchmark.stats.stats.data]
+    candidates = int(queries[2].sum())
+    benchmark.extra_info.update(
+        ratio=statistics.median(b / a for a, b in zip(ours, theirs, strict=True)),
+        us_per_sample=1e6 * statistics.median(ours),
+        us_per_sample_of_peer=1e6 * statistics.median(theirs),
+        seconds_of_ml25m=ML25M_SAMPLES * statistics.median(ours) if make is every else None,
+        samples=total,
+        samples_of_peer=len(chosen),
+        candidates_per_sample=candidates / total,
+        flops=2 * D * candidates,
+        bytes=4 * D * len(work.items) + 12 * K * total,
+    )
+    info = benchmark.extra_info
+    print(f"\n{case}: {info['us_per_sample']:.3f} us a sample, {info['ratio']:.1f} x", info)
+
+
+def test_history_topk_peak_memory(benchmark: Any) -> None:
+    """The largest growth during a call beyond its outputs; in its own process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        beyond = pool.apply(_peak_beyond_outputs)
+    benchmark.pedantic(lambda: None)
+    benchmark.extra_info["peak_bytes_beyond_outputs"] = beyond
+    print(f"\npeak beyond inputs and outputs: {beyond / 2**20:.1f} MiB")
+
+
+def _workload(items: int, lengths: Tensor) -> Workload:
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.nn.functional.normalize(torch.randn(items, D, generator=generator), dim=1)
+    popularity = torch.arange(1, items + 1).pow(-0.8)[torch.randperm(items, generator=generator)]
+    histories = [torch.multinomial(popularity, int(n), generator=generator) for n in lengths]
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    return Workload(embeddings.to(DEVICE), torch.cat(histories).to(DEVICE), offsets.to(DEVICE), {})
+
+
+def _log_normal(users: int, *, median: float, sigma: float, longest: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    lengths = (math.log(median) + sigma * torch.randn(users, generator=generator)).exp()
+    return lengths.long().clamp(20, longest)
+
+
+def _sample(total: int, count: int) -> Tensor:
+    return torch.randperm(total, generator=torch.Generator().manual_seed(3))[:count]
+
+
+def _assert_same(work: Workload, queries: tuple[Tensor, ...], chosen: Tensor, theirs: Tensor) -> None:
+    """The same positions, or, where the order is a matter of rounding, others of the same scores."""
+    ours = run_rellax(work)[0][chosen.to(DEVICE)]
+    assert ours.shape == theirs.shape
+    for row in (ours != theirs.to(DEVICE)).any(1).nonzero().flatten().tolist():
+        target, user = (int(query[chosen[row]]) for query in queries[:2])
+        found = [positions[row][positions[row] >= 0] for positions in (ours, theirs.to(DEVICE))]
+        history = work.items[work.offsets[user] :]
+        scores = [(work.embeddings[history[f]].double() @ work.embeddings[target].double()) for f in found]
+        torch.testing.assert_close(*scores, rtol=0, atol=1e-6)
+
+
+def _finished(result: Any) -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _peak_beyond_outputs() -> int:
+    work = every()
+    run_rellax(work._replace(items=work.items[:40], offsets=torch.tensor([0, 40], device=DEVICE)))
+    outputs = len(work.items) * K * 12
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what making the inputs has freed would hide growth
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run_rellax(work)
+        return torch.cuda.max_memory_allocated() - before - outputs
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew at what is resident now
+    before = _resident("VmRSS")
+    run_rellax(work)
+    return _resident("VmHWM") - before - outputs
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
