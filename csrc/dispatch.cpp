@@ -16,6 +16,7 @@ namespace rellax {
     GateBankBackwardKernel gate_bank_backward; \
     HistoryTopkKernel history_topk;            \
     HistoryTopkScratch history_topk_scratch;   \
+    extern const ItemTopkKernels item_topk;    \
     ConvertKernel convert;                     \
     RowSumsKernel row_sums;                    \
     }
@@ -30,7 +31,7 @@ namespace {
 #define RELLAX_KERNELS(level)                                                                              \
     level::answer, level::cflora_forward, level::cflora_backward, level::cflora_outer,                     \
         level::gate_bank_forward, level::gate_bank_backward, level::history_topk,                          \
-        level::history_topk_scratch, level::convert, level::row_sums
+        level::history_topk_scratch, level::item_topk, level::convert, level::row_sums
 
 #ifdef RELLAX_X86
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }

@@ -7,6 +7,7 @@
 #include "cflora.h"
 #include "gate_bank.h"
 #include "history_topk.h"
+#include "item_topk.h"
 #include "soft_prompt.h"
 
 namespace rellax {
@@ -23,6 +24,7 @@ struct Level {
     GateBankBackwardKernel* gate_bank_backward;
     HistoryTopkKernel* history_topk;
     HistoryTopkScratch* history_topk_scratch;
+    const ItemTopkKernels& item_topk;
     ConvertKernel* convert;
     RowSumsKernel* row_sums;
 };

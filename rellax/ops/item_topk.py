@@ -6,10 +6,34 @@ import torch
 from torch import Tensor
 
 from rellax.ops._check import bad, can_read, check_embeddings, check_index, check_range
-from rellax.ops._register import operator
+from rellax.ops._register import extension, operator
 from rellax.reference import item_topk as reference
 
-_forward = operator("item_topk", reference.item_topk)
+
+def _cpp(embeddings: Tensor, queries: Tensor | None, k: int, exclude_self: bool) -> tuple[Tensor, Tensor]:
+    embeddings = embeddings.contiguous()
+    queries = None if queries is None else queries.contiguous()
+    rows = len(embeddings) if queries is None else len(queries)
+    indices, scores = torch.empty((rows, k), dtype=torch.int64), torch.empty((rows, k))
+    search = extension().ItemTopk(
+        embeddings=embeddings.data_ptr(),
+        dtype=str(embeddings.dtype).removeprefix("torch."),
+        items=len(embeddings),
+        dim=embeddings.shape[1],
+        query=0 if queries is None else queries.data_ptr(),
+        queries=rows,
+        k=k,
+        exclude_self=exclude_self,
+        indices=indices.data_ptr(),
+        scores=scores.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    while search.step():  # Python handles signals in between
+        pass
+    return indices, scores
+
+
+_forward = operator("item_topk", reference.item_topk, cpp=_cpp)
 
 
 def item_topk(
