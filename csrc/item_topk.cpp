@@ -137,7 +137,7 @@ struct ItemTopkSearch::State {
         });
         for (int64_t i = 0; i < task.k; ++i) {
             const bool found = i < lists.size[row];
-            task.indices[row * task.k + i] = found ? best[i].item : -1;
+            task.indices[row * task.k + i] = found ? int64_t{best[i].item} : -1;
             task.scores[row * task.k + i] = found ? best[i].lower : -std::numeric_limits<float>::infinity();
         }
     }
