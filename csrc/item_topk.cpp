@@ -1,5 +1,7 @@
 #include "item_topk.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <limits>
 #include <memory>
@@ -20,29 +22,47 @@ constexpr int64_t kSettled = int64_t{1} << 15;  // queries that one step settles
 constexpr int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t whole_panels(int64_t rows) { return divided_up(rows, kPanelRows) * kPanelRows; }
 
+// Memory that is read here and there: in large pages where there are such, as looking up a page takes its time too.
+class Pages {
+public:
+    explicit Pages(int64_t bytes) {
+        const size_t size = divided_up(std::max<int64_t>(bytes, 1), kLarge) * kLarge;
+        memory_.reset(operator new(size, std::align_val_t{kLarge}));
+#ifdef MADV_HUGEPAGE
+        madvise(memory_.get(), size, MADV_HUGEPAGE);
+#endif
+    }
+
+    void* get() const { return memory_.get(); }
+
+private:
+    static constexpr size_t kLarge = size_t{1} << 21;
+    struct Free {
+        void operator()(void* memory) const { operator delete(memory, std::align_val_t{kLarge}); }
+    };
+
+    std::unique_ptr<void, Free> memory_;
+};
+
 // Room for `rows` packed rows.
 class Packing {
 public:
     Packing(int64_t rows, int64_t panel_bytes, int64_t panel_rows)
-        : panels_(static_cast<char*>(operator new(whole_panels(rows) / panel_rows * panel_bytes, kLine))),
-          norm_(new float[whole_panels(rows)]),
-          error_(new float[whole_panels(rows)]),
+        : panels_(whole_panels(rows) / panel_rows * panel_bytes),
+          norm_(whole_panels(rows)),
+          error_(whole_panels(rows)),
           panel_bytes_(panel_bytes),
           panel_rows_(panel_rows) {}
 
     // The rows from `row` on, a multiple of kPanelRows.
-    PackedRows from(int64_t row) const {
-        return {panels_.get() + row / panel_rows_ * panel_bytes_, norm_.get() + row, error_.get() + row};
+    PackedRows from(int64_t row) {
+        return {static_cast<char*>(panels_.get()) + row / panel_rows_ * panel_bytes_, norm_.data() + row,
+                error_.data() + row};
     }
 
 private:
-    static constexpr std::align_val_t kLine{64};
-    struct Free {
-        void operator()(char* panels) const { operator delete(panels, kLine); }
-    };
-
-    std::unique_ptr<char, Free> panels_;
-    std::unique_ptr<float[]> norm_, error_;
+    Pages panels_;
+    std::vector<float> norm_, error_;
     int64_t panel_bytes_, panel_rows_;
 };
 
@@ -65,13 +85,10 @@ struct ItemTopkSearch::State {
           queries(packing(asked.queries)),
           items(packing(mutual ? 0 : std::min(asked.items, kColumns))),
           floor(whole_panels(asked.queries), -std::numeric_limits<float>::infinity()),
-          size(asked.queries) {
-        lists.capacity = std::max(2 * task.k, task.k + 64);
-        candidates.reset(new Candidate[task.queries * lists.capacity]);
-        lists.floor = floor.data();
-        lists.size = size.data();
-        lists.candidates = candidates.get();
-    }
+          size(asked.queries),
+          capacity(std::max(2 * asked.k, asked.k + 64)),
+          candidates(asked.queries * capacity * sizeof(Candidate)),
+          lists{capacity, floor.data(), size.data(), static_cast<Candidate*>(candidates.get())} {}
 
     Packing packing(int64_t rows) const { return {rows, kernels.panel_bytes(task.dim), kernels.panel_rows}; }
 
@@ -82,7 +99,7 @@ struct ItemTopkSearch::State {
     }
 
     // Items `range` of those at `item` (null: of all) into row 0 on of `packing`.
-    void pack(const int64_t* item, RowRange range, const Packing& packing) const {
+    void pack(const int64_t* item, RowRange range, Packing& packing) const {
         parallel_for(divided_up(range.last - range.first, kPanelRows), threads, [&](int64_t panel) {
             const int64_t first = range.first + panel * kPanelRows;
             kernels.pack(task, item, {first, std::min(first + kPanelRows, range.last)}, packing.from(panel * kPanelRows));
@@ -97,7 +114,7 @@ struct ItemTopkSearch::State {
     // Each block against itself, then as in a tournament: in each round a block meets one other, and after all rounds it
     // has met every one once. Blocks i and j meet in the round r with i + j = 2 r modulo their number, which is odd. So
     // each product is computed once, and no two threads ever work on the same list.
-    void match_mutually(int64_t step) const {
+    void match_mutually(int64_t step) {
         if (step == 0) return parallel_for(blocks, threads, [&](int64_t i) { match_blocks(i, i); });
         const int64_t round = step - 1;
         parallel_for(blocks / 2, threads, [&](int64_t pair) {
@@ -105,12 +122,12 @@ struct ItemTopkSearch::State {
         });
     }
 
-    void match_blocks(int64_t i, int64_t j) const {
+    void match_blocks(int64_t i, int64_t j) {
         const PackedRows all = queries.from(0);
         match({all, block(i), all, block(j), 0, i != j, lists});
     }
 
-    void match_columns(int64_t step) const {
+    void match_columns(int64_t step) {
         const RowRange range{step * kColumns, std::min((step + 1) * kColumns, task.items)};
         pack(nullptr, range, items);
         const RowRange columns{0, range.last - range.first};
@@ -161,11 +178,12 @@ struct ItemTopkSearch::State {
     const ItemTopkKernels& kernels;
     const bool mutual;
     const int64_t blocks, block_rows;
-    const Packing queries, items;
+    Packing queries, items;
     std::vector<float> floor;
     std::vector<int32_t> size;
-    std::unique_ptr<Candidate[]> candidates;
-    Shortlists lists;
+    const int64_t capacity;
+    const Pages candidates;
+    const Shortlists lists;
     int64_t next = 0;
 };
 

@@ -201,9 +201,13 @@ public:
             const float error = block_.queries.norm[row] * items_.error + block_.queries.error[row] * items_.norm;
             if (block_.lists.size[row] == 0) raise_floor(row, scores, error);
             const Floats enough = Floats{} + (block_.lists.floor[row] - error);
-            for (int64_t j = 0; j < columns_; j += kWidth) {
-                const Floats values = load(scores + j);
-                uint32_t useful = at_least(values, enough) | at_least(values, load(enough_for_item_ + j));
+            for (int64_t j = 0; j < columns_; j += kPanelRows) {
+                uint32_t useful = 0;
+                for (int part = 0; part < kPanelRows; part += kWidth) {
+                    const Floats values = load(scores + j + part);
+                    const Floats enough_for_item = load(enough_for_item_ + j + part);
+                    useful |= (at_least(values, enough) | at_least(values, enough_for_item)) << part;
+                }
                 for (; useful != 0; useful &= useful - 1) find(row, j + __builtin_ctz(useful), scores);
             }
         }
