@@ -2,10 +2,10 @@
 
 62,000 items of D = 512, K = 30: rellax finds the neighbours of all items, a peer those of the first items, as
 many as its entry says. Times are per query. Before each round of a peer rellax runs on the same items, and so
-does torch's own product of 8,192 rows by 8,192, whose FLOP/s stand for what the machine's GEMM reaches: `ratio`
+does torch's own bf16 product of 8,192 rows by 8,192, the measure of what the machine's GEMM reaches: `ratio`
 and `of_gemm_peak` are medians over rounds. rellax computes each pair once; its FLOP/s count that, N² D.
 
-`items`: "random" directions, and "decaying" ones, whose spectrum falls off as that of text embeddings after PCA.
+`items`: "random" directions, and "decaying" ones, whose spectrum falls off as after a PCA.
 faiss brings an OpenBLAS of its own: where OPENBLAS_CORETYPE or OPENBLAS_L2_SIZE are set, run with `env -u
 OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE` as well as with them, and take the faster one.
 """

@@ -1,7 +1,7 @@
 """How the nearest items of items are found today.
 
-A peer takes fp32 rows, the first `queries` of them as queries, and gives (queries, k) indices by falling score.
-The query itself may be among them, so k is one more than is asked for.
+A peer takes fp32 rows, the first `queries` of them as queries, and gives (queries, k) indices, the
+best first. The query itself may be among them, so k is one more than is asked for.
 """
 
 from __future__ import annotations
