@@ -102,7 +102,8 @@ struct ItemTopkSearch::State {
     void pack(const int64_t* item, RowRange range, Packing& packing) const {
         parallel_for(divided_up(range.last - range.first, kPanelRows), threads, [&](int64_t panel) {
             const int64_t first = range.first + panel * kPanelRows;
-            kernels.pack(task, item, {first, std::min(first + kPanelRows, range.last)}, packing.from(panel * kPanelRows));
+            const RowRange rows{first, std::min(first + kPanelRows, range.last)};
+            kernels.pack(task, item, rows, packing.from(panel * kPanelRows));
         });
     }
 
@@ -111,8 +112,8 @@ struct ItemTopkSearch::State {
         kernels.match(task, work, scratch.data());
     }
 
-    // Each block against itself, then as in a tournament: in each round a block meets one other, and after all rounds it
-    // has met every one once. Blocks i and j meet in the round r with i + j = 2 r modulo their number, which is odd. So
+    // Each block against itself, then as in a tournament: in each round a block meets one other, and after all rounds
+    // it has met every one once. Blocks i and j meet in the round r with i + j = 2 r modulo their number, which is odd. So
     // each product is computed once, and no two threads ever work on the same list.
     void match_mutually(int64_t step) {
         if (step == 0) return parallel_for(blocks, threads, [&](int64_t i) { match_blocks(i, i); });

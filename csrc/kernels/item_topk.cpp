@@ -187,8 +187,8 @@ public:
         }
     }
 
-    // Offers the scores to the lists that they may be of use for. Bounds that hold for a whole strip find those; each is
-    // then looked at by its own.
+    // Offers the scores to the lists that they may be of use for. Bounds that hold for a whole strip find those; each
+    // is then looked at by its own.
     void offer(int64_t row) {
         const Reach queries = reach_of(block_.queries, row, kPanelRows);
         for (int64_t j = 0; block_.mutual && j < columns_; j += kWidth) {
@@ -289,17 +289,21 @@ void pack_rows(const ItemTopk& task, const int64_t* item, RowRange rows, const P
     for (int64_t first = rows.first; first < rows.last; first += kPanelRows) {
         const int count = static_cast<int>(rows.last - first < kPanelRows ? rows.last - first : kPanelRows);
         const T* sources[kPanelRows];
-        for (int i = 0; i < count; ++i) sources[i] = embeddings + (item == nullptr ? first + i : item[first + i]) * task.dim;
+        for (int i = 0; i < count; ++i) {
+            sources[i] = embeddings + (item == nullptr ? first + i : item[first + i]) * task.dim;
+        }
         const int64_t place = first - rows.first;
         Bound bounds[kPanelRows];
-        pack_panel(sources, count, task.dim, static_cast<Packed*>(packed.panels) + place / kPanelRows * panel_size(task.dim), bounds);
+        Packed* const panel = static_cast<Packed*>(packed.panels) + place / kPanelRows * panel_size(task.dim);
+        pack_panel(sources, count, task.dim, panel, bounds);
         // score_error, as a sum of two products.
         const float rounding = static_cast<float>(task.dim + 32) * 0x1p-23f;
         const float least = static_cast<float>(task.dim) * 0x1p-60f;
         for (int i = 0; i < kPanelRows; ++i) {
             const float norm = bounds[i].norm + bounds[i].residual;
             packed.norm[place + i] = norm + 0x1p-60f;
-            packed.error[place + i] = i < count ? 1.001f * (bounds[i].residual + rounding * norm) + least : __builtin_nanf("");
+            const float error = 1.001f * (bounds[i].residual + rounding * norm) + least;
+            packed.error[place + i] = i < count ? error : __builtin_nanf("");
         }
     }
 }
