@@ -113,8 +113,8 @@ struct ItemTopkSearch::State {
     }
 
     // Each block against itself, then as in a tournament: in each round a block meets one other, and after all rounds
-    // it has met every one once. Blocks i and j meet in the round r with i + j = 2 r modulo their number, which is odd. So
-    // each product is computed once, and no two threads ever work on the same list.
+    // it has met every one once. Blocks i and j meet in the round r with i + j = 2 r modulo their number, which is
+    // odd. So each product is computed once, and no two threads ever work on the same list.
     void match_mutually(int64_t step) {
         if (step == 0) return parallel_for(blocks, threads, [&](int64_t i) { match_blocks(i, i); });
         const int64_t round = step - 1;
