@@ -14,6 +14,7 @@
 #include "dispatch.h"
 #include "gate_bank.h"
 #include "history_topk.h"
+#include "item_topk.h"
 #include "parallel.h"
 #include "soft_prompt.h"
 
@@ -239,6 +240,23 @@ NB_MODULE(_C, m) {
     m.def("history_topk", &history_topk, nb::kw_only(), "embeddings"_a, "dtype"_a, "count"_a, "dim"_a, "items"_a,
           "offsets"_a, "users"_a, "target"_a, "user"_a, "end"_a, "queries"_a, "k"_a, "positions"_a, "scores"_a, "threads"_a,
           "history_topk over the memory at these addresses; see csrc/history_topk.h for what they hold.");
+    nb::class_<rellax::ItemTopkSearch>(m, "ItemTopk")
+        .def(
+            "__init__",
+            [](rellax::ItemTopkSearch* self, Address embeddings, const char* dtype, int64_t items, int64_t dim,
+               Address query, int64_t queries, int64_t k, bool exclude_self, Address indices, Address scores,
+               int threads) {
+                const rellax::ItemTopk task{at<const void>(embeddings), dtype_named(dtype),   items,
+                                            dim,                        at<const int64_t>(query), queries,
+                                            k,                          exclude_self,         at<int64_t>(indices),
+                                            at<float>(scores)};
+                new (self) rellax::ItemTopkSearch(task, threads);
+            },
+            nb::kw_only(), "embeddings"_a, "dtype"_a, "items"_a, "dim"_a, "query"_a, "queries"_a, "k"_a,
+            "exclude_self"_a, "indices"_a, "scores"_a, "threads"_a,
+            "item_topk over the memory at these addresses; see csrc/item_topk.h for what they hold.")
+        .def("step", &rellax::ItemTopkSearch::step, nb::call_guard<nb::gil_scoped_release>(),
+             "Take the next step; False where there was none left.");
     nb::class_<rellax::Rows>(m, "Rows").def(
         "__init__",
         [](rellax::Rows* self, Address data, const char* dtype, int64_t count, int64_t stride) {

@@ -18,6 +18,7 @@ namespace rellax {
     HistoryTopkScratch history_topk_scratch;   \
     HistoryPairsKernel history_topk_pairs;     \
     HistorySketchKernel history_topk_sketch;   \
+    extern const ItemTopkKernels item_topk;    \
     ConvertKernel convert;                     \
     RowSumsKernel row_sums;                    \
     }
@@ -33,7 +34,7 @@ namespace {
     level::answer, level::cflora_forward, level::cflora_backward, level::cflora_outer,                     \
         level::gate_bank_forward, level::gate_bank_backward, level::history_topk,                          \
         level::history_topk_scratch, level::history_topk_pairs, level::history_topk_sketch,                \
-        level::convert, level::row_sums
+        level::item_topk, level::convert, level::row_sums
 
 #ifdef RELLAX_X86
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }

@@ -7,6 +7,7 @@
 #include "cflora.h"
 #include "gate_bank.h"
 #include "history_topk.h"
+#include "item_topk.h"
 #include "soft_prompt.h"
 
 namespace rellax {
@@ -25,6 +26,7 @@ struct Level {
     HistoryTopkScratch* history_topk_scratch;
     HistoryPairsKernel* history_topk_pairs;
     HistorySketchKernel* history_topk_sketch;
+    const ItemTopkKernels& item_topk;
     ConvertKernel* convert;
     RowSumsKernel* row_sums;
 };

@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 DIGEST = """
 import hashlib, torch
 from rellax import _C
-from rellax.ops import history_topk, soft_prompt
+from rellax.ops import history_topk, item_topk, soft_prompt
 generator = torch.manual_seed(0)
 offsets = torch.tensor([0, 0, 1, 50, 300])
 items = torch.randint(200, (300,), generator=generator)
@@ -24,6 +24,8 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for dim in (1, 15, 64, 129):
         embeddings = torch.randn(200, dim, generator=generator).to(dtype)
         for result in history_topk(embeddings, items, offsets, 30):
+            digest.update(result.numpy().tobytes())
+        for result in (*item_topk(embeddings, 30), *item_topk(embeddings, 7, queries=items[:9])):
             digest.update(result.numpy().tobytes())
 ids, index = torch.randint(9, (2, 5, 40), generator=generator)
 index, scale = torch.where(index < 5, index, -1), torch.tensor(1.7)
@@ -73,6 +75,8 @@ def test_every_level_passes_the_oracle(isa: str) -> None:
         "test_gate_bank.py::test_equals_separate_perceptrons",
         "test_gate_bank.py::test_gelu_everywhere",
         "test_history_topk.py::test_every_regime_gives_the_bits_of_a_brute_force",
+        "test_item_topk.py::test_every_bit_is_that_of_the_brute_force",
+        "test_item_topk.py::test_shortlists_that_overflow",
     ]
     command = [
         sys.executable,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,9 +19,13 @@ _BLOCK_SCORES = 1 << 22
 """Scores held at once."""
 
 
-def item_topk(embeddings: Tensor, queries: Tensor, k: int, exclude_self: bool) -> tuple[Tensor, Tensor]:
-    """indices (Q, k), -1 past the last item, and scores (Q, k), -inf there."""
+def item_topk(
+    embeddings: Tensor, queries: Tensor | None, k: int, exclude_self: bool
+) -> tuple[Tensor, Tensor]:
+    """indices (Q, k), -1 past the last item, and scores (Q, k), -inf there; without `queries` Q = N."""
     items = embeddings.shape[0]
+    if queries is None:
+        queries = torch.arange(items, device=embeddings.device)
     table = embeddings.to(accumulation_dtype(embeddings.dtype))
     indices = queries.new_empty((queries.shape[0], k))
     scores = table.new_empty((queries.shape[0], k))
