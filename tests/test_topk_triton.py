@@ -13,7 +13,9 @@ from torch import Tensor
 
 from rellax.kernels import _topk as kernels
 from rellax.kernels import history_topk as history_kernels
+from rellax.kernels import item_topk as item_kernels
 from rellax.ops import history_topk
+from rellax.reference import item_topk as reference
 from rellax.testing.cases import device
 
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
@@ -38,8 +40,8 @@ def assert_as_reference(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RELLAX_BACKEND", "reference")
         expected = history_topk(table.cpu(), items, offsets, k, **queries)
-    for ours, reference in zip(actual, expected, strict=True):
-        assert ours.cpu().equal(reference)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.cpu().equal(theirs)
 
 
 @pytest.mark.parametrize("dim", [1, 7, 65])
@@ -114,3 +116,41 @@ def test_nothing_waits_for_the_device() -> None:
 def test_these_are_all_blocks_that_the_launcher_can_choose(queries: int, users: int) -> None:
     reachable = {history_kernels._blocks(queries, users, k, 4) for k in range(1, 2 * kernels.LIMIT)}
     assert reachable == {history_kernels._blocks(queries, users, k, 4) for k in (30, 64, kernels.LIMIT)}
+
+
+def assert_items_as_reference(
+    table: Tensor, k: int, queries: Tensor | None = None, exclude_self: bool = True
+) -> None:
+    """Indices and scores, bit for bit."""
+    ids = torch.arange(len(table)) if queries is None else queries
+    actual = item_kernels.item_topk(table, ids.to(table.device), k, exclude_self)
+    for ours, expected in zip(actual, reference.item_topk(table.cpu(), ids, k, exclude_self), strict=True):
+        assert ours.cpu().equal(expected)
+
+
+@pytest.mark.parametrize("exclude_self", [True, False])
+@pytest.mark.parametrize("dim", [1, 7, 65])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_items_get_exactly_the_brute_force(dtype: torch.dtype, dim: int, exclude_self: bool) -> None:
+    queries = torch.tensor([0, 149, 7, 7, 80])
+    assert_items_as_reference(exact_table(150, dim, dtype), 5, queries, exclude_self)
+
+
+def test_every_item_as_a_query_fills_blocks() -> None:
+    assert_items_as_reference(exact_table(131, 9), 3)
+
+
+@pytest.mark.parametrize("k", [40, 70, 140])
+def test_many_items_are_kept_in_smaller_blocks_and_several_passes(k: int) -> None:
+    assert_items_as_reference(exact_table(135, 3), k, torch.tensor([0, 134]))
+
+
+def test_equal_items_come_by_rising_index() -> None:
+    assert_items_as_reference(exact_table(1, 5).repeat(140, 1), 33, torch.tensor([0, 20, 139]))
+
+
+@pytest.mark.parametrize("query", [-1, 4])
+def test_an_item_that_does_not_exist_has_nan(query: int) -> None:
+    queries = torch.tensor([0, query], device=device())
+    _, scores = item_kernels.item_topk(exact_table(4, 3), queries, 2, True)
+    assert scores[:, 0].isnan().tolist() == [False, True]

@@ -44,6 +44,23 @@ class Blocks(NamedTuple):
         }
 
 
+def blocks(queries: int, k: int, itemsize: int) -> Blocks:
+    """Few queries to a block where there are no more of a kind, or where many results must be kept.
+
+    Args:
+        queries: the most that a block may have.
+        k: results that are wanted.
+        itemsize: bytes of an element of the table.
+    """
+    results = max(32, triton.next_power_of_2(min(k, LIMIT)))
+    size = min(queries, 2048 // results)
+    candidates = 64 if size > 16 else max(results, 32 * itemsize)
+    num_warps, num_stages = (8, 3) if size == 64 else (4, 4)
+    if torch.version.hip is not None:  # warps twice as wide, 64 KB of shared memory
+        candidates, num_warps, num_stages = 64, 4, 2
+    return Blocks(size, candidates, 128 // itemsize, results, num_warps, num_stages)
+
+
 def precision(table: Tensor) -> str:
     """How the kernels multiply rows of `table` to fp32's precision.
 
@@ -64,7 +81,8 @@ def rows_of(table: Tensor) -> Tensor:
 def dot_rows(table_ptr, left, right, rows, d, stride, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr):
     """<table[left_i], table[right_j]>, which is NaN where there is no such row."""
     left_known, right_known = (left >= 0) & (left < rows), (right >= 0) & (right < rows)
-    left_ptr, right_ptr = table_ptr + left[:, None] * stride, table_ptr + right[None, :] * stride
+    left_ptr = table_ptr + left.to(tl.int64)[:, None] * stride
+    right_ptr = table_ptr + right.to(tl.int64)[None, :] * stride
     sums = tl.zeros((left.shape[0], right.shape[0]), tl.float32)
     for start in range(0, d, BLOCK_D):
         column = start + tl.arange(0, BLOCK_D)
@@ -119,3 +137,41 @@ def insert(best, scores, rank):
         first = tl.max(tl.where(scores == top[:, None], rank, -1), 1)
         key = tl.where(top > -float("inf"), pack(top, first), lowest)
     return best
+
+
+@triton.jit
+def consider(best, damaged, products, candidate, rank, ceiling_ptr, row, asked):
+    """`best` after a tile of products (Q, C), of which `candidate` counts, and which rows met one not finite.
+
+    Where there is a ceiling, candidates have been found already down to the key that it has for each row.
+    """
+    finite = tl.abs(products) < float("inf")
+    damaged |= tl.max((candidate & (finite == 0)).to(tl.int32), 1) > 0
+    scores = tl.where(candidate & finite, products, -float("inf"))
+    if ceiling_ptr is not None:
+        ceiling = tl.load(ceiling_ptr + row, mask=asked, other=0)
+        scores = tl.where(pack(scores, rank[None, :]) < ceiling[:, None], scores, -float("inf"))
+    return insert(best, scores, rank), damaged
+
+
+@triton.jit
+def store(
+    best, damaged, index_ptr, scores_ptr, last_ptr, ceiling_ptr, row, asked, stride, k, REVERSED: tl.constexpr
+):
+    """The first k of each row by falling key, NaN as the first score of a damaged row; the key of the last.
+
+    An index is the rank, or REVERSED what is missing from the rank to 2³¹ - 1.
+    """
+    best = tl.sort(best, 1, descending=True)
+    scores, index = unpack(best)
+    if REVERSED:
+        index = tl.where(index >= 0, index ^ _MAGNITUDE, -1)
+    column = tl.arange(0, best.shape[1])[None, :]
+    if ceiling_ptr is None:
+        scores = tl.where(damaged[:, None] & (column == 0), float("nan"), scores)
+    out = row.to(tl.int64)[:, None] * stride + column
+    wanted = asked[:, None] & (column < k)
+    tl.store(index_ptr + out, index.to(tl.int64), mask=wanted)
+    tl.store(scores_ptr + out, scores, mask=wanted)
+    if last_ptr is not None:
+        tl.store(last_ptr + row, tl.min(best, 1), mask=asked)

@@ -4,8 +4,8 @@
     search      a block against its user's behaviours, tile by tile: <target, behaviour> on the tensor cores;
                 what beats the worst of a query's best so far takes its place, on chip; no score is kept
 
-More results than fit on chip take several passes, each below the last result of the one before. Nothing waits
-for the device: the host knows how many blocks there can be at most, and those that are not needed end at once.
+More results than fit on chip take several passes, each below the last result of the one before. Nothing
+waits for the device: the host knows how many blocks there can be at most; those not needed end at once.
 ``rellax.reference.history_topk`` is the specification.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rellax.kernels._build import Build, record
 from rellax.kernels._tiles import tile_table, tile_tokens
-from rellax.kernels._topk import LIMIT, Blocks, dot_rows, insert, nothing, pack, precision, rows_of, unpack
+from rellax.kernels._topk import LIMIT, Blocks, blocks, consider, dot_rows, nothing, precision, rows_of, store
 
 
 @triton.jit(do_not_specialize=["users", "behaviours", "k", "stride_out"])
@@ -74,25 +74,14 @@ def _search_kernel(
         item = tl.load(items_ptr + history + position, mask=inside, other=-1)
         products = dot_rows(table_ptr, target, item, rows, d, stride_table, PRECISION, BLOCK_D)
         candidate = position[None, :] < end[:, None]
-        finite = tl.abs(products) < float("inf")
-        damaged |= tl.max((candidate & (finite == 0)).to(tl.int32), 1) > 0
-        scores = tl.where(candidate & finite, products, -float("inf"))
-        if ceiling_ptr is not None:
-            ceiling = tl.load(ceiling_ptr + query, mask=row < asked, other=0)
-            scores = tl.where(pack(scores, position[None, :]) < ceiling[:, None], scores, -float("inf"))
-        best = insert(best, scores, position)
-    best = tl.sort(best, 1, descending=True)
-    scores, positions = unpack(best)
-    column = tl.arange(0, BLOCK_K)[None, :]
-    if ceiling_ptr is None:
-        scores = tl.where(damaged[:, None] & (column == 0), float("nan"), scores)
+        best, damaged = consider(
+            best, damaged, products, candidate, position, ceiling_ptr, query, row < asked
+        )
     query = tl.load(order_ptr + first + row, mask=row < asked, other=0)
-    out = query[:, None] * stride_out + column
-    wanted = (row < asked)[:, None] & (column < k)
-    tl.store(positions_ptr + out, positions.to(tl.int64), mask=wanted)
-    tl.store(scores_ptr + out, scores, mask=wanted)
-    if last_ptr is not None:
-        tl.store(last_ptr + query, tl.min(best, 1), mask=row < asked)
+    store(
+        best, damaged, positions_ptr, scores_ptr, last_ptr, ceiling_ptr, query, row < asked, stride_out, k,
+        REVERSED=False,
+    )  # fmt: skip
 
 
 def history_topk(
@@ -108,8 +97,8 @@ def history_topk(
     if queries == 0 or users == 0:
         return positions, scores
     table = rows_of(embeddings)
-    blocks = _blocks(queries, users, k, table.itemsize)
-    order, starts, tiles, launch = _work(user, end, users, len(items), blocks.queries)
+    tiling = _blocks(queries, users, k, table.itemsize)
+    order, starts, tiles, launch = _work(user, end, users, len(items), tiling.queries)
     last = target.new_empty(queries) if k > LIMIT else None
     ceiling = None
     with torch.cuda.device_of(table):
@@ -136,7 +125,7 @@ def history_topk(
                 table.stride(0),
                 k,
                 PRECISION=precision(table),
-                **blocks.keywords(),
+                **tiling.keywords(),
             )
             ceiling = last
     return positions, scores
@@ -164,14 +153,7 @@ def _work(
 
 
 def _blocks(queries: int, users: int, k: int, itemsize: int) -> Blocks:
-    """Few queries to a block where most users have no more, or where many results must be kept."""
-    results = max(32, triton.next_power_of_2(min(k, LIMIT)))
-    size = min(tile_tokens(queries, users), 2048 // results)
-    candidates = 64 if size > 16 else max(results, 32 * itemsize)
-    num_warps, num_stages = (8, 3) if size == 64 else (4, 4)
-    if torch.version.hip is not None:  # warps twice as wide, 64 KB of shared memory
-        candidates, num_warps, num_stages = 64, 4, 2
-    return Blocks(size, candidates, 128 // itemsize, results, num_warps, num_stages)
+    return blocks(tile_tokens(queries, users), k, itemsize)
 
 
 def builds() -> Iterator[Build]:

@@ -9,7 +9,7 @@ from rellax.ops._check import bad, can_read, check_embeddings, check_index, chec
 from rellax.ops._register import operator
 from rellax.reference import item_topk as reference
 
-_forward = operator("item_topk", reference.item_topk)
+_forward = operator("item_topk", reference.item_topk, triton="rellax.kernels.item_topk:item_topk")
 
 
 def item_topk(
