@@ -154,3 +154,47 @@ def test_an_item_that_does_not_exist_has_nan(query: int) -> None:
     queries = torch.tensor([0, query], device=device())
     _, scores = item_kernels.item_topk(exact_table(4, 3), queries, 2, True)
     assert scores[:, 0].isnan().tolist() == [False, True]
+
+
+def searched_again(monkeypatch: pytest.MonkeyPatch, table: Tensor, k: int) -> int:
+    """How many rows a second search takes; the result is checked too."""
+    counts = []
+    search = item_kernels._search
+
+    def counted(rows: Tensor, queries: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+        counts.append(len(queries) if rows.dtype == torch.float32 else 0)
+        return search(rows, queries, *arguments)
+
+    monkeypatch.setattr(item_kernels, "_search", counted)
+    assert_items_as_reference(table, k, torch.tensor([0, 5, 99]))
+    return sum(counts)
+
+
+def test_rows_that_fp16_settles_are_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert searched_again(monkeypatch, exact_table(150, 30), 5) == 0
+
+
+def test_rows_that_fp16_cannot_settle_are_searched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Items so close to one another that fp16 rounds them to the same number."""
+    noise = torch.randint(-100, 101, (150, 1), generator=torch.Generator().manual_seed(3))
+    table = (1 + noise * 2.0**-20).to(device())
+    table[[0, 5, 99]] = 1.0
+    assert searched_again(monkeypatch, table, 5) == 3
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30], ids=str)
+def test_an_item_score_that_is_not_finite_shows(value: float) -> None:
+    table = exact_table(100, 3)
+    table[70] = value
+    queries = torch.tensor([0, 70], device=device())
+    _, scores = item_kernels.item_topk(table, queries, 2, False)
+    assert scores[1, 0].isnan()
+    assert scores[0, 0].isnan() == (value != 1e30)
+
+
+def test_the_error_of_the_halves_is_not_underestimated() -> None:
+    table = torch.randn(60, 33, generator=torch.Generator().manual_seed(4)) * 1e-3
+    halves, unit, error = item_kernels._halves(table)
+    true = (table.double() @ table.double().T) * unit.double()
+    assert ((halves.double() @ halves.double().T - true).abs() <= error[:, None]).all()
+    assert error.max() < 0.1 * true.diagonal().max()
