@@ -54,8 +54,13 @@ def blocks(queries: int, k: int, itemsize: int) -> Blocks:
     """
     results = max(32, triton.next_power_of_2(min(k, LIMIT)))
     size = min(queries, 2048 // results)
-    candidates = 64 if size > 16 else max(results, 32 * itemsize)
-    num_warps, num_stages = (8, 3) if size == 64 else (4, 4)
+    half = itemsize == 2
+    candidates = {
+        64: 64,
+        32: 128 if half else 64,
+        16: 256 if half and results == LIMIT else 64 if half else 128,
+    }[size]
+    num_warps, num_stages = (8, 3) if size == 64 else (4, 3 if size == 32 and half else 4)
     if torch.version.hip is not None:  # warps twice as wide, 64 KB of shared memory
         candidates, num_warps, num_stages = 64, 4, 2
     return Blocks(size, candidates, 128 // itemsize, results, num_warps, num_stages)
