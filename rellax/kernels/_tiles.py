@@ -11,21 +11,22 @@ def tile_tokens(tokens: int, instances: int) -> int:
     return 64 if tokens >= 32 * instances else 16
 
 
-def tile_table(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """The tiles of a packed batch, each of at most `tile_tokens` tokens.
+def tile_table(cu_seqlens: Tensor, tokens: int, size: int | None = None) -> Tensor:
+    """The tiles of a packed batch, each of at most `size` tokens.
 
-    The host knows how many there can be at most, ceil(T / tile_tokens) + B: nothing waits for the device.
+    The host knows how many there can be at most, ceil(T / size) + B: nothing waits for the device.
 
     Args:
-        cu_seqlens: (B + 1,) int32.
+        cu_seqlens: (B + 1,) int32, or int64.
         tokens: T.
+        size: None: `tile_tokens`.
 
     Returns:
-        int32: first (B + 1,) the number of tiles before each instance, then each tile's instance, B for those
-        that are not needed.
+        In the dtype of cu_seqlens: first (B + 1,) the number of tiles before each instance, then each tile's
+        instance, B for those that are not needed.
     """
     instances = cu_seqlens.shape[0] - 1
-    size = tile_tokens(tokens, instances)
+    size = tile_tokens(tokens, instances) if size is None else size
     before = torch.zeros_like(cu_seqlens)
     before[1:] = ((cu_seqlens.diff() + (size - 1)) // size).cumsum(0)
     tile = torch.arange(-(-tokens // size) + instances, dtype=torch.int32, device=cu_seqlens.device)

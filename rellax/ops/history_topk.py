@@ -39,7 +39,9 @@ def _cpp(
     return positions, scores
 
 
-_forward = operator("history_topk", reference.history_topk, cpp=_cpp)
+_forward = operator(
+    "history_topk", reference.history_topk, cpp=_cpp, triton="rellax.kernels.history_topk:history_topk"
+)
 
 
 def history_topk(
@@ -56,7 +58,7 @@ def history_topk(
 
     The dot product is the cosine where the rows of `embeddings` have unit length. Products and sums are fp32.
     Equal scores: the more recent behaviour first. The C++ kernel gives the same bits for any number of
-    threads and on each of its ISA levels. No gradients.
+    threads and on each of its ISA levels, the Triton kernel on every run. No gradients.
 
     With target, user and end (Q,), query q has the candidates ``items[offsets[user] : offsets[user] + end]``.
     With none of them every behaviour is a target, its candidates those before it of the same user: Q = M.

@@ -33,7 +33,7 @@ def _cpp(embeddings: Tensor, queries: Tensor | None, k: int, exclude_self: bool)
     return indices, scores
 
 
-_forward = operator("item_topk", reference.item_topk, cpp=_cpp)
+_forward = operator("item_topk", reference.item_topk, cpp=_cpp, triton="rellax.kernels.item_topk:item_topk")
 
 
 def item_topk(
