@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from rellax._files import sha256_file
 from rellax.ctr.runs import has_bfloat16
 from rellax.errors import InputError
 
@@ -38,6 +40,38 @@ def load_model(name: str | Path, *, dtype: str = "auto") -> Any:
     return _load(AutoModelForCausalLM, name, dtype=getattr(torch, dtype))
 
 
+def load_body(name: str | Path) -> Any:
+    """Any Hugging Face model without its head, as :func:`load_model` loads it.
+
+    Raises:
+        InputError: there is none, or its files are damaged.
+    """
+    return _load(AutoModel, name, dtype=torch.bfloat16 if has_bfloat16() else torch.float32)
+
+
+def load_config(name: str | Path) -> Any:
+    """The configuration of a Hugging Face model.
+
+    Raises:
+        InputError: there is none.
+    """
+    return _load(AutoConfig, name)
+
+
+def model_hash(name: str | Path) -> str:
+    """SHA-256 of all files of a model's folder; for a name on the hub, the commit it stands for.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    if not Path(name).is_dir():
+        return str(load_config(name)._commit_hash)
+    digest = hashlib.sha256()
+    for path in sorted(path for path in Path(name).iterdir() if path.is_file()):
+        digest.update(f"{path.name}\0{sha256_file(path)}\0".encode())
+    return digest.hexdigest()
+
+
 def resolve_device(name: str) -> torch.device:
     """The device of "auto" (a GPU where there is one), "cpu" or "cuda".
 
@@ -57,9 +91,10 @@ def _load(auto_class: Any, name: str | Path, **options: Any) -> Any:
     try:
         return auto_class.from_pretrained(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
+        kind = "language model" if auto_class in (AutoModel, AutoConfig) else "causal language model"
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"model: expected a folder with a causal language model, or its name on a hub that can be "
+            f"model: expected a folder with a {kind}, or its name on a hub that can be "
             f"reached, got {str(name)!r} ({reason})"
         ) from error
     finally:
