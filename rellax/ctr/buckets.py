@@ -123,7 +123,7 @@ def _sort(data: Path, folder: Path) -> None:
             subr.user_keys(batch["user_id"].to_pylist()).tofile(file)
     keys = np.memmap(folder / "keys", np.uint64, "r")
     last = 0
-    for owner, item in _tables(data, "behaviours", ("user", "item"), rows):
+    for owner, item in _table_columns(data, "behaviours", ("user", "item"), rows):
         if np.any(np.diff(owner, prepend=last) < 0):
             raise InputError(
                 f"{data / 'behaviours.parquet'}: expected rows grouped by rising user, found others"
@@ -131,7 +131,7 @@ def _sort(data: Path, folder: Path) -> None:
         last = owner[-1]
         _append(folder, "behaviours", _bucket(keys[owner], count), [owner, item])
     samples, work, longest = np.zeros(count, np.int64), np.zeros(count, np.int64), 0
-    for columns in _tables(data, "samples", ("sample", "user", "item", "position"), rows):
+    for columns in _table_columns(data, "samples", ("sample", "user", "item", "position"), rows):
         bucket = _bucket(keys[columns[1]], count)
         _append(folder, "samples", bucket, columns)
         samples += np.bincount(bucket, minlength=count)
@@ -145,7 +145,7 @@ def _rows(data: Path, name: str) -> int:
     return sum(batch.num_rows for batch in stream(data, name, ()))
 
 
-def _tables(
+def _table_columns(
     data: Path, name: str, names: tuple[str, ...], rows: dict[str, int]
 ) -> Iterator[list[np.ndarray]]:
     """Columns of a table as int32 arrays, some rows at a time, their users and items checked."""

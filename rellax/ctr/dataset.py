@@ -16,6 +16,9 @@ import pyarrow.parquet as pq
 from rellax._files import read_json
 from rellax.errors import InputError
 
+_ROWS = 1 << 20
+"""Rows of a table that are read at once where it is streamed."""
+
 SPLITS = ("train", "valid", "test")
 COLUMNS = {
     "items": ("item", "item_id", "title", "text"),
@@ -148,16 +151,14 @@ class Dataset:
         )
 
 
-def stream(
-    folder: str | Path, name: str, columns: Sequence[str], *, rows: int = 1 << 20
-) -> Iterator[pa.RecordBatch]:
-    """Columns of one of a data folder's tables, at most `rows` rows at a time.
+def stream(folder: str | Path, name: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Columns of one of a data folder's tables, some rows at a time.
 
     Raises:
         InputError: the file or a column is missing, or it is damaged.
     """
     with _opened(Path(folder), name) as file:
-        yield from file.iter_batches(rows, columns=list(columns))
+        yield from file.iter_batches(_ROWS, columns=list(columns))
 
 
 def _read(folder: Path, name: str) -> pa.Table:

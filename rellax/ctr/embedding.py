@@ -63,9 +63,9 @@ def embed(
     np.save(parts / "order.npy", np.argsort(-lengths, kind="stable"))
     blocks = range(-(-len(ids) // _BLOCK_ITEMS))
     missing = [block for block in blocks if not _part(parts, block).exists()]
-    arguments = (str(parts), config["data"], config["model"], device)
+    arguments = (str(parts), config["data"], config["model"], device, _BLOCK_ITEMS)
     with tqdm(total=len(ids), desc="embed", unit="item", disable=not progress) as bar:
-        bar.update(len(ids) - sum(len(_rows(parts, block)) for block in missing))
+        bar.update(len(ids) - sum(len(_rows(parts, block, _BLOCK_ITEMS)) for block in missing))
         for done in jobs.run(_Embedder, arguments, missing, cluster):
             bar.update(done["items"])
     with atomic_folder(folder) as part:
@@ -80,13 +80,13 @@ def embed(
 class _Embedder:
     """Writes the mean hidden states of one block of items after another."""
 
-    def __init__(self, parts: str, data: str, model: str, device: str) -> None:
-        self.parts, self.texts = Path(parts), _items(data)[1]
+    def __init__(self, parts: str, data: str, model: str, device: str, size: int) -> None:
+        self.parts, self.texts, self.size = Path(parts), _items(data)[1], size
         self.model = load_body(model).to(resolve_device(device))
         self.tokenizer = load_tokenizer(model)
 
     def __call__(self, row: jobs.Row) -> jobs.Row:
-        rows = _rows(self.parts, row["job"])
+        rows = _rows(self.parts, row["job"], self.size)
         texts = [self.texts[i] for i in rows.tolist()]
         states = subr.embed_items(texts, self.model, self.tokenizer, progress=False)
         with atomic_file(_part(self.parts, row["job"])) as part:
@@ -108,9 +108,9 @@ def _reduced(files: list[Path], items: int, dim: int, device: torch.device, *, p
     return embeddings
 
 
-def _rows(parts: Path, block: int) -> np.ndarray:
+def _rows(parts: Path, block: int, size: int) -> np.ndarray:
     order = np.load(parts / "order.npy", mmap_mode="r")
-    return np.array(order[block * _BLOCK_ITEMS : (block + 1) * _BLOCK_ITEMS])
+    return np.array(order[block * size : (block + 1) * size])
 
 
 def _part(parts: Path, block: int) -> Path:

@@ -33,6 +33,9 @@ class Cluster:
     Attributes:
         workers: actors; None is one for each GPU, or, where there is none, for each node.
         gpu: they use GPUs where the cluster has them.
+
+    Raises:
+        InputError: not a positive number of workers, or Ray is not installed.
     """
 
     workers: int | None = None
@@ -41,6 +44,7 @@ class Cluster:
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
             raise InputError(f"workers: expected a positive number, got {self.workers}")
+        import_ray()
 
 
 def parts_folder(folder: str | Path, plan: Row) -> Path:
@@ -60,7 +64,7 @@ def run(
     """The rows of `worker(*arguments)` for each job, as they come.
 
     Raises:
-        InputError: a job's, or Ray is not installed.
+        InputError: a job's.
     """
     if cluster is None or not jobs:
         call = worker(*arguments) if jobs else None
