@@ -54,7 +54,9 @@ def write_data(folder: Path, histories: Histories, *, first: int = 3) -> Path:
     }
     for name, table in tables.items():
         pq.write_table(
-            pa.table({key: pa.array(values) for key, values in table.items()}), folder / f"{name}.parquet"
+            pa.table({key: pa.array(values) for key, values in table.items()}),
+            folder / f"{name}.parquet",
+            row_group_size=300,
         )
     write_json(folder / "dataset.json", {})
     return folder

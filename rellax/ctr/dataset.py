@@ -172,7 +172,7 @@ def _opened(folder: Path, name: str) -> Iterator[pq.ParquetFile]:
     if not path.is_file():
         raise InputError(f"{path}: expected a file of `rellax prepare`, found none")
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, pre_buffer=False) as file:  # or it holds the columns whole
             names = file.schema_arrow.names
             missing = [column for column in COLUMNS[name] if column not in names]
             if missing:

@@ -19,7 +19,7 @@ from rellax import subr
 from rellax._files import atomic_file, atomic_folder, read_json
 from rellax.ctr import jobs, runs
 from rellax.ctr.dataset import stream
-from rellax.ctr.llm import load_body, load_config, load_tokenizer, model_hash, resolve_device
+from rellax.ctr.llm import load_config, load_encoder, load_tokenizer, model_hash, resolve_device
 
 _BLOCK_ITEMS = 2048
 """Items of a job: what a kill costs at most."""
@@ -82,7 +82,7 @@ class _Embedder:
 
     def __init__(self, parts: str, data: str, model: str, device: str, size: int) -> None:
         self.parts, self.texts, self.size = Path(parts), _items(data)[1], size
-        self.model = load_body(model).to(resolve_device(device))
+        self.model = load_encoder(model).to(resolve_device(device))
         self.tokenizer = load_tokenizer(model)
 
     def __call__(self, row: jobs.Row) -> jobs.Row:

@@ -18,6 +18,7 @@ from rellax._files import read_json, write_json
 from rellax.errors import InputError
 
 Row = dict[str, Any]
+_ERROR = "error"
 
 
 class Worker(Protocol):
@@ -87,13 +88,31 @@ def _run_on_ray(
         workers, resources = _resources(ray, cluster)
         pool = ActorPoolStrategy(size=min(workers, len(jobs)), max_tasks_in_flight_per_actor=1)
         rows = ray.data.from_items([{"job": job} for job in jobs], override_num_blocks=len(jobs))
-        rows = rows.map(worker, fn_constructor_args=arguments, compute=pool, **resources)
-        yield from rows.iter_rows()
-    except ray.exceptions.RayError as error:
-        raise _own_error(error) or error from None
+        rows = rows.map(_Actor, fn_constructor_args=(worker, arguments), compute=pool, **resources)
+        for row in rows.iter_rows():
+            if _ERROR in row:
+                raise InputError(row[_ERROR])
+            yield row
     finally:
         if started_here:
             ray.shutdown()
+
+
+class _Actor:
+    """A worker whose bad input is a row: of an exception's kind and text Ray keeps a traceback alone."""
+
+    def __init__(self, worker: type[Worker], arguments: tuple[Any, ...]) -> None:
+        self.make = worker, arguments
+        self.worker: Worker | None = None
+
+    def __call__(self, row: Row) -> Row:
+        try:
+            if self.worker is None:
+                worker, arguments = self.make
+                self.worker = worker(*arguments)
+            return self.worker(row)
+        except InputError as error:
+            return {_ERROR: str(error)}
 
 
 def import_ray() -> Any:
@@ -120,12 +139,3 @@ def _resources(ray: Any, cluster: Cluster) -> tuple[int, Row]:
     smallest = min(int(node["CPU"]) for node in nodes if node.get("CPU"))
     cpus = max(1, min(smallest, int(total["CPU"]) // workers))
     return workers, {"num_cpus": cpus, "num_gpus": min(1.0, gpus / workers)}
-
-
-def _own_error(error: BaseException | None) -> InputError | None:
-    """The InputError of a worker that Ray has wrapped."""
-    while error is not None:
-        if isinstance(error, InputError):
-            return error
-        error = getattr(error, "cause", None) or error.__cause__
-    return None

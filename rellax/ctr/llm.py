@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -40,13 +41,15 @@ def load_model(name: str | Path, *, dtype: str = "auto") -> Any:
     return _load(AutoModelForCausalLM, name, dtype=getattr(torch, dtype))
 
 
-def load_body(name: str | Path) -> Any:
-    """Any Hugging Face model without its head, as :func:`load_model` loads it.
+def load_encoder(name: str | Path) -> Any:
+    """A Hugging Face model of any kind, as the class it was saved from, in the dtype of :func:`load_model`.
 
     Raises:
         InputError: there is none, or its files are damaged.
     """
-    return _load(AutoModel, name, dtype=torch.bfloat16 if has_bfloat16() else torch.float32)
+    saved_from = (load_config(name).architectures or ["AutoModel"])[0]
+    model_class = getattr(transformers, saved_from, AutoModel)
+    return _load(model_class, name, dtype=torch.bfloat16 if has_bfloat16() else torch.float32)
 
 
 def load_config(name: str | Path) -> Any:
@@ -91,7 +94,8 @@ def _load(auto_class: Any, name: str | Path, **options: Any) -> Any:
     try:
         return auto_class.from_pretrained(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
-        kind = "language model" if auto_class in (AutoModel, AutoConfig) else "causal language model"
+        causal = auto_class in (AutoModelForCausalLM, AutoTokenizer)
+        kind = "causal language model" if causal else "language model"
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             f"model: expected a folder with a {kind}, or its name on a hub that can be "

@@ -163,7 +163,7 @@ def read_retrieved(path: str | Path) -> Iterator[Retrieved]:
     if not path.is_file():
         raise InputError(f"{path}: expected the behaviours of `rellax retrieve`, found no such file")
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, pre_buffer=False) as file:  # or it holds the columns whole
             k = retrieved_k(path, file.schema_arrow)
             for batch in file.iter_batches(_ROW_GROUP):
                 yield retrieved_block(pa.Table.from_batches([batch]), k)
