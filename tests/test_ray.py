@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ import torch
 from workspace import Workspace
 
 from rellax import subr
-from rellax.ctr import buckets, cli, embedding, jobs, retrieval
+from rellax.ctr import buckets, cli, embedding, jobs
 from rellax.errors import InputError
 
 
@@ -66,17 +67,21 @@ def test_retrieval_on_ray_loses_nothing_with_a_worker(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_of_two: None
 ) -> None:
     monkeypatch.setattr(buckets, "_ROWS", 20)
-    config = {"data": str(workspace.data), "embeddings": str(workspace.embeddings), "k": 3, "scores": True}
-    retrieval.retrieve(config, tmp_path / "here", progress=False)
+    for name in ("here", "ray"):
+        (tmp_path / name).mkdir()
+        for folder in (workspace.data, workspace.embeddings):
+            (tmp_path / name / folder.name).symlink_to(folder)
+    assert cli.main(["retrieve", "--work", str(tmp_path / "here"), "--k", "3"]) == 0
     heaviest = buckets.Buckets.load(workspace.data, tmp_path / "sizes").longest_first()[0]
     kill_a_worker(monkeypatch, tmp_path / "notes", heaviest)
-    retrieval.retrieve(config, tmp_path / "ray", cluster=jobs.Cluster(2), progress=False)
-    one, two = (pq.read_table(tmp_path / name / "retrieved.parquet") for name in ("here", "ray"))
+    command = ["retrieve", "--work", str(tmp_path / "ray"), "--k", "3", "--ray", "--workers", "2"]
+    assert cli.main(command) == 0
+    one, two = (pq.read_table(tmp_path / name / "retrieved/retrieved.parquet") for name in ("here", "ray"))
     assert two.equals(one)
     assert (tmp_path / "notes" / "died").exists()
     assert len(workers(tmp_path / "notes")) >= 2
     assert len(list((tmp_path / "notes").glob(f"job-{heaviest}-*"))) >= 2  # it was done again by another
-    assert not list(tmp_path.glob(".ray*"))
+    assert not list((tmp_path / "ray").glob(".*"))
 
 
 def test_embedding_on_ray_loses_nothing_with_a_worker(
@@ -100,17 +105,50 @@ def test_embedding_on_ray_loses_nothing_with_a_worker(
     assert len(list((tmp_path / "notes").glob("job-1-*"))) >= 2
 
 
-def test_a_worker_s_bad_input_is_still_one_sentence(ray_of_two: None) -> None:
+def test_a_worker_s_errors_arrive_as_they_are(ray_of_two: None) -> None:
     class Refusing:
         def __init__(self, what: str) -> None:
-            raise InputError(f"what: expected another, got {what}")
+            if what == "this":
+                raise InputError(f"what: expected another, got {what}")
 
         def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-            return row
+            raise OSError(errno.ENOSPC, "No space left on device", f"{row['job']}.parquet")
 
     with pytest.raises(InputError, match=r"^what: expected another, got this$"):
         list(jobs.run(Refusing, ("this",), [7], jobs.Cluster(1)))
+    with pytest.raises(OSError, match=r"No space left on device: '7.parquet'") as caught:
+        list(jobs.run(Refusing, ("that",), [7], jobs.Cluster(1)))
+    assert caught.value.errno == errno.ENOSPC
     assert list(jobs.run(Refusing, ("this",), [], jobs.Cluster(1))) == []
+
+
+@pytest.mark.parametrize(
+    ("nodes", "cluster", "workers", "cpus", "gpus"),
+    [
+        ([{"CPU": 16, "GPU": 4}, {"CPU": 16, "GPU": 4}], {}, 8, 4, 1),
+        ([{"CPU": 16, "GPU": 4}, {"CPU": 16, "GPU": 4}], {"gpu": False}, 2, 16, 0),
+        ([{}, {"CPU": 64}, {"CPU": 16}], {}, 2, 16, 0),
+        ([{"CPU": 2}], {"workers": 2}, 2, 1, 0),
+        ([{"CPU": 2, "GPU": 1}], {"workers": 4}, 4, 1, 0.25),
+    ],
+)
+def test_workers_fit_the_cluster(
+    nodes: list[dict[str, int]], cluster: dict[str, Any], workers: int, cpus: int, gpus: float
+) -> None:
+    class Ray:
+        @staticmethod
+        def nodes() -> list[dict[str, Any]]:
+            return [
+                {"Alive": False, "Resources": {"CPU": 1}},
+                *({"Alive": True, "Resources": n} for n in nodes),
+            ]
+
+        @staticmethod
+        def cluster_resources() -> dict[str, int]:
+            return {kind: sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
+
+    found = jobs._resources(Ray, jobs.Cluster(**cluster))
+    assert found == (workers, {"num_cpus": cpus, "num_gpus": gpus})
 
 
 def test_without_ray_one_sentence_says_so(

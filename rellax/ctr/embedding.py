@@ -63,7 +63,8 @@ def embed(
     np.save(parts / "order.npy", np.argsort(-lengths, kind="stable"))
     blocks = range(-(-len(ids) // _BLOCK_ITEMS))
     missing = [block for block in blocks if not _part(parts, block).exists()]
-    arguments = (str(parts), config["data"], config["model"], device, _BLOCK_ITEMS)
+    model = Path(config["model"]).resolve() if Path(config["model"]).is_dir() else config["model"]
+    arguments = (str(parts), str(Path(config["data"]).resolve()), str(model), device, _BLOCK_ITEMS)
     with tqdm(total=len(ids), desc="embed", unit="item", disable=not progress) as bar:
         bar.update(len(ids) - sum(len(_rows(parts, block, _BLOCK_ITEMS)) for block in missing))
         for done in jobs.run(_Embedder, arguments, missing, cluster):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class Cluster:
 
 def parts_folder(folder: str | Path, plan: Row) -> Path:
     """The hidden folder beside `folder` that keeps the parts of unfinished work; empty for a new `plan`."""
-    path = Path(folder).parent / f".{Path(folder).name}.parts"
+    path = Path(folder).resolve().parent / f".{Path(folder).name}.parts"
     marker, plan = path / "plan.json", json.loads(json.dumps(plan))
     if not marker.exists() or read_json(marker) != plan:
         shutil.rmtree(path, ignore_errors=True)
@@ -64,8 +65,10 @@ def run(
 ) -> Iterator[Row]:
     """The rows of `worker(*arguments)` for each job, as they come.
 
+    Workers may run elsewhere: paths among `arguments` have to be absolute.
+
     Raises:
-        InputError: a job's.
+        InputError: a job's; and OSError.
     """
     if cluster is None or not jobs:
         call = worker(*arguments) if jobs else None
@@ -91,7 +94,7 @@ def _run_on_ray(
         rows = rows.map(_Actor, fn_constructor_args=(worker, arguments), compute=pool, **resources)
         for row in rows.iter_rows():
             if _ERROR in row:
-                raise InputError(row[_ERROR])
+                raise pickle.loads(row[_ERROR])
             yield row
     finally:
         if started_here:
@@ -99,7 +102,7 @@ def _run_on_ray(
 
 
 class _Actor:
-    """A worker whose bad input is a row: of an exception's kind and text Ray keeps a traceback alone."""
+    """A worker whose errors are rows, where a user can mend them: Ray would make a traceback of them."""
 
     def __init__(self, worker: type[Worker], arguments: tuple[Any, ...]) -> None:
         self.make = worker, arguments
@@ -111,8 +114,8 @@ class _Actor:
                 worker, arguments = self.make
                 self.worker = worker(*arguments)
             return self.worker(row)
-        except InputError as error:
-            return {_ERROR: str(error)}
+        except (InputError, OSError) as error:
+            return {_ERROR: pickle.dumps(error)}
 
 
 def import_ray() -> Any:
@@ -133,9 +136,10 @@ def import_ray() -> Any:
 
 def _resources(ray: Any, cluster: Cluster) -> tuple[int, Row]:
     """Number of workers, and what each of them takes."""
-    total, nodes = ray.cluster_resources(), [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    total = ray.cluster_resources()
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    nodes = [cpus for cpus in nodes if cpus]
     gpus = int(total.get("GPU", 0)) if cluster.gpu else 0
     workers = cluster.workers or gpus or len(nodes)
-    smallest = min(int(node["CPU"]) for node in nodes if node.get("CPU"))
-    cpus = max(1, min(smallest, int(total["CPU"]) // workers))
+    cpus = max(1, min(*nodes, sum(nodes) // workers))
     return workers, {"num_cpus": cpus, "num_gpus": min(1.0, gpus / workers)}

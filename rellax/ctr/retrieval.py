@@ -61,14 +61,14 @@ def retrieve(
     claimed = runs.is_claimed(folder, config, redo=redo)
     if cluster is None:
         resolve_device(device)
-    data, embeddings = Path(config["data"]), Path(config["embeddings"])
+    data, embeddings = Path(config["data"]).resolve(), Path(config["embeddings"]).resolve()
     read_json(data / "dataset.json", maker="rellax prepare")
     subr.check_embeddings(embeddings, _item_ids(data))
     files = [*(data / f"{name}.parquet" for name in _TABLES), embeddings / "embeddings.safetensors"]
     inputs = {path.name: sha256_file(path) for path in files}
     if claimed and runs.has_inputs(folder, inputs):
         return
-    earlier = _earlier(Path(folder) / _FILE, inputs) if claimed else None
+    earlier = _earlier(Path(folder).resolve() / _FILE, inputs) if claimed else None
     parts = jobs.parts_folder(folder, {"config": config, "inputs": inputs})
     buckets = Buckets.load(data, parts)
     schema = subr.retrieved_schema(config["k"], buckets.longest, scores=config.get("scores", False))
