@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from rellax import subr
 from rellax._files import write_json
-from rellax.ctr import buckets, dataset, retrieval
+from rellax.ctr import buckets, retrieval, stream
 from rellax.ctr.buckets import Buckets
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.retrieval import find_positions, read_positions, retrieve
@@ -81,7 +81,7 @@ def work(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(buckets, "_ROWS", 100)
-    monkeypatch.setattr(dataset, "_ROWS", 70)
+    monkeypatch.setattr(stream, "_ROWS", 70)
 
 
 @pytest.fixture
@@ -149,11 +149,11 @@ def test_memory_does_not_grow_with_the_users(tmp_path: Path, monkeypatch: pytest
 
         return wrapped
 
-    columns = buckets._table_columns
+    columns = buckets.stream_ids
     monkeypatch.setattr(
         buckets,
-        "_table_columns",
-        lambda *a: (watching(lambda x: x, lambda x: len(x[0]))(x) for x in columns(*a)),
+        "stream_ids",
+        lambda *a: (watching(lambda x: x, lambda x: len(x[1][0]))(x) for x in columns(*a)),
     )
     monkeypatch.setattr(
         Buckets,

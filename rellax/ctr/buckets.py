@@ -5,7 +5,6 @@ A bucket is a range of the hash of the user's id: where other users come or go, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +13,7 @@ import numpy as np
 
 from rellax import subr
 from rellax._files import atomic_folder, read_json, write_json
-from rellax.ctr.dataset import check_ids, check_samples, stream
+from rellax.ctr.stream import stream, stream_ids
 from rellax.errors import InputError
 
 _ROWS = 1 << 18
@@ -105,7 +104,14 @@ class Buckets:
         sample, owner, item, position = columns[:, order]
         user = np.searchsorted(users, owner)
         user[np.append(users, -1)[user] != owner] = len(users)
-        check_samples(self.data, items, offsets, user, item, position, names=(sample, owner))
+        wrong = (position < 0) | (position >= np.diff(offsets)[user])
+        wrong[~wrong] = items[(offsets[user] + position)[~wrong]] != item[~wrong]
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise InputError(
+                f"{self.data / 'samples.parquet'}: sample {sample[row]} (user {owner[row]}, "
+                f"item {item[row]}, position {position[row]}) is not in behaviours.parquet"
+            )
         return Bucket(keys[users], items, offsets[:-1], user, position, item, sample)
 
     def _columns(self, bucket: int, kind: str, columns: int) -> np.ndarray:
@@ -123,7 +129,8 @@ def _sort(data: Path, folder: Path) -> None:
             subr.user_keys(batch["user_id"].to_pylist()).tofile(file)
     keys = np.memmap(folder / "keys", np.uint64, "r")
     last = 0
-    for owner, item in _table_columns(data, "behaviours", ("user", "item"), rows):
+    counts = {kind: rows[f"{kind}s"] for kind in ("user", "item")}
+    for _, (owner, item) in stream_ids(data, "behaviours", ("user", "item"), counts):
         if np.any(np.diff(owner, prepend=last) < 0):
             raise InputError(
                 f"{data / 'behaviours.parquet'}: expected rows grouped by rising user, found others"
@@ -131,32 +138,19 @@ def _sort(data: Path, folder: Path) -> None:
         last = owner[-1]
         _append(folder, "behaviours", _bucket(keys[owner], count), [owner, item])
     samples, work, longest = np.zeros(count, np.int64), np.zeros(count, np.int64), 0
-    for columns in _table_columns(data, "samples", ("sample", "user", "item", "position"), rows):
-        bucket = _bucket(keys[columns[1]], count)
-        _append(folder, "samples", bucket, columns)
+    for start, (owner, item, position) in stream_ids(data, "samples", ("user", "item", "position"), counts):
+        bucket = _bucket(keys[owner], count)
+        sample = np.arange(start, start + len(owner), dtype=np.int32)
+        _append(folder, "samples", bucket, [sample, owner, item, position])
         samples += np.bincount(bucket, minlength=count)
-        work += np.bincount(bucket, columns[3], minlength=count).astype(np.int64)
-        longest = max(longest, int(columns[3].max()))
+        work += np.bincount(bucket, position, minlength=count).astype(np.int64)
+        longest = max(longest, int(position.max()))
     sizes = {"samples": samples.tolist(), "work": work.tolist(), "longest": longest}
     write_json(folder / "sizes.json", sizes)
 
 
 def _rows(data: Path, name: str) -> int:
     return sum(batch.num_rows for batch in stream(data, name, ()))
-
-
-def _table_columns(
-    data: Path, name: str, names: tuple[str, ...], rows: dict[str, int]
-) -> Iterator[list[np.ndarray]]:
-    """Columns of a table as int32 arrays, some rows at a time, their users and items checked."""
-    start = 0
-    for batch in stream(data, name, names):
-        columns = {column: batch[column].to_numpy().astype(np.int32) for column in names}
-        for kind in ("user", "item"):
-            check_ids(data / f"{name}.parquet", kind, columns[kind], rows[f"{kind}s"], start=start)
-        start += batch.num_rows
-        if batch.num_rows:
-            yield list(columns.values())
 
 
 def _bucket(keys: np.ndarray, count: int) -> np.ndarray:

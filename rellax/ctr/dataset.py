@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +13,6 @@ import pyarrow.parquet as pq
 
 from rellax._files import read_json
 from rellax.errors import InputError
-
-_ROWS = 1 << 20
-"""Rows of a table that are read at once where it is streamed."""
 
 SPLITS = ("train", "valid", "test")
 COLUMNS = {
@@ -138,77 +133,36 @@ class Dataset:
 
     def _check(self, owner: np.ndarray) -> None:
         samples, lengths = self.samples, np.diff(self.offsets)
-        check_ids(self.folder / "behaviours.parquet", "user", owner, len(lengths))
-        check_ids(self.folder / "behaviours.parquet", "item", self.behaviour_items, self.items.num_rows)
-        check_ids(self.folder / "samples.parquet", "user", samples.user, len(lengths))
-        check_samples(
-            self.folder,
-            self.behaviour_items,
-            self.offsets,
-            samples.user,
-            samples.item,
-            samples.position,
-        )
-
-
-def stream(folder: str | Path, name: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Columns of one of a data folder's tables, some rows at a time.
-
-    Raises:
-        InputError: the file or a column is missing, or it is damaged.
-    """
-    with _opened(Path(folder), name) as file:
-        yield from file.iter_batches(_ROWS, columns=list(columns))
+        _check_ids(self.folder / "behaviours.parquet", "user", owner, len(lengths))
+        _check_ids(self.folder / "behaviours.parquet", "item", self.behaviour_items, self.items.num_rows)
+        _check_ids(self.folder / "samples.parquet", "user", samples.user, len(lengths))
+        targets = self.offsets[samples.user] + samples.position
+        wrong = (samples.position < 0) | (samples.position >= lengths[samples.user])
+        wrong[~wrong] = self.behaviour_items[targets[~wrong]] != samples.item[~wrong]
+        if wrong.any():
+            row = int(np.flatnonzero(wrong)[0])
+            raise InputError(
+                f"{self.folder / 'samples.parquet'}: sample {row} (user {samples.user[row]}, item "
+                f"{samples.item[row]}, position {samples.position[row]}) is not in behaviours.parquet"
+            )
 
 
 def _read(folder: Path, name: str) -> pa.Table:
-    with _opened(folder, name) as file:
-        return file.read()
-
-
-@contextlib.contextmanager
-def _opened(folder: Path, name: str) -> Iterator[pq.ParquetFile]:
     path = folder / f"{name}.parquet"
     if not path.is_file():
         raise InputError(f"{path}: expected a file of `rellax prepare`, found none")
     try:
-        with pq.ParquetFile(path, pre_buffer=False) as file:  # or it holds the columns whole
-            names = file.schema_arrow.names
-            missing = [column for column in COLUMNS[name] if column not in names]
-            if missing:
-                raise InputError(f"{path}: expected column {missing[0]!r}, found {', '.join(names)}")
-            yield file
-    except pa.ArrowException as error:
+        table = pq.read_table(path)
+    except pa.ArrowInvalid as error:
         raise InputError(f"{path}: expected Parquet, but it is damaged ({error})") from None
+    missing = [column for column in COLUMNS[name] if column not in table.column_names]
+    if missing:
+        raise InputError(f"{path}: expected column {missing[0]!r}, found {', '.join(table.column_names)}")
+    return table
 
 
-def check_samples(
-    folder: Path,
-    behaviour_items: np.ndarray,
-    offsets: np.ndarray,
-    user: np.ndarray,
-    item: np.ndarray,
-    position: np.ndarray,
-    *,
-    names: tuple[np.ndarray, np.ndarray] | None = None,
-) -> None:
-    """Raise unless each sample's user has its item at its position; `names`: numbers of samples and users."""
-    wrong = (position < 0) | (position >= np.diff(offsets)[user])
-    wrong[~wrong] = behaviour_items[(offsets[user] + position)[~wrong]] != item[~wrong]
-    if wrong.any():
-        row = int(np.argmax(wrong))
-        sample, owner = (row, user[row]) if names is None else (names[0][row], names[1][row])
-        raise InputError(
-            f"{folder / 'samples.parquet'}: sample {sample} (user {owner}, item {item[row]}, "
-            f"position {position[row]}) is not in behaviours.parquet"
-        )
-
-
-def check_ids(path: Path, column: str, ids: np.ndarray, count: int, *, start: int = 0) -> None:
-    """Raise unless the ids of a column, from row `start` on, are in [0, count)."""
+def _check_ids(path: Path, column: str, ids: np.ndarray, count: int) -> None:
     wrong = (ids < 0) | (ids >= count)
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
-        raise InputError(
-            f"{path}: row {start + row}: expected {column} in 0 to {count - 1}, found {ids[row]}"
-        )
+        raise InputError(f"{path}: row {row}: expected {column} in 0 to {count - 1}, found {ids[row]}")

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from rellax import subr
 from rellax._files import atomic_file, atomic_folder, read_json
 from rellax.ctr import jobs, runs
-from rellax.ctr.dataset import stream
 from rellax.ctr.llm import load_config, load_encoder, load_tokenizer, model_hash, resolve_device
+from rellax.ctr.stream import stream
 
 _BLOCK_ITEMS = 2048
 """Items of a job: what a kill costs at most."""

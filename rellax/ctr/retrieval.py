@@ -22,8 +22,9 @@ from rellax import subr
 from rellax._files import atomic_folder, read_json, sha256_file
 from rellax.ctr import jobs, runs
 from rellax.ctr.buckets import Buckets
-from rellax.ctr.dataset import Dataset, stream
+from rellax.ctr.dataset import Dataset
 from rellax.ctr.llm import resolve_device
+from rellax.ctr.stream import stream
 from rellax.errors import InputError
 
 logger = logging.getLogger(__name__)
