@@ -134,7 +134,7 @@ def test_scores_are_those_of_the_operator(work: Path) -> None:
         K,
     )
     for block in subr.read_retrieved(work / "with" / "retrieved.parquet"):
-        np.testing.assert_array_equal(block.scores, expected[block.sample])
+        np.testing.assert_allclose(block.scores, expected[block.sample], rtol=1e-5, atol=1e-6)
 
 
 def test_memory_does_not_grow_with_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +200,10 @@ def test_new_behaviours_cost_their_own_rows_alone(work: Path, computed: list[int
     computed.clear()
     incremental = run(work, scores=True)
     assert 3 < sum(computed) == new <= 6
-    assert incremental.equals(run(work, "whole", scores=True))
+    whole = run(work, "whole", scores=True)
+    assert incremental.drop_columns("scores").equals(whole.drop_columns("scores"))
+    one, two = (table["scores"].combine_chunks().flatten().to_numpy() for table in (incremental, whole))
+    np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)  # other queries beside it: other rounding
     np.testing.assert_array_equal(
         read_positions(work / "retrieved", Dataset.load(work / "data"), K),
         find_positions(work / "retrieved", Dataset.load(work / "data"), K),
