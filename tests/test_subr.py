@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +14,36 @@ import pyarrow.parquet as pq
 import pytest
 import sklearn.decomposition
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5Model,
+)
 
 from rellax.errors import InputError
 from rellax.subr import (
     PCA,
+    Retrieved,
     embed_items,
+    history_keys,
     load_embeddings,
+    load_item_ids,
     pca,
     read_retrieved,
     retrieve,
+    retrieved_schema,
+    retrieved_table,
     save_embeddings,
+    user_keys,
     write_retrieved,
 )
 
@@ -83,6 +104,37 @@ def test_neither_padding_nor_order_changes_an_embedding(
     torch.testing.assert_close(shuffled, alone[order], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_neither_the_chat_template_nor_the_tokenizer_s_padding_changes_an_embedding(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, side: str
+) -> None:
+    expected = embed_items(TEXTS, model, tokenizer, progress=False)
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{% for m in messages %}<s> king {{ m['content'] }} war{% endfor %}"
+    other.padding_side = side
+    assert "king" in other.apply_chat_template([{"role": "user", "content": "star"}], tokenize=False)
+    assert embed_items(TEXTS, model, other, progress=False).equal(expected)
+
+
+BODY = {"vocab_size": len(WORDS) + 3, "pad_token_id": 0}
+MODELS = {
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=24, n_layer=2, n_head=4, n_positions=32, **BODY)),
+    "bert": lambda: BertModel(BertConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=4, **BODY)),
+    "t5": lambda: T5Model(T5Config(d_model=24, d_kv=6, d_ff=40, num_layers=2, num_heads=4, **BODY)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_other_kinds_of_models_embed_as_well(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    together = embed_items(TEXTS, model, tokenizer, progress=False)
+    alone = torch.cat([embed_items([text], model, tokenizer, progress=False) for text in TEXTS])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    assert together.shape == (23, 24)
+    assert together.std(0).min() > 0.01
+
+
 def test_embedding_runs_without_dropout_and_leaves_the_model_in_its_mode(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -139,6 +191,30 @@ def test_components_are_those_of_scikit_learn(
     np.testing.assert_allclose(pca(x, dim).numpy(), projected, atol=1e-6)
 
 
+def test_blocks_give_what_the_whole_gives_and_are_held_one_at_a_time() -> None:
+    x = correlated(200, 12)
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def blocks() -> Iterator[torch.Tensor]:
+        for part in x.split([1, 70, 0, 100, 29]):
+            assert (
+                sum(block() is not None for block in held) <= 1
+            )  # the one before, which the loop still names
+            part = part.clone()
+            held.append(weakref.ref(part))
+            yield part
+
+    fitted, whole = PCA.fit(blocks(), 5), PCA.fit(x, 5)
+    assert len(held) == 5
+    torch.testing.assert_close(fitted.mean, whole.mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(fitted.components, whole.components, rtol=1e-9, atol=1e-9)
+
+
+def test_a_large_common_offset_costs_no_digits() -> None:
+    x = correlated(300, 6).double()
+    torch.testing.assert_close(PCA.fit(x + 1e6, 6).components, PCA.fit(x, 6).components, rtol=1e-6, atol=1e-6)
+
+
 def test_the_sign_of_a_component_is_fixed() -> None:
     x = correlated(50, 8)
     components, mirrored = PCA.fit(x, 8).components, PCA.fit(-x, 8).components
@@ -158,13 +234,17 @@ def test_a_row_at_the_mean_stays_zero() -> None:
         (torch.ones(3), 1, "x: expected floating"),
         (torch.ones(3, 2).int(), 1, "x: expected floating"),
         (torch.tensor([[1.0, torch.nan], [0.0, 1.0]]), 1, "x: expected finite values"),
+        ([torch.ones(3, 2), torch.ones(3, 4)], 1, r"x: expected floating \(N, 2\), got \(3, 4\)"),
+        ([], 1, "x: expected floating"),
         (torch.ones(3, 2), 0, "dim: expected at least 1, got 0"),
     ],
-    ids=["one row", "one dimension", "integers", "NaN", "no component"],
+    ids=["one row", "one dimension", "integers", "NaN", "two widths", "no block", "no component"],
 )
-def test_bad_rows_are_one_clear_sentence(x: torch.Tensor, dim: int, message: str) -> None:
+def test_bad_rows_are_one_clear_sentence(
+    x: torch.Tensor | list[torch.Tensor], dim: int, message: str
+) -> None:
     with pytest.raises(InputError, match=message):
-        pca(x, dim)
+        PCA.fit(x, dim)
 
 
 def test_a_future_behaviour_like_the_target_is_never_retrieved() -> None:
@@ -198,16 +278,29 @@ def test_ratings_are_no_input_of_retrieval() -> None:
 
 
 def test_embeddings_come_back_for_the_same_items_only(tmp_path: Path) -> None:
-    embeddings, ids = torch.randn(3, 4), ["10", "7", "x"]
+    embeddings, ids = torch.randn(3, 4), ["10", "", "Łódź"]
     save_embeddings(tmp_path / "new", embeddings, ids, "tiny")
     assert load_embeddings(tmp_path / "new").equal(embeddings)
     assert load_embeddings(tmp_path / "new", ids).equal(embeddings)
-    for others in (["7", "10", "x"], ["10", "7"], ["107", "", "x"]):
+    assert load_item_ids(tmp_path / "new") == ids
+    for others in (["", "10", "Łódź"], ["10", ""], ["1", "0", "Łódź"]):
         with pytest.raises(InputError, match="got those of other items"):
             load_embeddings(tmp_path / "new", others)
     with pytest.raises(InputError, match="N = 2 item ids"):
         save_embeddings(tmp_path / "bad", embeddings, ["1", "2"], "tiny")
     assert not (tmp_path / "bad").exists()
+
+
+def test_a_file_that_kept_no_ids_is_read_all_the_same(tmp_path: Path) -> None:
+    embeddings, ids = torch.randn(2, 4), ["1", "2"]
+    save_embeddings(tmp_path, embeddings, ids, "tiny")
+    path = tmp_path / "embeddings.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file({"embeddings": embeddings}, path, metadata)
+    assert load_embeddings(tmp_path, ids).equal(embeddings)
+    with pytest.raises(InputError, match="of an earlier version"):
+        load_item_ids(tmp_path)
 
 
 def test_a_missing_or_damaged_file_of_embeddings_is_named(tmp_path: Path) -> None:
@@ -220,37 +313,88 @@ def test_a_missing_or_damaged_file_of_embeddings_is_named(tmp_path: Path) -> Non
         load_embeddings(tmp_path)
 
 
+def rows(k: int = 3, *, scores: bool = True) -> Retrieved:
+    positions = np.array([[3, 0, 1], [-1, -1, -1], [7, -1, -1], [2, 1, -1], [0, 4, 2]])[:, :k]
+    return Retrieved(
+        np.array([4, 5, 9, 11, 12], dtype=np.int32),
+        np.array([0, 1, 5, 2**63, 2**64 - 1], dtype=np.uint64),
+        np.arange(5, dtype=np.uint64),
+        positions,
+        np.where(positions < 0, -np.inf, 1 / (1 + np.arange(k))).astype(np.float32) if scores else None,
+    )
+
+
+def write_rows(path: Path, block: Retrieved, longest: int = 8) -> Path:
+    schema = retrieved_schema(block.positions.shape[1], longest, scores=block.scores is not None)
+    write_retrieved(path, [retrieved_table(block, schema)], schema)
+    return path
+
+
 def test_retrieved_behaviours_survive_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inspect.getmodule(read_retrieved), "_ROW_GROUP", 2)
-    samples = np.array([4, 5, 9, 11, 12])
-    positions = np.array([[3, 0, 1], [-1, -1, -1], [7, -1, -1], [2, 1, -1], [0, 4, 2]])
-    scores = np.where(positions < 0, -np.inf, 1 / (1 + np.arange(3))).astype(np.float32)
-    write_retrieved(tmp_path / "retrieved.parquet", samples, positions, scores)
-    found = read_retrieved(tmp_path / "retrieved.parquet")
-    for ours, expected in zip(found, (samples, positions, scores), strict=True):
-        np.testing.assert_array_equal(ours, expected)
-    assert [array.dtype for array in found] == [np.int32, np.int32, np.float32]
+    written = rows()
+    blocks = list(read_retrieved(write_rows(tmp_path / "retrieved.parquet", written)))
+    assert [len(block.sample) for block in blocks] == [2, 2, 1]
+    for name, expected in written._asdict().items():
+        np.testing.assert_array_equal(np.concatenate([getattr(block, name) for block in blocks]), expected)
+    assert [array.dtype for array in blocks[0]] == [np.int32, np.uint64, np.uint64, np.int32, np.float32]
 
 
-def test_a_file_of_no_sample_keeps_its_width(tmp_path: Path) -> None:
-    write_retrieved(tmp_path / "r.parquet", np.zeros(0), np.zeros((0, 3)), np.zeros((0, 3)))
-    assert read_retrieved(tmp_path / "r.parquet").positions.shape == (0, 3)
+def test_scores_are_kept_on_request(tmp_path: Path) -> None:
+    (block,) = read_retrieved(write_rows(tmp_path / "r.parquet", rows(scores=False)))
+    assert block.scores is None
+    np.testing.assert_array_equal(block.positions, rows().positions)
+
+
+@pytest.mark.parametrize(("longest", "width"), [(65_536, pa.uint16()), (65_537, pa.uint32())], ids=str)
+def test_positions_are_as_wide_as_the_longest_history_needs(
+    tmp_path: Path, longest: int, width: pa.DataType
+) -> None:
+    written = rows(scores=False)
+    written.positions[0, 0] = longest - 1
+    path = write_rows(tmp_path / "r.parquet", written, longest)
+    assert pq.read_schema(path).field("positions").type == pa.list_(width)
+    assert next(read_retrieved(path)).positions[0, 0] == longest - 1
 
 
 def test_a_missing_or_damaged_file_of_behaviours_is_named(tmp_path: Path) -> None:
     path = tmp_path / "retrieved.parquet"
     with pytest.raises(InputError, match=r"retrieved\.parquet: .* found no such file"):
-        read_retrieved(path)
-    write_retrieved(path, np.arange(3), np.zeros((3, 2)), np.zeros((3, 2)))
-    whole = path.read_bytes()
+        next(read_retrieved(path))
+    whole = write_rows(path, rows()).read_bytes()
     footer = int.from_bytes(whole[-8:-4], "little")
     for damaged in (whole[:-5], whole[: -8 - footer] + b"\xff" * footer + whole[-8:]):
         path.write_bytes(damaged)
         with pytest.raises(InputError, match=r"retrieved\.parquet: .* damaged"):
-            read_retrieved(path)
+            next(read_retrieved(path))
 
 
-def test_another_parquet_file_is_named(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"sample": [1, 2]}), tmp_path / "samples.parquet")
-    with pytest.raises(InputError, match=r"samples\.parquet: expected the columns .* got \['sample'\]"):
-        read_retrieved(tmp_path / "samples.parquet")
+@pytest.mark.parametrize("columns", [["sample"], ["sample", "positions", "scores"]], ids=["other", "earlier"])
+def test_another_parquet_file_is_named(tmp_path: Path, columns: list[str]) -> None:
+    pq.write_table(pa.table({name: [1, 2] for name in columns}), tmp_path / "samples.parquet")
+    with pytest.raises(InputError, match=r"samples\.parquet: expected the columns .* got \['sample'"):
+        next(read_retrieved(tmp_path / "samples.parquet"))
+
+
+def test_a_history_key_stands_for_all_that_a_row_depends_on() -> None:
+    items, offsets = np.array([3, 0, 7, 3, 0, 7, 9]), np.array([0, 3, 7])
+    keys = user_keys(["a", "b"])
+    user, position, target = np.array([0, 0, 1, 1, 0]), np.array([1, 2, 1, 2, 2]), np.array([0, 7, 0, 7, 8])
+    whole = history_keys(keys, items, offsets, user, position, target)
+    assert len(set(whole.tolist())) == 5  # equal histories of two users, and two targets after one history
+
+    for changed in range(len(items)):
+        other = items.copy()
+        other[changed] += 1
+        same = history_keys(keys, other, offsets, user, position, target) == whole
+        assert same.tolist() == [
+            not offsets[u] <= changed < offsets[u] + p for u, p in zip(user, position, strict=True)
+        ]
+    swapped = history_keys(keys, items[[1, 0, 2, 3, 4, 5, 6]], offsets, user, position, target)
+    assert (swapped == whole).tolist() == [False, False, True, True, False]
+
+    # Other users in front, and what comes later, change nothing.
+    more_items, more_offsets = np.concatenate([[5, 6], items, [1]]), np.array([0, 2, 5, 10])
+    more_keys = user_keys(["0", "a", "b"])
+    again = history_keys(more_keys, more_items, more_offsets, user + 1, position, target)
+    np.testing.assert_array_equal(again, whole)

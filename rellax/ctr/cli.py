@@ -9,11 +9,14 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rellax import __version__
 from rellax.ctr.config import DATASETS, INTERACTIONS, PACKING, PROMPTS, STAGES, DemoConfig, TrainConfig
 from rellax.errors import InputError
+
+if TYPE_CHECKING:
+    from rellax.ctr.jobs import Cluster
 
 _WORK = Path("runs/ml-100k")
 _CHOICES: dict[str, Sequence[str]] = {
@@ -146,18 +149,19 @@ def _crm(options: argparse.Namespace) -> None:
 
 
 def _embed(options: argparse.Namespace) -> None:
-    from rellax.ctr.retrieval import embed
+    from rellax.ctr.embedding import embed
 
     config = {"data": str(options.work / "data"), "model": _model(options), "dim": options.dim}
-    embed(config, options.work / "embeddings", device=options.device, redo=options.redo)
+    embed(config, options.work / "embeddings", cluster=_cluster(options), **_run_options(options))
     print(options.work / "embeddings")
 
 
 def _retrieve(options: argparse.Namespace) -> None:
     from rellax.ctr.retrieval import retrieve
 
-    folders = {name: str(options.work / name) for name in ("data", "embeddings")}
-    retrieve({**folders, "k": options.k}, options.work / "retrieved", redo=options.redo)
+    config: dict[str, Any] = {name: str(options.work / name) for name in ("data", "embeddings")}
+    config |= {"k": options.k} | ({"scores": True} if options.scores else {})
+    retrieve(config, options.work / "retrieved", cluster=_cluster(options), **_run_options(options))
     print(options.work / "retrieved")
 
 
@@ -231,6 +235,20 @@ def _model(options: argparse.Namespace) -> str:
     return str(smollm2_135m())
 
 
+def _run_options(options: argparse.Namespace) -> dict[str, Any]:
+    return {"device": options.device, "redo": options.redo}
+
+
+def _cluster(options: argparse.Namespace) -> Cluster | None:
+    from rellax.ctr.jobs import Cluster
+
+    if not options.ray:
+        if options.workers is not None:
+            raise InputError("workers: only with --ray, one process does without")
+        return None
+    return Cluster(options.workers, gpu=options.device != "cpu")
+
+
 def _set_threads(threads: int) -> None:
     import torch
 
@@ -276,13 +294,20 @@ def _parser() -> argparse.ArgumentParser:
     crm.add_argument("--shots", type=int, help="random training samples (default: all)")
     crm.add_argument("--seed", type=int, default=0, help="of samples, initial values and dropout")
 
-    embed = _command(commands, "embed", _embed, "item texts to embeddings", "rellax embed --dim 256")
+    embed = _command(
+        commands, "embed", _embed, "item texts to embeddings", "rellax embed --dim 256\nrellax embed --ray"
+    )
     embed.add_argument("--dim", type=int, default=512, help="principal components that are kept")
 
     retrieve = _command(
-        commands, "retrieve", _retrieve, "nearest behaviours of all samples", "rellax retrieve"
+        commands,
+        "retrieve",
+        _retrieve,
+        "nearest behaviours of all samples; after new data of what is new",
+        "rellax retrieve\nrellax retrieve --ray --workers 8",
     )
     retrieve.add_argument("--k", type=int, default=30, help="behaviours for a sample, at most")
+    retrieve.add_argument("--scores", action="store_true", help="write their similarities as well")
 
     train = _command(
         commands,
@@ -335,10 +360,13 @@ def _command(commands: Any, name: str, run: Any, summary: str, examples: str) ->
     )
     parser.set_defaults(run=run)
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    if name not in ("prepare", "retrieve"):
+    if name != "prepare":
         parser.add_argument("--device", default="auto", choices=_CHOICES["device"], help="where models run")
     if name in ("crm", "embed", "retrieve", "train"):
         parser.add_argument("--redo", action="store_true", help="begin anew, in place of an earlier run")
+    if name in ("embed", "retrieve"):
+        parser.add_argument("--ray", action="store_true", help="on the cluster of Ray that RAY_ADDRESS names")
+        parser.add_argument("--workers", type=int, help="with --ray (default: one for each GPU, or node)")
     if name != "demo":
         parser.add_argument("--work", type=Path, default=_WORK, help="work folder, where all folders are")
     if name in ("embed", "train", "evaluate"):

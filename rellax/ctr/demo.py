@@ -17,10 +17,11 @@ from rellax.ctr import assets, metrics, report, runs
 from rellax.ctr.config import DemoConfig, TrainConfig
 from rellax.ctr.crm import CRMConfig, train_crm
 from rellax.ctr.dataset import Dataset
+from rellax.ctr.embedding import embed
 from rellax.ctr.evaluate import evaluate, evaluate_zero_shot
 from rellax.ctr.llm import resolve_device
 from rellax.ctr.prepare import prepare
-from rellax.ctr.retrieval import embed, retrieve
+from rellax.ctr.retrieval import retrieve
 from rellax.ctr.sources import read_ml_100k
 from rellax.ctr.train import train
 

@@ -1,100 +1,201 @@
-"""The folders of `rellax embed` and `rellax retrieve`: items' embeddings, samples' nearest behaviours."""
+"""The folder of `rellax retrieve`: for each sample the nearest behaviours of its user's history.
+
+Users are hashed into buckets, which are jobs: none needs another, and what one takes is bounded, however many
+there are. Buckets are ranges of the hash, by which the result is sorted: where there is an earlier one, a
+bucket reads its own rows back and computes only those whose history key has changed or is new.
+"""
 
 from __future__ import annotations
 
+import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from rellax import subr
-from rellax._files import atomic_folder, read_json, write_json
-from rellax.ctr import runs
+from rellax._files import atomic_folder, read_json, sha256_file
+from rellax.ctr import jobs, runs
+from rellax.ctr.buckets import Buckets
 from rellax.ctr.dataset import Dataset
-from rellax.ctr.llm import load_model, load_tokenizer, resolve_device
+from rellax.ctr.llm import resolve_device
+from rellax.ctr.stream import stream
 from rellax.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 _FILE = "retrieved.parquet"
+_TABLES = ("users", "behaviours", "samples")
 
 
-def embed(
+def retrieve(
     config: dict[str, Any],
     folder: str | Path,
     *,
     device: str = "auto",
     redo: bool = False,
+    cluster: jobs.Cluster | None = None,
     progress: bool = True,
 ) -> None:
-    """Embed every item's text with a language model, and write unit rows to `folder`, if not done yet.
-
-    Args:
-        config: `data` (folder of `rellax prepare`), `model`, `dim` (principal components that are kept).
-        folder: gets embeddings.safetensors, config.json and environment.json.
-        redo: do it anew.
-
-    Raises:
-        InputError: no data folder or model there, or `folder` holds something else.
-    """
-    if runs.is_claimed(folder, config, redo=redo):
-        return
-    where = resolve_device(device)
-    dataset = Dataset.load(config["data"])
-    model, tokenizer = load_model(config["model"]).to(where), load_tokenizer(config["model"])
-    states = subr.embed_items(dataset.items["text"].to_pylist(), model, tokenizer, progress=progress)
-    with atomic_folder(folder) as part:
-        item_ids = dataset.items["item_id"].to_pylist()
-        subr.save_embeddings(part, subr.pca(states, config["dim"]), item_ids, Path(config["model"]).name)
-        write_json(part / "environment.json", runs.environment())
-        write_json(part / "config.json", config)
-
-
-def retrieve(config: dict[str, Any], folder: str | Path, *, redo: bool = False) -> None:
     """Find the behaviours nearest to every sample's target, and write them to `folder`, if not done yet.
 
+    Where the data has changed since, rows of the earlier result whose history and target are the same are
+    kept, and only the others are computed. Memory is bounded by the embeddings and the longest history,
+    whatever the number of users and samples.
+
     Args:
-        config: `data` (folder of `rellax prepare`), `embeddings` (of `rellax embed`), `k` (most a sample).
-        folder: gets retrieved.parquet, config.json and environment.json.
+        config: `data` (folder of `rellax prepare`), `embeddings` (of `rellax embed`), `k` (most a sample),
+            and maybe `scores` (True keeps them as well).
+        folder: gets retrieved.parquet, config.json, inputs.json and environment.json.
+        device: "auto", "cpu" or "cuda".
         redo: do it anew.
+        cluster: run on Ray, whose nodes share this file system; None runs here.
 
     Raises:
         InputError: a folder is missing, the embeddings are of other items, or `folder` holds something else.
     """
-    if runs.is_claimed(folder, config, redo=redo):
+    claimed = runs.is_claimed(folder, config, redo=redo)
+    if cluster is None:
+        resolve_device(device)
+    data, embeddings = Path(config["data"]).resolve(), Path(config["embeddings"]).resolve()
+    read_json(data / "dataset.json", maker="rellax prepare")
+    subr.check_embeddings(embeddings, _item_ids(data))
+    files = [*(data / f"{name}.parquet" for name in _TABLES), embeddings / "embeddings.safetensors"]
+    inputs = {path.name: sha256_file(path) for path in files}
+    if claimed and runs.has_inputs(folder, inputs):
         return
-    dataset = Dataset.load(config["data"])
-    positions, scores = _nearest(dataset, config["embeddings"], config["k"])
+    earlier = _earlier(Path(folder).resolve() / _FILE, inputs) if claimed else None
+    parts = jobs.parts_folder(folder, {"config": config, "inputs": inputs})
+    buckets = Buckets.load(data, parts)
+    schema = subr.retrieved_schema(config["k"], buckets.longest, scores=config.get("scores", False))
+    missing = [bucket for bucket in buckets.longest_first() if not _part(parts, bucket).exists()]
+    samples, left = sum(buckets.samples), sum(buckets.samples[bucket] for bucket in missing)
+    arguments = (str(parts), str(data), str(embeddings), schema, earlier, device)
+    computed = 0
+    with tqdm(total=samples, desc="retrieve", unit="sample", disable=not progress) as bar:
+        bar.update(samples - left)
+        for done in jobs.run(_Retriever, arguments, missing, cluster):
+            bar.update(done["samples"])
+            computed += done["computed"]
+    if earlier is not None:
+        logger.info("retrieve: %s of %s rows computed, the others kept", f"{computed:,}", f"{left:,}")
     with atomic_folder(folder) as part:
-        subr.write_retrieved(part / _FILE, np.arange(len(dataset.samples)), positions, scores)
-        write_json(part / "environment.json", runs.environment())
-        write_json(part / "config.json", config)
+        files = [_part(parts, bucket) for bucket in buckets.jobs()]
+        subr.write_retrieved(part / _FILE, map(pq.read_table, files), schema)
+        runs.write_record(part, config, inputs)
+    shutil.rmtree(parts)
+
+
+class _Retriever:
+    """Writes the rows of one bucket after another; the embeddings are loaded once."""
+
+    def __init__(
+        self, parts: str, data: str, embeddings: str, schema: pa.Schema, earlier: str | None, device: str
+    ) -> None:
+        self.parts, self.schema, self.k = Path(parts), schema, subr.retrieved_k(parts, schema)
+        self.buckets = Buckets.load(data, self.parts)
+        self.embeddings = subr.load_embeddings(embeddings).to(resolve_device(device))
+        self.earlier: Any = None if earlier is None else pyarrow.dataset.dataset(earlier)
+
+    def __call__(self, row: jobs.Row) -> jobs.Row:
+        bucket = self.buckets.read(row["job"])
+        shape = (len(bucket.sample), self.k)
+        user, history = bucket.keys[bucket.user], subr.history_keys(*bucket[:-1])
+        positions, scores = np.full(shape, -1, np.int64), np.full(shape, -np.inf, np.float32)
+        new = np.ones(shape[0], dtype=bool)
+        if self.earlier is not None:
+            old = self._earlier_rows(row["job"])
+            kept, rows = _matches(old, user, history)
+            positions[kept], new[kept] = old.positions[rows], False
+            if old.scores is not None:
+                scores[kept] = old.scores[rows]
+        if new.any():
+            positions[new], scores[new] = subr.retrieve(
+                self.embeddings,
+                bucket.behaviour_items,
+                bucket.offsets,
+                bucket.user[new],
+                bucket.position[new],
+                bucket.item[new],
+                self.k,
+            )
+        found = subr.Retrieved(bucket.sample, user, history, positions, scores)
+        table = subr.retrieved_table(found, self.schema)
+        subr.write_retrieved(_part(self.parts, row["job"]), [table], self.schema)
+        return {"samples": shape[0], "computed": int(new.sum())}
+
+    def _earlier_rows(self, bucket: int) -> subr.Retrieved:
+        """Rows of the earlier result that are of this bucket's users."""
+        low, high = (pa.scalar(key, pa.uint64()) for key in self.buckets.key_range(bucket))
+        user = pyarrow.dataset.field("user")
+        try:
+            table = self.earlier.to_table(filter=(user >= low) & (user <= high))
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(
+                f"{self.earlier.files[0]}: expected the earlier result, got a damaged one ({error}); "
+                "`rellax retrieve --redo` makes it anew"
+            ) from None
+        return subr.retrieved_block(table, self.k)
+
+
+def _matches(old: subr.Retrieved, user: np.ndarray, history: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of `user` and `history` that `old` has, and where in it."""
+    order = np.argsort(old.history)
+    at = np.searchsorted(old.history[order], history)
+    kept = np.flatnonzero(at < len(order))
+    rows = order[at[kept]]
+    same = (old.history[rows] == history[kept]) & (old.user[rows] == user[kept])
+    return kept[same], rows[same]
 
 
 def read_positions(folder: str | Path, dataset: Dataset, k: int) -> np.ndarray:
     """Positions (S, k) of each sample's `k` nearest behaviours in its user's history, nearest first, then -1.
 
+    int16 where all histories are short enough, else int32. Beside it only a part of the file is held.
+
     Raises:
-        InputError: the file is missing or damaged, has other samples, or fewer than `k` behaviours for one.
+        InputError: the file is missing or damaged, was made from other samples, or has fewer than `k`
+            behaviours for one.
     """
-    path = Path(folder) / _FILE
-    found = subr.read_retrieved(path)
-    if not np.array_equal(found.sample, np.arange(len(dataset.samples))):
+    path, samples = Path(folder) / _FILE, dataset.samples
+    keys = subr.history_keys(
+        subr.user_keys(dataset.users["user_id"].to_pylist()),
+        dataset.behaviour_items,
+        dataset.offsets,
+        samples.user,
+        samples.position,
+        samples.item,
+    )
+    short = samples.position.max(initial=0) <= np.iinfo(np.int16).max
+    positions = np.empty((len(samples), k), np.int16 if short else np.int32)
+    left = np.ones(len(samples), dtype=bool)
+    for block in subr.read_retrieved(path):
+        if k > block.positions.shape[1]:
+            raise InputError(
+                f"k: expected at most the {block.positions.shape[1]} behaviours of {path}, got {k}"
+            )
+        known = block.sample < len(samples)
+        if not known.all() or (block.history != keys[block.sample]).any():
+            break
+        positions[block.sample] = block.positions[:, :k]
+        left[block.sample] = False
+    if left.any():
         raise InputError(
-            f"{path}: expected the {len(dataset.samples)} samples of {dataset.folder}, found others"
+            f"{path}: expected the {len(samples)} samples of {dataset.folder}, found others; "
+            "`rellax retrieve` brings it up to date"
         )
-    if k > found.positions.shape[1]:
-        raise InputError(f"k: expected at most the {found.positions.shape[1]} behaviours of {path}, got {k}")
-    return found.positions[:, :k]
+    return positions
 
 
 def find_positions(folder: str | Path, dataset: Dataset, k: int) -> np.ndarray:
     """As `read_positions`, computed for any samples with the embeddings that `folder` was made with."""
-    return _nearest(
-        dataset, read_json(Path(folder) / "config.json", maker="rellax retrieve")["embeddings"], k
-    )[0]
-
-
-def _nearest(dataset: Dataset, embeddings_folder: str, k: int) -> tuple[np.ndarray, np.ndarray]:
-    embeddings = subr.load_embeddings(embeddings_folder, dataset.items["item_id"].to_pylist())
+    config = read_json(Path(folder) / "config.json", maker="rellax retrieve")
+    embeddings = subr.load_embeddings(config["embeddings"], dataset.items["item_id"].to_pylist())
     samples = dataset.samples
     return subr.retrieve(
         embeddings,
@@ -104,4 +205,25 @@ def _nearest(dataset: Dataset, embeddings_folder: str, k: int) -> tuple[np.ndarr
         samples.position,
         samples.item,
         k,
-    )
+    )[0]
+
+
+def _earlier(path: Path, inputs: dict[str, str]) -> str | None:
+    """An earlier result whose rows may be kept: of the same embeddings, and readable by this version."""
+    try:
+        same = (
+            read_json(path.parent / "inputs.json")["embeddings.safetensors"]
+            == inputs["embeddings.safetensors"]
+        )
+        subr.retrieved_k(path, pq.read_schema(path))
+    except (InputError, KeyError, pa.ArrowException, OSError):
+        return None
+    return str(path) if same else None
+
+
+def _item_ids(data: Path) -> list[str]:
+    return [value for batch in stream(data, "items", ("item_id",)) for value in batch["item_id"].to_pylist()]
+
+
+def _part(parts: Path, bucket: int) -> Path:
+    return parts / f"{bucket:06d}.parquet"

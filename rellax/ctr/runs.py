@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rellax._files import atomic_file, read_json
+from rellax._files import atomic_file, read_json, write_json
 from rellax.errors import InputError
 
 _PACKAGES = (
@@ -52,6 +52,19 @@ def is_claimed(folder: str | Path, config: dict[str, Any], *, redo: bool = False
                 "choose another folder, or begin anew with --redo"
             )
     return True
+
+
+def has_inputs(folder: str | Path, inputs: dict[str, str]) -> bool:
+    """Whether the run in a folder was made from files of these hashes."""
+    path = Path(folder) / "inputs.json"
+    return path.exists() and read_json(path) == inputs
+
+
+def write_record(folder: str | Path, config: dict[str, Any], inputs: dict[str, str]) -> None:
+    """Write what was run, where and on what: config.json, environment.json and inputs.json."""
+    write_json(Path(folder) / "inputs.json", inputs)
+    write_json(Path(folder) / "environment.json", environment())
+    write_json(Path(folder) / "config.json", config)
 
 
 def environment() -> dict[str, Any]:

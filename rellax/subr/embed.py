@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -32,7 +33,7 @@ def embed_items(
 
     Args:
         texts: N texts of at least one token each.
-        model: a causal model, or its body.
+        model: any model with hidden states, or its body; of an encoder and decoder the encoder is used.
         tokenizer: the one it was trained with.
         batch_tokens: at most this many tokens, padding included, run at once (one text always does).
         progress: show a bar.
@@ -43,13 +44,42 @@ def embed_items(
     Raises:
         InputError: a text has no token, or more of them than the model has positions for.
     """
-    tokens = _tokenise(texts, tokenizer, getattr(model.config, "max_position_embeddings", None))
+    tokens = _tokenise(texts, tokenizer)
+    check_lengths(np.array([len(ids) for ids in tokens]), model.config)
     embeddings = torch.empty((len(texts), model.config.get_text_config().hidden_size))
     with _evaluating(model), tqdm(total=len(texts), desc="embed", unit="item", disable=not progress) as bar:
         for batch in _batches(tokens, batch_tokens):
             embeddings[batch] = _mean_hidden_states([tokens[i] for i in batch], model)
             bar.update(len(batch))
     return embeddings
+
+
+def token_lengths(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """How many tokens :func:`embed_items` makes of each text, (N,) int32."""
+    parts = (texts[start : start + _TEXTS] for start in range(0, len(texts), _TEXTS))
+    return np.fromiter((len(ids) for part in parts for ids in _tokenise(part, tokenizer)), np.int32)
+
+
+def check_lengths(lengths: np.ndarray, config: object) -> None:
+    """Raise unless all texts, of these numbers of tokens, have a token and fit a model of this configuration.
+
+    Raises:
+        InputError: names the first that does not.
+    """
+    longest = getattr(config, "max_position_embeddings", None)
+    if not lengths.all():
+        raise InputError(
+            f"texts: expected at least one token each, got none for item {int(np.argmin(lengths))}"
+        )
+    if longest is not None and (lengths > longest).any():
+        item = int(np.argmax(lengths > longest))
+        raise InputError(
+            f"texts: expected at most {longest} tokens each, got {lengths[item]} for item {item}"
+        )
+
+
+_TEXTS = 1 << 14
+"""Texts whose tokens are held at once where only their number is wanted."""
 
 
 @contextlib.contextmanager
@@ -62,19 +92,10 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def _tokenise(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, longest: int | None
-) -> list[list[int]]:
+def _tokenise(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     if not texts:
         return []
     tokens: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    for index, ids in enumerate(tokens):
-        if not ids:
-            raise InputError(f"texts: expected at least one token each, got none for item {index}")
-        if longest is not None and len(ids) > longest:
-            raise InputError(
-                f"texts: expected at most {longest} tokens each, got {len(ids)} for item {index}"
-            )
     return tokens
 
 
@@ -92,7 +113,8 @@ def _mean_hidden_states(tokens: Sequence[Sequence[int]], model: PreTrainedModel)
     lengths = torch.tensor([len(ids) for ids in tokens])
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in tokens], batch_first=True)
     own = torch.arange(padded.shape[1]) < lengths[:, None]
-    hidden = model.base_model(
+    body = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+    hidden = body(
         input_ids=padded.to(model.device), attention_mask=own.long().to(model.device), use_cache=False
     ).last_hidden_state
     total = hidden.float().masked_fill(~own[:, :, None].to(model.device), 0.0).sum(1)

@@ -1,8 +1,8 @@
-"""Principal components of the items' embeddings, computed in fp64 without a second copy of them."""
+"""Principal components of the items' embeddings, in fp64, in one pass over blocks that come and go."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -28,28 +28,41 @@ class PCA:
     components: Tensor
 
     @classmethod
-    def fit(cls, x: Tensor, dim: int) -> PCA:
-        """The min(dim, N - 1, d) leading components of x (N, d): N centred rows span no more directions.
+    def fit(cls, x: Tensor | Iterable[Tensor], dim: int) -> PCA:
+        """The min(dim, N - 1, d) leading components of N rows: once centred, they span no more directions.
+
+        The covariance is merged block by block (Chan, Golub and LeVeque, 1979), in one pass; beyond a block
+        of rows only it is held.
+
+        Args:
+            x: floating (N, d), or an iterable of blocks (n, d) whose rows are N together.
+            dim: how many components, at most.
 
         Raises:
-            InputError: x is not two-dimensional, has fewer than two rows or values that are not finite; or
-                dim < 1.
+            InputError: fewer than two rows, rows of other shapes, values that are not finite; or dim < 1.
         """
-        if x.dim() != 2 or len(x) < 2 or not x.is_floating_point():
-            raise InputError(
-                f"x: expected floating (N, d) with at least 2 rows, got {tuple(x.shape)} {x.dtype}"
-            )
         if dim < 1:
             raise InputError(f"dim: expected at least 1, got {dim}")
-        mean = torch.stack([block.sum(0) for block in _blocks(x)]).sum(0) / len(x)
+        rows, mean, scatter = 0, torch.zeros(()), torch.zeros(())
+        for whole in [x] if isinstance(x, Tensor) else x:
+            if whole.dim() != 2 or not whole.is_floating_point() or (rows and whole.shape[1] != len(mean)):
+                expected = f"(N, {len(mean)})" if rows else "(N, d)"
+                raise InputError(f"x: expected floating {expected}, got {tuple(whole.shape)} {whole.dtype}")
+            for block in map(Tensor.double, whole.split(_BLOCK_ROWS) if len(whole) else ()):
+                if not rows:
+                    mean, scatter = block.new_zeros(block.shape[1]), block.new_zeros((block.shape[1],) * 2)
+                block_mean = block.mean(0)
+                centred, shift = block - block_mean, block_mean - mean
+                total = rows + len(block)
+                scatter.addmm_(centred.mT, centred)
+                scatter.addr_(shift, shift, alpha=rows * len(block) / total)
+                mean, rows = mean + shift * (len(block) / total), total
+        if rows < 2:
+            raise InputError(f"x: expected floating (N, d) with at least 2 rows, got {rows}")
         if not mean.isfinite().all():
             raise InputError("x: expected finite values, got NaN or infinity")
-        scatter = mean.new_zeros((x.shape[1], x.shape[1]))
-        for block in _blocks(x):
-            centred = block - mean
-            scatter.addmm_(centred.mT, centred)
         _, vectors = torch.linalg.eigh(scatter)
-        components = vectors.mT.flip(0)[: min(dim, len(x) - 1)]
+        components = vectors.mT.flip(0)[: min(dim, rows - 1)]
         largest = components.gather(1, components.abs().argmax(1, keepdim=True))
         return cls(mean, components * largest.sign())
 
@@ -58,9 +71,10 @@ class PCA:
 
         A row at the mean has no direction and stays zero.
         """
-        return torch.cat(
-            [F.normalize((block - self.mean) @ self.components.mT, dim=1).float() for block in _blocks(x)]
-        )
+        return torch.cat([self._project(block.double()) for block in x.split(_BLOCK_ROWS)])
+
+    def _project(self, block: Tensor) -> Tensor:
+        return F.normalize((block - self.mean) @ self.components.mT, dim=1).float()
 
 
 def pca(x: Tensor, dim: int) -> Tensor:
@@ -70,7 +84,3 @@ def pca(x: Tensor, dim: int) -> Tensor:
         InputError: as :meth:`PCA.fit`.
     """
     return PCA.fit(x, dim).project(x)
-
-
-def _blocks(x: Tensor) -> Iterator[Tensor]:
-    return (block.double() for block in x.split(_BLOCK_ROWS))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -45,3 +48,41 @@ def retrieve(
     )
     positions, scores = ops.history_topk(embeddings, items, starts, k, target=targets, user=users, end=ends)
     return positions.cpu().numpy(), scores.cpu().numpy()
+
+
+def user_keys(user_ids: Iterable[str]) -> np.ndarray:
+    """A hash of each user's id, uint64: it stays the same whatever other users there are."""
+    digests = (hashlib.blake2b(user_id.encode(), digest_size=8).digest() for user_id in user_ids)
+    return np.fromiter((int.from_bytes(digest, "little") for digest in digests), np.uint64)
+
+
+def history_keys(
+    keys: np.ndarray,
+    behaviour_items: np.ndarray,
+    offsets: np.ndarray,
+    user: np.ndarray,
+    position: np.ndarray,
+    target: np.ndarray,
+) -> np.ndarray:
+    """A hash of what each sample's retrieval depends on beside the embeddings: (S,) uint64.
+
+    That is the sample's target and all items before it, in their order; the user's key is mixed in, so that
+    equal histories of two users differ. Shapes as in :func:`retrieve`; `keys` (U,) are the users'.
+    """
+    start = offsets[user]
+    rank = np.arange(len(behaviour_items)) - np.repeat(offsets[:-1], np.diff(offsets))
+    sums = np.zeros(len(behaviour_items) + 1, np.uint64)
+    np.cumsum(_mixed(rank, behaviour_items), out=sums[1:])
+    before = sums[start + position] - sums[start]
+    return _mix(_mix(before + keys[user]) + _mixed(position, target))
+
+
+def _mixed(rank: np.ndarray, items: np.ndarray) -> np.ndarray:
+    return _mix((rank.astype(np.uint64) << np.uint64(32)) | items.astype(np.uint64))
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele, Lea and Flood, 2014): a bijection in which every bit matters."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
