@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import report, sanitizer
-from benchmarks.gpu.__main__ import PYTEST, main, sections
+from benchmarks.gpu.__main__ import PYTEST, main
 from benchmarks.gpu.bars import BARS, Bar, Source
 from benchmarks.gpu.sections import Section, run_sections
 from benchmarks.plot import main as plot
@@ -161,12 +161,24 @@ def test_a_kill_in_the_middle_loses_nothing(tmp_path: Path) -> None:
     assert "| unfinished |" not in (tmp_path / "dry-run.md").read_text(encoding="utf-8")
 
 
-def test_some_sections_leave_the_others_results(tmp_path: Path) -> None:
+def test_some_sections_leave_the_others_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "dry-run.json"
-    file.write_text(json.dumps({"sections": {"sweep": {"title": "", "status": "done", "records": {}}}}))
+    kept = {"title": "kept", "status": "done", "reason": "", "seconds": 1.0, "records": {"a": {}}}
+    file.write_text(json.dumps({"sections": {"sweep": kept, "sanitizer": kept}}))
+    assert main(["--dry", "--only", "sanitizer", "--out", str(tmp_path)]) == 0
+    found = json.loads(file.read_text(encoding="utf-8"))["sections"]
+    assert found["sweep"] == kept
+    assert found["sanitizer"]["status"] == "skipped"
     assert main(["--dry", "--only", "nothing", "--out", str(tmp_path)]) == 2
-    assert [part.name for part in sections(dry=False)] == NAMES
-    assert list(json.loads(file.read_text())["sections"]) == ["sweep"]
+    assert "--only: expected some of machine, correctness," in capsys.readouterr().err
+
+
+def test_without_a_gpu_and_not_dry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(["--out", str(tmp_path)]) == 2
+    assert "expected a GPU, found none (torch sees no CUDA device)" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 TESTS = """

@@ -168,14 +168,14 @@ BARS = (
         0.5,
     ),
     Bar(
-        "history_topk, ML-25M-like, every behaviour a target",
+        "history_topk, ML-25M-like, every behaviour a target (bf16)",
         Source("sweep", r"history_topk .*", "seconds.rellax"),
         "<=",
         0.5,
         unit="s",
     ),
     Bar(
-        "item_topk, 10⁶ x 512, all queries",
+        "item_topk, 10⁶ x 512 in bf16, all queries, from a sample of them",
         Source("sweep", r"item_topk .*", "all_queries_s.rellax"),
         "<=",
         4.0,

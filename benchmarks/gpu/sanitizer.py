@@ -20,7 +20,7 @@ from .records import emit
 from .sections import ROOT
 
 TOOLS = ("memcheck", "racecheck")
-_AT_ONCE = 4
+_AT_ONCE = 8
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
 _WHERE = re.compile(r"Invalid|hazard|Race reported|\bat \w+.*\+0x", re.IGNORECASE)
 

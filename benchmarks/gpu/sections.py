@@ -73,6 +73,7 @@ def run_sections(
         left = end - time.monotonic()
         limit = left * section.seconds / sum(later.seconds for later in sections[i:])
         found = {"title": section.title, "status": "unfinished", "reason": "", "seconds": 0.0, "records": {}}
+        found["commit"] = results.get("commit", "")
         results["sections"][section.name] = found
         reason = section.why_not()
         if not reason and limit < section.least:

@@ -237,7 +237,7 @@ def item_lists() -> None:
         runs["faiss_gpu"] = lambda: faiss.search(embeddings[chosen].float(), k)
     found = _time(runs, embeddings.nbytes + 12 * queries * k, 2 * queries * items * D)
     found["all_queries_s"] = {name: t * items / queries for name, t in found["seconds"].items()}
-    emit(f"item_topk N={items} D={D} k={k}", **found)
+    emit(f"item_topk bf16 N={items} D={D} k={k}", **found)
 
 
 def _matmul_topk(embeddings: Tensor, queries: Tensor, k: int, step: int = 4096) -> list[Tensor]:
@@ -271,7 +271,7 @@ def histories() -> None:
     behaviours = torch.randint(items, (total,), device=DEVICE)
     runs: dict[str, Run] = {"rellax": lambda: history_topk(embeddings, behaviours, offsets, k)}
     moved = embeddings.nbytes + total * (8 + 12 * k)
-    emit(f"history_topk M={total} D={D} k={k}", **_time(runs, moved, squares * D))
+    emit(f"history_topk bf16 M={total} D={D} k={k}", **_time(runs, moved, squares * D))
 
 
 if __name__ == "__main__":
