@@ -74,6 +74,11 @@ def read_json(path: str | Path, *, maker: str | None = None) -> Any:
         raise InputError(f"{path}: expected JSON, but it is damaged ({error})") from None
 
 
+def cache_folder() -> Path:
+    """The folder of what is fetched or found once for all runs: `$RELLAX_CACHE`, or `~/.cache/rellax`."""
+    return Path(os.environ.get("RELLAX_CACHE") or Path.home() / ".cache" / "rellax")
+
+
 def sha256_file(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     digest = hashlib.sha256()

@@ -212,13 +212,32 @@ def test_records_of_pytest(tmp_path: Path) -> None:
 
 def test_a_table_has_its_own_values_for_an_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_tuning, "architecture", lambda device: "sm_90" if device.type == "cuda" else "")
-    table, gpu = Tuned({"a": 1, "b": 2}, sm_90={"b": 3}), torch.device("cuda")
+    table, gpu = Tuned("table", {"a": 1, "b": 2}, sm_90={"b": 3}), torch.device("cuda")
     assert table.on(torch.device("cpu")) == {"a": 1, "b": 2}
     assert table.on(gpu) == {"a": 1, "b": 3}
     with table.trial(gpu, {"a": 4}):
         assert table.on(gpu) == {"a": 4, "b": 3}
         assert table.on(torch.device("cpu")) == {"a": 1, "b": 2}
     assert table.on(gpu) == {"a": 1, "b": 3}
+
+
+def test_what_was_found_is_kept_for_an_architecture_that_no_table_lists(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RELLAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(_tuning, "architecture", lambda device: "sm_120" if device.type == "cuda" else "")
+    table, gpu = Tuned("table", {64: (1, 2), "b": 2}, sm_90={"b": 3}), torch.device("cuda")
+    assert table.on(gpu) == table
+    table.remember(gpu, {64: (3, 4)})
+    table.remember(gpu, {"b": 5})
+    assert table.on(gpu) == {64: (3, 4), "b": 5}
+    assert table.on(torch.device("cpu")) == table
+    for other in (
+        Tuned("other", {64: (1, 2), "b": 2}),
+        Tuned("table", {64: (1, 2), "b": 7}),  # found beside other usual values
+        Tuned("table", {64: (1, 2), "b": 2}, sm_120={}),
+    ):
+        assert other.on(gpu) == other
 
 
 def test_verdicts() -> None:

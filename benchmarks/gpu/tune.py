@@ -1,8 +1,9 @@
 """The fastest static configuration of each kernel on this GPU, beside the present one.
 
 One value of one table is tried at a time, on an operator's forward and backward pass. Only a candidate whose
-results agree with the present configuration's counts. What is found goes into the table in rellax/kernels as
-another argument of it, such as ``sm_90={…}``.
+results agree with the present configuration's counts. On an architecture that the table does not list it is
+used on this machine from then on. Another argument of the table in rellax/kernels, such as ``sm_90={…}``,
+makes it everybody's.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .records import emit
 Changes = dict[Any, Any]
 
 _CFLORA = [*itertools.product((64, 128, 256), (4, 8), (2, 3, 4))]  # bytes of a row, warps, stages
+_FASTER = 0.97  # of the present time: what is kept for machines like this one, until a table lists them
 _TOLERANCE = 1e-2  # of the largest difference, over the largest value, in bf16
 
 
@@ -102,6 +104,10 @@ def _try(trial: Trial, dry: bool) -> None:
                 refused.append(f"{changes}: {type(error).__name__}: {error}"[:200])
     again = median_seconds(run)
     best, changes = min(seconds, key=lambda pair: pair[0], default=(None, None))
+    listed = architecture(DEVICE) in table.architectures
+    faster = best is not None and best < _FASTER * min(present, again)
+    if faster and not (dry or listed or trial.options):
+        table.remember(DEVICE, changes)
     keys = trial.candidates[0]
     emit(
         f"{trial.name} {trial.options or ''}".strip(),

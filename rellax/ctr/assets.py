@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from rellax._files import atomic_file, atomic_folder, sha256_file
-from rellax.ctr.downloads import cache_folder, extract, locked
+from rellax._files import atomic_file, atomic_folder, cache_folder, sha256_file
+from rellax.ctr.downloads import extract, locked
 from rellax.errors import InputError
 
 logger = logging.getLogger(__name__)

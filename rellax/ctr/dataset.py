@@ -176,7 +176,7 @@ class _File:
         if not self.path.is_file():
             raise InputError(f"{self.path}: expected a file of `rellax prepare`, found none")
         try:
-            self.file = pq.ParquetFile(self.path)
+            self.file = pq.ParquetFile(self.path, pre_buffer=False)  # or it holds the columns whole
         except pa.ArrowInvalid as error:
             raise self._damaged(error) from None
         found = self.file.schema_arrow.names

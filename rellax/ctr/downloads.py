@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import http.client
 import logging
-import os
 import shutil
 import urllib.request
 import zipfile
@@ -22,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from rellax._files import atomic_file, atomic_folder, sha256_file
+from rellax._files import atomic_file, atomic_folder, cache_folder, sha256_file
 from rellax.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -78,11 +77,6 @@ ARCHIVES = {
         members=("BX-Book-Ratings.csv", "BX-Books.csv", "BX-Users.csv"),
     ),
 }
-
-
-def cache_folder() -> Path:
-    """The folder all fetched files are kept in: `$RELLAX_CACHE`, or `~/.cache/rellax`."""
-    return Path(os.environ.get("RELLAX_CACHE") or Path.home() / ".cache" / "rellax")
 
 
 def published(name: str) -> Path:

@@ -25,7 +25,7 @@ from rellax.kernels._tuning import Tuned
 
 _IGNORED = -100
 _LOGITS = 2**25
-_BLOCK = Tuned({"BLOCK": 4096, "num_warps": 8})
+_BLOCK = Tuned("answer", {"BLOCK": 4096, "num_warps": 8})
 
 
 @triton.jit

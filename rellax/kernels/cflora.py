@@ -384,9 +384,9 @@ class _Blocks(NamedTuple):
 
 
 # Up to so many components, padded and of all layers: bytes of a row in a block of 64 tokens, warps, stages.
-_SHRINK = Tuned({64: (128, 4, 4), 128: (128, 8, 3), 256: (64, 8, 3)})
-_EXPAND = Tuned({16: (128, 4, 2), 128: (128, 8, 2), 256: (64, 8, 2), 1024: (64, 8, 1)})
-_OUTER = Tuned({32: (128, 4, 3), 64: (128, 8, 3)})
+_SHRINK = Tuned("cflora shrink", {64: (128, 4, 4), 128: (128, 8, 3), 256: (64, 8, 3)})
+_EXPAND = Tuned("cflora expand", {16: (128, 4, 2), 128: (128, 8, 2), 256: (64, 8, 2), 1024: (64, 8, 1)})
+_OUTER = Tuned("cflora outer", {32: (128, 4, 3), 64: (128, 8, 3)})
 
 
 def _padded(rank: int) -> int:

@@ -28,7 +28,8 @@ from torch import Tensor
 from rellax.kernels._build import Build
 from rellax.kernels._tuning import Tuned
 
-_TILE = Tuned({"BLOCK_H": 32, "BLOCK_D": 32, "BLOCK_N": 64})  # hidden units, columns of u, outputs
+# Hidden units, columns of u, outputs.
+_TILE = Tuned("gate_bank", {"BLOCK_H": 32, "BLOCK_D": 32, "BLOCK_N": 64})
 _SMALL_BATCH = 128  # up to here a tile has few instances: rather more programs than less to read
 _SUMMED = 4096  # elements that a program of `du` adds up at once
 _WARPS, _STAGES = 8, 2

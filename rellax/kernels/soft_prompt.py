@@ -21,7 +21,8 @@ from torch import Tensor
 from rellax.kernels._build import Build
 from rellax.kernels._tuning import Tuned
 
-_ROW = Tuned({"bytes": 4096, "num_warps": 2})  # that a program takes of a row: 64 for each thread
+# What a program takes of a row: 64 bytes for each thread.
+_ROW = Tuned("soft_prompt", {"bytes": 4096, "num_warps": 2})
 _CAPACITY = 16  # of a soft row's list of tokens
 _WINDOW = 1024  # tokens that are compared with a soft row at once
 _COUNTED = 512  # tokens of a program that lists them

@@ -121,7 +121,7 @@ def read_parquet(path: Path, columns: Mapping[str, pa.DataType]) -> pa.Table:
     if not path.is_file():
         raise InputError(f"{path}: expected this file, found none")
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, pre_buffer=False) as file:  # or it holds the columns whole
             found = file.schema_arrow.names
             if not set(columns) <= set(found):
                 raise InputError(_missing(path, columns, found))

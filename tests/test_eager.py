@@ -1,0 +1,109 @@
+"""Eager mode goes around torch.library: the same results, and never where somebody else watches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+import rellax.ops
+from rellax.ops import _eager, cflora
+from rellax.testing import cases
+
+OPERATORS = ("answer_loss", "cflora_linears", "gate_bank", "soft_prompt")
+
+
+def outputs_and_gradients(name: str, **options: Any) -> list[Tensor]:
+    build, _ = cases.OPERATORS[name]
+    inputs = build(torch.float32, **options)
+    made = getattr(rellax.ops, name)(**inputs)
+    outputs = [y for y in (made if isinstance(made, tuple) else (made,)) if y.requires_grad]
+    leaves = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.requires_grad]
+    return [*outputs, *torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs])]
+
+
+@pytest.fixture
+def library_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    calls: list[tuple[Any, ...]] = []
+    library = cflora._forward._library
+
+    def counted(*args: Any) -> Any:
+        calls.append(args)
+        return library(*args)
+
+    monkeypatch.setattr(cflora._forward, "_library", counted)
+    return calls
+
+
+def layer(**options: Any) -> dict[str, Any]:
+    return cases.cflora(torch.float32, **options)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_same_bits_as_through_the_library(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    around = outputs_and_gradients(name)
+    monkeypatch.setattr(_eager, "_is_eager", lambda tensors: False)
+    through = outputs_and_gradients(name)
+    assert len(around) == len(through) > 1
+    assert all(torch.equal(a, b) for a, b in zip(around, through, strict=True))
+
+
+def test_eager_calls_do_not_reach_the_library(library_calls: list[Any]) -> None:
+    rellax.ops.cflora_linear(**layer()).sum().backward()
+    with torch.no_grad():
+        rellax.ops.cflora_linear(**layer())
+    assert library_calls == []
+
+
+class Watched(Tensor):
+    """A tensor that is not plain."""
+
+
+def test_modes_profilers_and_subclasses_see_the_operator(library_calls: list[Any]) -> None:
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch(), torch.no_grad():
+        rellax.ops.cflora_linear(**layer())
+    assert "rellax.cflora_linear.default" in seen
+    with torch.profiler.profile() as profile, torch.no_grad():
+        rellax.ops.cflora_linear(**layer())
+    assert any("rellax::cflora_linear" in event.key for event in profile.key_averages())
+    with torch.no_grad():
+        rellax.ops.cflora_linear(**layer() | {"x": layer()["x"].detach().as_subclass(Watched)})
+    assert len(library_calls) == 3
+
+
+def test_fake_tensors_get_shapes_alone(library_calls: list[Any]) -> None:
+    with FakeTensorMode() as mode:
+        inputs = tree_map(lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, layer())
+        y = rellax.ops.cflora_linear(**inputs)
+    assert y.shape == (*inputs["x"].shape[:-1], inputs["weight"].shape[0])
+    assert len(library_calls) == 1
+
+
+def test_a_second_derivative_is_refused() -> None:
+    inputs = layer()
+    y = rellax.ops.cflora_linear(**inputs)
+    (dx,) = torch.autograd.grad(y.square().sum(), inputs["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="autograd"):
+        dx.sum().backward()
+
+
+def test_a_result_that_is_not_used_gets_no_gradient_of_its_own() -> None:
+    inputs = cases.cflora_set(torch.float32)
+    first, *_ = rellax.ops.cflora_linears(**inputs)
+    (alone,) = torch.autograd.grad(first.sum(), inputs["x"])
+    names = {"weights": "weight", "biases": "bias", "loras_a": "lora_a", "loras_b": "lora_b", "gates": "gate"}
+    single = {names.get(name, name): value[0] if name in names else value for name, value in inputs.items()}
+    (expected,) = torch.autograd.grad(rellax.ops.cflora_linear(**single).sum(), single["x"])
+    torch.testing.assert_close(alone, expected)
