@@ -31,7 +31,9 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that `make gpu DRY=1` wrote to, with this Python in place of a virtual environment."""
     out = tmp_path_factory.mktemp("gpu")
     command = ["make", "gpu", "DRY=1", f"OUT={out}", "BUDGET=240", f"PYTHON={sys.executable}", "VENV=none"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RELLAX_")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("RELLAX_", "PYTEST_"))
+    }
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return out

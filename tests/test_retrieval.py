@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from rellax import subr
 from rellax._files import write_json
-from rellax.ctr import buckets, retrieval, stream
+from rellax.ctr import buckets, dataset, retrieval, stream
 from rellax.ctr.buckets import Buckets
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.retrieval import find_positions, read_positions, retrieve
@@ -58,7 +58,7 @@ def write_data(folder: Path, histories: Histories, *, first: int = 3) -> Path:
             folder / f"{name}.parquet",
             row_group_size=300,
         )
-    write_json(folder / "dataset.json", {})
+    write_json(folder / "dataset.json", dict.fromkeys(dataset._META))
     return folder
 
 
