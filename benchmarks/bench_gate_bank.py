@@ -14,12 +14,14 @@ import pytest
 import torch
 from memory import keep_freed_memory
 from peers import gate_bank as peers
+from sizes import dry
 from torch import Tensor, nn
 
 from rellax.nn import GateBank
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROJECTIONS, RANK, EMBEDDING, ROTATED, ROUNDS = 64, 8, 64, 3, 60
+dry(globals(), PROJECTIONS=2, RANK=2, EMBEDDING=8, ROTATED=1, ROUNDS=1)
 
 
 @pytest.fixture(autouse=True, scope="module")

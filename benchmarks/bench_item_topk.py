@@ -19,12 +19,14 @@ from typing import Any
 import pytest
 import torch
 from peers import item_topk as peers
+from sizes import dry
 from torch import Tensor
 
 from rellax.ops import item_topk
 
-N, D, K = 62_000, 512, 30
+N, D, K, GEMM = 62_000, 512, 30, 8192
 ROUNDS = 3
+dry(globals(), N=64, D=8, K=3, GEMM=64, ROUNDS=1)
 PEERS: dict[str, tuple[Any, int]] = {
     "faiss_flat": (peers.FaissFlat, 4096),
     "torch_fp32": (peers.Torch, 2048),
@@ -100,11 +102,9 @@ class _Clock:
 class _Gemm:
     """What torch's product reaches: the best of three, run by run."""
 
-    SIZE = 8192
-
     def __init__(self, dtype: torch.dtype) -> None:
-        self.rows = torch.randn(self.SIZE, D).to(dtype)
-        self.out = torch.zeros(self.SIZE, self.SIZE, dtype=dtype)
+        self.rows = torch.randn(GEMM, D).to(dtype)
+        self.out = torch.zeros(GEMM, GEMM, dtype=dtype)
         self.speeds: list[float] = []
 
     def run(self) -> None:
@@ -113,7 +113,7 @@ class _Gemm:
             start = time.perf_counter()
             torch.mm(self.rows, self.rows.T, out=self.out)
             seconds.append(time.perf_counter() - start)
-        self.speeds.append(2e-9 * self.SIZE**2 * D / min(seconds))
+        self.speeds.append(2e-9 * GEMM**2 * D / min(seconds))
 
     def median(self) -> float:
         return statistics.median(self.speeds)

@@ -1,14 +1,18 @@
 """The whole stage-2 training step against its floor and the published one: `make bench PYTEST="-k step"`.
 
-Prompts are MovieLens-100K's; A and B are frozen, gates and soft-prompt projector are trained, and a step runs
-from the prompts' tokens to the optimiser's update. Before each round of rellax the published step runs on the
-same batch, and then the floor: the frozen decoder's forward and backward pass alone, for packed prompts.
-`over_floor` and `speedup` are medians of the ratios. On a GPU a Llama of 7B's shape runs too, and peak memory
-is measured. The first run fetches and prepares what it needs, in the cache folder.
+A and B are frozen, gates and soft-prompt projector are trained, and a step runs from the prompts' tokens to
+the optimiser's update. Before each round of rellax the published step runs on the same batch, and then the
+floor: the frozen decoder's forward and backward pass alone, for packed prompts. `over_floor` and `speedup` are
+medians of the ratios; on a GPU peak memory is measured too.
+
+SmolLM2-135M reads prompts of MovieLens-100K: the first run fetches and prepares them, in the cache folder. A
+random Llama of 7B's shape, on a GPU, needs no file: its prompts are random tokens, as many as K behaviours of
+MovieLens-100K take.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import inspect
 import itertools
@@ -17,29 +21,29 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from peers.step import FrozenBody, PublishedModel, sharing
+from sizes import dry
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rellax._files import sha256_file
-from rellax.ctr import assets
 from rellax.ctr.batches import Collator, Example, on_device
-from rellax.ctr.config import TrainConfig
-from rellax.ctr.crm import CRMConfig, train_crm
-from rellax.ctr.dataset import Dataset
-from rellax.ctr.llm import load_model
-from rellax.ctr.prepare import prepare
-from rellax.ctr.sources import read_ml_100k
-from rellax.ctr.task import Task, load_inputs
-from rellax.patch import SoftPromptConfig, packing_pays, patch_model
+from rellax.errors import InputError
+from rellax.patch import CFLoRAConfig, SoftPromptConfig, packing_pays, patch_model
+
+if TYPE_CHECKING:
+    from rellax.ctr.config import TrainConfig
+    from rellax.ctr.task import Task
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH, BATCHES = 8, 4
+ITEMS, EMBEDDING = 1682, 64  # MovieLens-100K's items, and the recommendation model's dimensions
 LLAMA_7B = {
+    "vocab_size": 32000,
     "hidden_size": 4096,
     "intermediate_size": 11008,
     "num_hidden_layers": 32,
@@ -48,18 +52,34 @@ LLAMA_7B = {
 }
 
 
+TINY_LLAMA = {
+    "vocab_size": 100,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "initializer_range": 0.2,  # large enough for gradients that are not all small
+}
+
+
 @dataclass(frozen=True)
 class Setting:
-    """A measurement: behaviours in a prompt, rounds, and a random Llama's shape; None is SmolLM2-135M."""
+    """A measurement: behaviours in a prompt, rounds, and a random Llama's shape; None is SmolLM2-135M.
+
+    `tokens` is the mean of a random prompt; the default is MovieLens-100K's with 30 behaviours.
+    """
 
     k: int
     rounds: int
-    shape: dict[str, int] | None = None
+    shape: dict[str, Any] | None = None
+    tokens: int = 315
 
 
 SETTINGS = {"smollm2-135m-k10": Setting(10, 8), "smollm2-135m-k30": Setting(30, 5)}
 if DEVICE.type == "cuda":
-    SETTINGS["llama-7b-k30"] = Setting(30, 10, LLAMA_7B)
+    SETTINGS = {"llama-7b-k30": Setting(30, 10, LLAMA_7B)} | SETTINGS
+dry(globals(), BATCH=2, BATCHES=1, SETTINGS={"tiny-llama-k2": Setting(2, 1, TINY_LLAMA, tokens=14)})
 
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
@@ -96,24 +116,25 @@ class Steps:
     """Three steps on the same weights, each called with the prompts of a batch.
 
     Args:
-        task: where configuration, prompts and batches come from.
         base: an unpatched model; it is patched in place.
-        changes: of the task's `CFLoRAConfig`; loss and the gates' weights are as published.
+        config: of its updates and gates; loss and the gates' weights are as published instead.
+        soft_prompt: its items.
+        collator: makes batches; padded or packed is up to the step.
     """
 
-    def __init__(self, task: Task, base: Any, **changes: Any) -> None:
+    def __init__(
+        self, base: Any, config: CFLoRAConfig, soft_prompt: SoftPromptConfig, collator: Collator
+    ) -> None:
         self.device = next(base.parameters()).device
         floor, published = sharing(base), sharing(base)
-        soft_prompt = task.model.rellax.soft_prompt
-        items = SoftPromptConfig(soft_prompt.item_embeddings, tuple(soft_prompt.placeholder_ids.tolist()))
-        config = replace(task.model.rellax.config, loss="vocab", gate_init="kaiming", **changes)
-        self.model = patch_model(base, config, soft_prompt=items).train()
+        config = replace(config, loss="vocab", gate_init="kaiming")
+        self.model = patch_model(base, config, soft_prompt=soft_prompt).train()
         for projection in self.model.rellax.projections.values():
             torch.nn.init.normal_(projection.lora_b, std=0.02)  # as if stage 1 had trained it
         self.model.rellax.set_trainable(lora=False)
         self.published_model = PublishedModel(published, self.model).train()
         self.body = FrozenBody(floor)
-        self.collator = replace(task.collator, packed=packing_pays(self.model))
+        self.collator = replace(collator, packed=packing_pays(self.model))
         self.optimisers = [
             torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-4, weight_decay=0.0)
             for model in (self.model, self.published_model)
@@ -139,13 +160,6 @@ class Steps:
 
     def _batch(self, collator: Collator, examples: Sequence[Example]) -> dict[str, Any]:
         return on_device(collator.supervised(examples), self.device)
-
-
-def random_llama(shape: dict[str, int], like: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """A random Llama of that shape, with the vocabulary of the model `like`."""
-    config = LlamaConfig(**shape, vocab_size=like.config.vocab_size)
-    with device:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 class Race:
@@ -192,19 +206,66 @@ def _median_ratio(over: Sequence[float], under: Sequence[float]) -> float:
 
 
 def _contest(setting: Setting) -> tuple[Steps, list[list[Example]]]:
-    """The three steps, and batches of random training samples with K behaviours."""
+    """The three steps, and batches of prompts with K behaviours."""
+    gc.collect()  # models of an earlier setting would count as memory of this one
     torch.manual_seed(0)
-    task = Task(_prepared(setting.k), load_inputs(_prepared(setting.k)))
-    base = load_model(task.config.model, dtype="bfloat16")
-    if setting.shape is not None:
-        base = random_llama(setting.shape, base, torch.bfloat16, DEVICE)
-    samples = task.inputs.dataset.samples
-    chosen = task.inputs.dataset.choose("train", None, 0)
-    chosen = chosen[samples.position[chosen] >= setting.k]
+    if setting.shape is None:
+        given, examples = _loaded(setting.k)
+    else:
+        given, examples = synthetic(setting, BATCH * BATCHES, torch.bfloat16, DEVICE)
+    return Steps(*given), [examples[start : start + BATCH] for start in range(0, len(examples), BATCH)]
+
+
+Given = tuple[Any, CFLoRAConfig, SoftPromptConfig, Collator]
+"""What `Steps` takes."""
+
+
+def synthetic(
+    setting: Setting, count: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Given, list[Example]]:
+    """A random Llama, and `count` prompts of random tokens, each with a placeholder per behaviour and target.
+
+    Lengths are uniform within a seventh of their mean, which pads a batch of 8 by the tenth that
+    MovieLens-100K's prompts take. The placeholder is the first id after the vocabulary.
+    """
+    assert setting.shape is not None
+    llama = LlamaConfig(**setting.shape)
+    with device:
+        base = AutoModelForCausalLM.from_config(llama, dtype=dtype)
+    placeholder, behaviours = llama.vocab_size, setting.k + 1
+    spread = setting.tokens // 7
+    lengths = torch.randint(setting.tokens - spread, setting.tokens + spread + 1, (count,)).tolist()
+    examples = []
+    for sample, length in enumerate(lengths):
+        ids = torch.randint(llama.vocab_size, (length,))
+        ids[torch.randperm(length)[:behaviours]] = placeholder
+        items = torch.randint(ITEMS, (behaviours,))
+        examples.append(Example(sample, sample % 2, ids.tolist(), items.tolist()))
+    no, yes = torch.randperm(llama.vocab_size)[:2].tolist()
+    collator = Collator(0, (no, yes), torch.randn(count, EMBEDDING), soft_prompt=True)
+    config = CFLoRAConfig(cond_dim=EMBEDDING, answer_ids=(no, yes))
+    return (base, config, SoftPromptConfig(torch.randn(ITEMS, EMBEDDING), (placeholder,)), collator), examples
+
+
+def _loaded(k: int) -> tuple[Given, list[Example]]:
+    """SmolLM2-135M, and prompts of random training samples of MovieLens-100K."""
+    from rellax.ctr.llm import load_model
+    from rellax.ctr.task import Task, load_inputs
+
+    config = _prepared(k)
+    task = Task(config, load_inputs(config))
+    samples, chosen = task.inputs.dataset.samples, task.inputs.dataset.choose("train", None, 0)
+    chosen = chosen[samples.position[chosen] >= k]
     order = torch.randperm(len(chosen))[: BATCH * BATCHES].tolist()
-    examples = task.examples(chosen[order], "recent")
-    batches = [examples[start : start + BATCH] for start in range(0, len(examples), BATCH)]
-    return Steps(task, base.to(DEVICE)), batches
+    base = load_model(config.model, dtype="bfloat16").to(DEVICE)
+    return of_task(task, base), list(task.examples(chosen[order], "recent"))
+
+
+def of_task(task: Task, base: Any) -> Given:
+    """The configuration, items and batches of a run, for its model unpatched."""
+    soft_prompt = task.model.rellax.soft_prompt
+    items = SoftPromptConfig(soft_prompt.item_embeddings, tuple(soft_prompt.placeholder_ids.tolist()))
+    return base, task.model.rellax.config, items, task.collator
 
 
 def _prepared(k: int) -> TrainConfig:
@@ -212,17 +273,28 @@ def _prepared(k: int) -> TrainConfig:
 
     Made once, and anew where what makes the files has changed.
     """
+    from rellax.ctr import assets
+    from rellax.ctr.config import TrainConfig
+    from rellax.ctr.crm import CRMConfig, train_crm
+    from rellax.ctr.dataset import Dataset
+    from rellax.ctr.prepare import prepare
+    from rellax.ctr.sources import read_ml_100k
+
     logging.basicConfig(format="%(message)s")
     logging.getLogger("rellax").setLevel(logging.INFO)
+    try:
+        raw, model = assets.movielens_100k(), assets.smollm2_135m()
+    except InputError as error:  # without a network
+        pytest.skip(str(error))
     makers = "".join(sha256_file(inspect.getfile(maker)) for maker in (prepare, Dataset, train_crm))
     folder = assets.cache_folder() / f"benchmark-{hashlib.sha256(makers.encode()).hexdigest()[:8]}"
     if not (folder / "data" / "dataset.json").exists():
-        prepare(read_ml_100k(assets.movielens_100k()), folder / "data")
+        prepare(read_ml_100k(raw), folder / "data")
     if not (folder / "crm" / "outputs.safetensors").exists():
         train_crm(Dataset.load(folder / "data"), folder / "crm", CRMConfig(shots=4096, epochs=1))
     return TrainConfig(
         data=str(folder / "data"),
-        model=str(assets.smollm2_135m()),
+        model=str(model),
         crm=str(folder / "crm"),
         stage="joint",
         interaction="full",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +18,26 @@ from rellax.ctr.task import Task, load_inputs
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import bench_step
 
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-}
+RANDOM = bench_step.Setting(k=3, rounds=1, shape=bench_step.TINY_LLAMA, tokens=30)
 
 
-def contest(workspace: Workspace, shape: dict[str, int] | None, **options: Any) -> tuple[Any, list[Any]]:
-    """The steps for a tiny model, in fp32, and two batches."""
+def contest(workspace: Workspace | None, **changes: Any) -> tuple[Any, list[Any]]:
+    """The steps for a tiny model, in fp32, and two batches; without a workspace nothing is read."""
     torch.manual_seed(0)
-    config = workspace.config(stage="joint", prompts="recent", **GATED)
-    task = Task(config, load_inputs(config))
-    base = load_model(workspace.model, dtype="float32")
-    if shape is not None:
-        base = bench_step.random_llama(shape, base, torch.float32, torch.device("cpu"))
-    examples = task.examples(task.inputs.dataset.choose("train", 6, 0), "recent")
-    return bench_step.Steps(task, base, **options), [examples[:4], examples[4:]]
+    if workspace is None:
+        given, examples = bench_step.synthetic(RANDOM, 6, torch.float32, torch.device("cpu"))
+    else:
+        config = workspace.config(stage="joint", prompts="recent", **GATED)
+        task = Task(config, load_inputs(config))
+        given = bench_step.of_task(task, load_model(workspace.model, dtype="float32"))
+        examples = list(task.examples(task.inputs.dataset.choose("train", 6, 0), "recent"))
+    base, lora, *rest = given
+    return bench_step.Steps(base, replace(lora, **changes), *rest), [examples[:4], examples[4:]]
 
 
-@pytest.mark.parametrize("shape", [None, SHAPE], ids=["loaded", "random"])
-def test_published_step_has_our_loss_and_gradients(
-    workspace: Workspace, shape: dict[str, int] | None
-) -> None:
-    steps, batches = contest(workspace, shape, dropout=0.0)
+@pytest.mark.parametrize("loaded", [True, False], ids=["loaded", "random"])
+def test_published_step_has_our_loss_and_gradients(workspace: Workspace, loaded: bool) -> None:
+    steps, batches = contest(workspace if loaded else None, dropout=0.0)
     for batch in batches:
         ours, published = steps.rellax_loss(batch), steps.published_loss(batch)
         assert_close(ours, published)
@@ -68,9 +62,9 @@ def test_published_step_has_our_loss_and_gradients(
             assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
 
 
-def test_a_race_of_a_random_llama(workspace: Workspace) -> None:
+def test_a_race_of_a_random_llama() -> None:
     """The path of the 7B-shaped Llama, with its weights smaller."""
-    steps, batches = contest(workspace, SHAPE)
+    steps, batches = contest(None)
     model = steps.model
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     race = bench_step.Race(steps, batches)
@@ -89,7 +83,7 @@ def test_a_race_of_a_random_llama(workspace: Workspace) -> None:
 
 
 def test_parts_of_a_step_add_up(workspace: Workspace) -> None:
-    steps, batches = contest(workspace, None)
+    steps, batches = contest(workspace)
     parts = bench_step.parts_of(steps.rellax, batches[0])
     assert parts["in all"] == pytest.approx(sum(parts.values()) / 2)
     assert min(parts[name] for name in bench_step.PARTS) > 0
