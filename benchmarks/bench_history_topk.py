@@ -27,12 +27,16 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from peers import history_topk as peers
+from sizes import dry
 from torch import Tensor
 
 from rellax.ops import history_topk
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 D, K, ROUNDS = 512, 30, 5
+# Items, users, and their longest history.
+EVERY, SMALL, COLD = (62_000, 1_500, 2_500), (3_706, 6_040, 2_314), (62_000, 4_000, 1_000)
+dry(globals(), D=8, K=3, ROUNDS=1, EVERY=(64, 4, 40), SMALL=(64, 5, 40), COLD=(64, 6, 30))
 ML25M_SAMPLES = 25_000_095
 
 
@@ -56,21 +60,23 @@ def run_rellax(work: Workload) -> tuple[Tensor, Tensor]:
 
 @cache
 def every() -> Workload:
-    return _workload(62_000, _log_normal(1_500, median=71, sigma=1.24, longest=2_500))
+    items, users, longest = EVERY
+    return _workload(items, _log_normal(users, median=71, sigma=1.24, longest=longest))
 
 
 @cache
 def small() -> Workload:
-    return _workload(3_706, _log_normal(6_040, median=96, sigma=1.04, longest=2_314))
+    items, users, longest = SMALL
+    return _workload(items, _log_normal(users, median=96, sigma=1.04, longest=longest))
 
 
 @cache
 def cold() -> Workload:
-    users = 4_000
-    work = _workload(62_000, torch.full((users,), 1_000))
-    target = torch.randint(62_000, (users,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    items, users, length = COLD
+    work = _workload(items, torch.full((users,), length))
+    target = torch.randint(items, (users,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
     user = torch.arange(users, device=DEVICE)
-    return work._replace(queries={"target": target, "user": user, "end": torch.full_like(user, 1_000)})
+    return work._replace(queries={"target": target, "user": user, "end": torch.full_like(user, length)})
 
 
 CASES: dict[str, tuple[Callable[[], Workload], Callable[[Workload], Callable[..., Tensor]], int | None]] = {

@@ -2,8 +2,8 @@
 
 A and B are frozen, gates and soft-prompt projector are trained, and a step runs from the prompts' tokens to
 the optimiser's update. Before each round of rellax the published step runs on the same batch, and then the
-floor: the frozen decoder's forward and backward pass alone, for packed prompts. `over_floor` and `speedup` are
-medians of the ratios; on a GPU peak memory is measured too.
+floor: the frozen decoder's forward and backward pass alone, for packed prompts. `over_floor` and `speedup`
+are medians of the ratios; on a GPU peak memory is measured too.
 
 SmolLM2-135M reads prompts of MovieLens-100K: the first run fetches and prepares them, in the cache folder. A
 random Llama of 7B's shape, on a GPU, needs no file: its prompts are random tokens, as many as K behaviours of
