@@ -28,6 +28,7 @@ class Tuned(dict[Any, Any]):
         super().__init__(usual)
         self.name = name
         self.architectures = architectures
+        self._kept: dict[str, dict[Any, Any]] = {}  # what the cache holds: looked up once, not at each launch
 
     def on(self, device: torch.device) -> dict[Any, Any]:
         """The configuration for a device."""
@@ -51,10 +52,12 @@ class Tuned(dict[Any, Any]):
         kept = {**self._found(architecture(device)), **changes}
         write_json(path, {**found, self._key(architecture(device)): repr(kept)})
         _read.cache_clear()
+        self._kept.clear()
 
     def _found(self, name: str) -> dict[Any, Any]:
-        changes: dict[Any, Any] = ast.literal_eval(_read(_cache()).get(self._key(name), "{}")) if name else {}
-        return changes
+        if name not in self._kept:
+            self._kept[name] = ast.literal_eval(_read(_cache()).get(self._key(name), "{}")) if name else {}
+        return self._kept[name]
 
     def _key(self, name: str) -> str:
         """It names the usual values: what was faster than others says nothing."""
