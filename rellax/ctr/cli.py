@@ -141,7 +141,7 @@ def _crm(options: argparse.Namespace) -> None:
     from rellax.ctr.runs import is_claimed
 
     folder = options.work / options.name
-    config = CRMConfig(model=options.model, shots=options.shots, seed=options.seed)
+    config = CRMConfig(model=options.model, shots=options.shots, hold_out=options.hold_out, seed=options.seed)
     if not is_claimed(folder, dataclasses.asdict(config), redo=options.redo):
         device = str(resolve_device(options.device))
         train_crm(Dataset.load(options.work / "data"), folder, config, device=device)
@@ -290,8 +290,11 @@ def _parser() -> argparse.ArgumentParser:
         commands, "crm", _crm, "train the classical model", "rellax crm\nrellax crm sim --model SIM"
     )
     crm.add_argument("name", nargs="?", default="crm", help="run folder, in the work folder")
-    crm.add_argument("--model", default="DIN", help="DIN, SIM, ETA or SDIM")
+    crm.add_argument("--model", default="DIN", help="DIN, SIM, ETA, SDIM, DCNv2 or DeepFM")
     crm.add_argument("--shots", type=int, help="random training samples (default: all)")
+    crm.add_argument(
+        "--hold-out", type=int, help="training samples to leave out: the shots of `rellax train`"
+    )
     crm.add_argument("--seed", type=int, default=0, help="of samples, initial values and dropout")
 
     embed = _command(

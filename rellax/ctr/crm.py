@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from fuxictr.features import FeatureMap
     from fuxictr.pytorch.models import BaseModel
 
-MODELS = ("DIN", "SIM", "ETA", "SDIM")
+MODELS = ("DIN", "SIM", "ETA", "SDIM", "DCNv2", "DeepFM")
 OUTPUTS = "outputs.safetensors"
 WEIGHTS = "model.safetensors"
 _EVALUATIONS = 2  # on the validation split, per epoch
@@ -47,8 +47,12 @@ class CRMConfig:
     """How a CRM is built and trained.
 
     Attributes:
-        model: one of FuxiCTR's long-sequence models, DIN, SIM, ETA or SDIM.
+        model: one of FuxiCTR's long-sequence models, DIN, SIM, ETA or SDIM, or one that averages the
+            behaviours, DCNv2 or DeepFM.
         shots: random samples of the training split to train on; None takes all.
+        hold_out: as many random training samples are not trained on, namely those that `rellax train` takes
+            for this number of shots and this seed. What the model says of them is then as good as what it
+            says of new samples, which is what gates meet later.
         max_len: most recent behaviours the model reads.
         user_id: whether the user's id is a feature. Under a split by time most users of the later splits are
             new, and the model is better off without a feature that says nothing about them.
@@ -63,6 +67,7 @@ class CRMConfig:
 
     model: str = "DIN"
     shots: int | None = None
+    hold_out: int | None = None
     seed: int = 0
     max_len: int = 30
     user_id: bool = False
@@ -80,6 +85,8 @@ class CRMConfig:
             raise InputError(f"model: expected one of {', '.join(MODELS)}, got {self.model!r}")
         if not self.hidden:
             raise InputError("hidden: expected at least one width, got none")
+        if self.shots is not None and self.hold_out is not None:
+            raise InputError("hold_out: expected it without shots, which would be the same samples, got both")
         if self.max_len < 4:
             raise InputError(f"max_len: expected at least 4 behaviours, got {self.max_len}")
 
@@ -194,12 +201,16 @@ def instance_embeddings(folder: str | Path, dataset: Dataset) -> Tensor:
 
 
 def _build(features: _Features, config: CRMConfig, device: torch.device) -> BaseModel:
-    module = importlib.import_module(f"model_zoo.LongCTR.{config.model}.{config.model}")
+    if config.model == "DeepFM":
+        from rellax.ctr import deepfm as module
+    else:
+        module = importlib.import_module(f"model_zoo.LongCTR.{config.model}.{config.model}")
     model: BaseModel = getattr(module, config.model)(
         features.feature_map(config.embedding_dim),
         gpu=-1 if device.type == "cpu" else device.index or 0,
         embedding_dim=config.embedding_dim,
         dnn_hidden_units=list(config.hidden),
+        parallel_dnn_hidden_units=list(config.hidden),  # what DCNv2 calls it
         net_dropout=config.dropout,
         embedding_regularizer=config.regularizer,
         learning_rate=config.lr,
@@ -218,7 +229,7 @@ def _build(features: _Features, config: CRMConfig, device: torch.device) -> Base
 
 def _fit(model: BaseModel, features: _Features, dataset: Dataset, config: CRMConfig) -> dict[str, Any]:
     """Train `model` and leave it in the state with the best validation AUC."""
-    train = torch.from_numpy(dataset.choose("train", config.shots, config.seed))
+    train = torch.from_numpy(_training_samples(dataset, config))
     valid = dataset.indices("valid")
     labels = dataset.samples.label[valid]
     if labels.min() == labels.max():
@@ -246,6 +257,18 @@ def _fit(model: BaseModel, features: _Features, dataset: Dataset, config: CRMCon
     return {"best_step": best_step, "valid_auc": curve}
 
 
+def _training_samples(dataset: Dataset, config: CRMConfig) -> np.ndarray:
+    chosen = dataset.choose("train", config.shots, config.seed)
+    if config.hold_out is None:
+        return chosen
+    chosen = np.setdiff1d(chosen, dataset.choose("train", config.hold_out, config.seed), assume_unique=True)
+    if not len(chosen):
+        raise InputError(
+            f"hold_out: expected fewer than the training samples, got all {config.hold_out} of them"
+        )
+    return chosen
+
+
 def _batches(train: Tensor, batch_size: int, epochs: int) -> Iterator[Tensor]:
     for _ in range(epochs):
         yield from train[torch.randperm(len(train))].split(batch_size)
@@ -263,7 +286,8 @@ def _step(model: BaseModel, features: _Features, samples: Tensor) -> None:
 def _predict(model: BaseModel, features: _Features, samples: np.ndarray) -> tuple[Tensor, Tensor]:
     """Last hidden layer (n, d_u) and probability (n,) of each sample, on the CPU."""
     model.eval()
-    logit = [module for module in model.dnn.mlp if isinstance(module, nn.Linear)][-1]
+    head = model.fc if hasattr(model, "fc") else model.dnn.mlp  # DCNv2's; that of all others
+    logit = [module for module in head.modules() if isinstance(module, nn.Linear)][-1]
     hidden: list[Tensor] = []
     hook = logit.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0].cpu()))
     try:
