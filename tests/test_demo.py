@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from workspace import Workspace
 
-from rellax.ctr import demo as demo_module
-from rellax.ctr import metrics, report
+from rellax.ctr import lab, metrics, report
 from rellax.ctr.config import DemoConfig
 from rellax.ctr.demo import TITLES, demo
 from rellax.ctr.report import Variant
@@ -52,7 +51,7 @@ def test_all_variants_and_resuming(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(demo_module, "evaluate", stop)
+        patch.setattr(lab, "evaluate", stop)
         with pytest.raises(KeyboardInterrupt):
             demo(config, tmp_path / "stopped", progress=False)
     before = json.loads((tmp_path / "stopped" / "steps.json").read_text())

@@ -93,7 +93,7 @@ def test_one_class_has_no_auc() -> None:
 
 def test_paired_bootstrap_shares_its_resamplings() -> None:
     same = paired_bootstrap(LABELS, PROBABILITIES, PROBABILITIES, bootstrap=100)
-    assert same == {"difference": 0.0, "interval": [0.0, 0.0], "share_above_zero": 0.0}
+    assert same == {"difference": 0.0, "interval": [0.0, 0.0], "share_above_zero": 0.0, "p_value": 1.0}
     # Sure predictions barely changed: the difference is far steadier than either AUC.
     nearly = np.where(np.arange(301) % 50 == 0, 0.5, PROBABILITIES)
     result = paired_bootstrap(LABELS, PROBABILITIES, nearly, bootstrap=500)
@@ -103,6 +103,27 @@ def test_paired_bootstrap_shares_its_resamplings() -> None:
     assert result["difference"] == pytest.approx(expected, abs=1e-12)
     swapped = paired_bootstrap(LABELS, nearly, PROBABILITIES, bootstrap=500)
     assert swapped["interval"] == pytest.approx([-result["interval"][1], -result["interval"][0]])
+
+
+def test_paired_bootstrap_of_several_runs() -> None:
+    """The same as resampling in a loop and averaging the runs' AUCs in it."""
+    rng = np.random.default_rng(5)
+    runs = np.clip(PROBABILITIES + 0.15 * rng.normal(size=(3, 301)), 0, 1)
+    other = np.clip(PROBABILITIES + 0.4 * rng.normal(size=(2, 301)), 0, 1)
+    result = paired_bootstrap(LABELS, runs, other, bootstrap=2000)
+    draws = []
+    for _ in range(2000):
+        rows = rng.integers(0, 301, 301)
+        a, b = (np.mean([roc_auc_score(LABELS[rows], p[rows]) for p in many]) for many in (runs, other))
+        draws.append(a - b)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    assert result["interval"] == pytest.approx([low, high], abs=0.1 * (high - low))
+    means = [np.mean([roc_auc_score(LABELS, p) for p in many]) for many in (runs, other)]
+    assert result["difference"] == pytest.approx(means[0] - means[1], abs=1e-12)
+    assert result["p_value"] == pytest.approx(2 * np.mean(np.array(draws) <= 0), abs=0.01)
+    assert paired_bootstrap(LABELS, other, runs, bootstrap=2000)["p_value"] == result["p_value"]
+    sure = paired_bootstrap(LABELS, LABELS * 0.9, 1 - LABELS * 0.9, bootstrap=99)
+    assert sure["p_value"] == pytest.approx(2 / 100)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ STAGES = ("1", "2", "joint")
 PROMPTS = ("recent", "retrieved", "mixture")
 PACKING = ("auto", "always", "never")
 INTERACTIONS = ("none", "diagonal", "full")
+CRM_SAMPLES = ("all", "held-out", "shots")
 LEARNING_RATES = {"1": 1e-3, "2": 3e-4, "joint": 1e-3}
 
 
@@ -164,36 +165,97 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class DemoConfig:
-    """Sizes of the demo.
+class Comparison:
+    """What all runs of a comparison share.
 
     Attributes:
         model: the language model; None is SmolLM2-135M-Instruct.
         raw: folder with MovieLens-100K; None is the embedded one.
-        shots: training samples of the language model, and of the classical models' few-shot variants.
-        k: behaviours in a prompt.
-        test_samples, validation_samples: random samples of these splits.
+        test_samples, validation_samples: random samples of these splits; None takes all.
+        batch_size: prompts in a step.
         epochs, lr: of stage 1.
         epochs2, lr2: of stage 2. The published rate, 3e-4, is for some thousand steps; for the few of these
             sizes 5e-3 was the first tried (AUC 0.78 on 300 validation samples), no other was compared.
         crm_epochs: of the classical models, at most.
-        few_shot_crm: gates and soft prompts come from the DIN trained on the same shots, not on all samples.
     """
 
     model: str | None = None
     raw: str | None = None
-    shots: int = 256
-    k: int = 5
-    test_samples: int = 400
-    validation_samples: int = 100
+    test_samples: int | None = 400
+    validation_samples: int | None = 100
     batch_size: int = 8
     epochs: int = 1
     lr: float = 1e-3
     epochs2: int = 1
     lr2: float = 5e-3
     crm_epochs: int = 10
+
+
+@dataclass(frozen=True)
+class DemoConfig(Comparison):
+    """Sizes of the demo.
+
+    Attributes:
+        shots: training samples of the language model, and of the classical models' few-shot variants.
+        k: behaviours in a prompt.
+        few_shot_crm: gates and soft prompts come from the DIN trained on the same shots, not on all samples.
+        seed: of everything random.
+    """
+
+    shots: int = 256
+    k: int = 5
     few_shot_crm: bool = False
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class StudyConfig(Comparison):
+    """A grid of runs: every method at every K, number of shots and seed, beside the classical models.
+
+    Attributes:
+        data: folder of `rellax prepare`; None prepares MovieLens-100K.
+        methods: names in `rellax.ctr.methods.METHODS`; what one builds on runs as well.
+        crms: classical models, each on the same shots and on all training samples.
+        k, shots, seeds: the axes of the grid.
+        crm: the classical model that gates and soft prompts read.
+        crm_samples: what that one is trained on: "all" training samples, "held-out" all but the language
+            model's shots, or "shots" these alone.
+    """
+
+    test_samples: int | None = 1000
+    validation_samples: int | None = 300
+    batch_size: int = 16
+    data: str | None = None
+    methods: tuple[str, ...] = (
+        "zero-shot-recent",
+        "zero-shot-retrieved",
+        "lora-recent",
+        "lora-retrieved",
+        "rella",
+        "rella-spa",
+        "rella-cflora-diagonal",
+        "rella-cflora",
+        "rellax",
+    )
+    crms: tuple[str, ...] = ("DIN", "SIM", "ETA", "SDIM", "DeepFM", "DCNv2")
+    k: tuple[int, ...] = (5, 10, 15, 20, 30)
+    shots: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    crm: str = "SIM"
+    crm_samples: str = "all"
+
+    def __post_init__(self) -> None:
+        if self.crm_samples not in CRM_SAMPLES:
+            raise InputError(
+                f"crm_samples: expected one of {', '.join(CRM_SAMPLES)}, got {self.crm_samples!r}"
+            )
+        for name, least in (("k", 1), ("shots", 1), ("seeds", 0)):
+            values = getattr(self, name)
+            if not values or min(values) < least or len(set(values)) != len(values):
+                raise InputError(
+                    f"{name}: expected distinct numbers of at least {least}, got "
+                    f"{', '.join(map(str, values)) or 'none'}"
+                )
 
 
 def read_config(run: str | Path) -> TrainConfig:

@@ -56,28 +56,37 @@ def paired_bootstrap(
 ) -> dict[str, Any]:
     """AUC of `p_a` minus AUC of `p_b` on the same samples, each resampling applied to both.
 
+    Args:
+        labels: (n,) in {0, 1}.
+        p_a, p_b: probabilities (n,), or (runs, n): then the AUC is the mean of the runs' AUCs.
+
     Returns:
-        `difference`, its 95 % percentile `interval`, and `share_above_zero` of the resamplings; all None
-        where one class is absent.
+        `difference`, its 95 % percentile `interval`, `share_above_zero` of the resamplings, and the two-sided
+        `p_value`, twice the share on the rarer side of zero (Efron & Tibshirani, 1993, section 16.4), which
+        cannot be less than 2 / (bootstrap + 1); all None where one class is absent.
 
     Raises:
         InputError: as in `evaluate`.
     """
-    labels, p_a = _checked(labels, p_a)
-    _, p_b = _checked(labels, p_b)
-    auc_a, auc_b = _auc(labels, p_a), _auc(labels, p_b)
-    if auc_a is None or auc_b is None:
-        return {"difference": None, "interval": None, "share_above_zero": None}
-    differences = np.concatenate(
-        [
-            _weighted_auc(labels, p_a, weights) - _weighted_auc(labels, p_b, weights)
-            for weights in _resamplings(len(labels), bootstrap, seed)
-        ]
-    )
+    runs_a, runs_b = ([_checked(labels, p) for p in np.atleast_2d(p)] for p in (p_a, p_b))
+    labels = runs_a[0][0]
+    if not 0 < labels.sum() < len(labels):
+        return {"difference": None, "interval": None, "share_above_zero": None, "p_value": None}
+    draws = []
+    for weights in _resamplings(len(labels), bootstrap, seed):
+        a, b = (
+            np.mean([_weighted_auc(labels, p, weights) for _, p in runs], axis=0) for runs in (runs_a, runs_b)
+        )
+        draws.append(a - b)
+    differences = np.concatenate(draws)
+    differences = differences[np.isfinite(differences)]
+    rarer = min(np.sum(differences <= 0), np.sum(differences >= 0))
+    means = [np.mean([roc_auc_score(labels, p) for _, p in runs]) for runs in (runs_a, runs_b)]
     return {
-        "difference": auc_a - auc_b,
+        "difference": float(means[0] - means[1]),
         "interval": _percentiles(differences),
         "share_above_zero": float(np.mean(differences > 0)),
+        "p_value": float(min(1.0, 2 * (rarer + 1) / (len(differences) + 1))),
     }
 
 

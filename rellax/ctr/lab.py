@@ -1,0 +1,159 @@
+"""The steps of a comparison: data, embeddings, classical models and runs in one folder, each made once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from rellax._files import read_json, write_json
+from rellax.ctr import assets, runs
+from rellax.ctr.config import Comparison, TrainConfig
+from rellax.ctr.crm import CRMConfig, train_crm
+from rellax.ctr.dataset import Dataset
+from rellax.ctr.embedding import embed
+from rellax.ctr.evaluate import evaluate, evaluate_zero_shot
+from rellax.ctr.llm import resolve_device
+from rellax.ctr.methods import METHODS
+from rellax.ctr.prepare import prepare
+from rellax.ctr.retrieval import retrieve
+from rellax.ctr.sources import read_ml_100k
+from rellax.ctr.train import train
+
+logger = logging.getLogger(__name__)
+
+TEST_SEED = 0  # of the test samples: every run of a comparison is scored on the same ones
+
+
+@dataclass(frozen=True)
+class Step:
+    """`cost` is what the step is thought to take, in any unit that all steps share."""
+
+    title: str
+    cost: float
+    run: Callable[[], Any]
+
+
+def run_steps(
+    steps: Sequence[Step], record: Path, *, done: int = 0, seconds_per_cost: float | None = None
+) -> None:
+    """Run `steps` one after another, and say what is left.
+
+    Args:
+        record: steps.json, which gets seconds and peak memory of each step at its first run.
+        done: as many steps of the comparison were finished before.
+        seconds_per_cost: what a unit of cost takes, until some steps have told.
+    """
+    times = read_json(record) if record.exists() else {}
+    left, spent, seconds = sum(step.cost for step in steps), 0.0, 0.0
+    for number, step in enumerate(steps, start=done + 1):
+        rate = seconds / spent if seconds > 5 else seconds_per_cost
+        rest = "" if rate is None else f", about {duration(left * rate)} left"
+        logger.info("[%d/%d] %s%s", number, done + len(steps), step.title, rest)
+        started = monotonic()
+        step.run()
+        took = monotonic() - started
+        left -= step.cost
+        if step.title not in times:
+            spent, seconds = spent + step.cost, seconds + took
+            times[step.title] = {"seconds": round(took, 1), "peak_gib": round(runs.peak_memory_gib(), 2)}
+            write_json(record, times)
+
+
+def duration(seconds: float) -> str:
+    """As people say it: "3 min", "2 h 10 min", "4 days 3 h"."""
+    minutes = max(1, round(seconds / 60))
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} days {hours % 24} h"
+
+
+class Lab:
+    """Makes the folders of a comparison in `out`; what is there already is only checked.
+
+    Args:
+        config: what all runs share.
+        k: most behaviours that any of the prompts has.
+        data: folder of `rellax prepare`; None is `out`/data, made from MovieLens-100K.
+    """
+
+    def __init__(
+        self, config: Comparison, out: Path, *, k: int, device: str, progress: bool, data: str | None = None
+    ) -> None:
+        self.config, self.out, self.k = config, out, k
+        self.device, self.progress = device, progress
+        self.data = Path(data) if data is not None else out / "data"
+        self.model = config.model
+
+    def prepare(self) -> None:
+        if self.model is None:
+            self.model = str(assets.smollm2_135m())
+        if self.data == self.out / "data" and not (self.data / "dataset.json").exists():
+            raw = assets.movielens_100k() if self.config.raw is None else self.config.raw
+            prepare(read_ml_100k(raw), self.data)
+
+    def embed(self) -> None:
+        config = {"data": str(self.data), "model": self.model, "dim": 512}
+        embed(config, self.out / "embeddings", device=self.device, progress=self.progress)
+
+    def retrieve(self) -> None:
+        config = {"data": str(self.data), "embeddings": self._path("embeddings"), "k": self.k}
+        retrieve(config, self.out / "retrieved", device=self.device, progress=self.progress)
+
+    def crm(self, name: str, model: str, **options: Any) -> None:
+        """Train a classical model in the folder `name`; `options` are fields of `CRMConfig`."""
+        config = CRMConfig(model=model, epochs=self.config.crm_epochs, **options)
+        if not runs.is_claimed(self.out / name, asdict(config)):
+            device = str(resolve_device(self.device))
+            train_crm(Dataset.load(self.data), self.out / name, config, device=device)
+
+    def zero_shot(self, name: str, method: str, k: int) -> None:
+        """Score the untrained model on the test samples; the folder `name`/test gets the result."""
+        config = self._train_config(k=k, prompts=METHODS[method].prompts)
+        evaluate_zero_shot(config, self.out / name / "test", **self._scoring())
+
+    def train(
+        self, name: str, method: str, *, k: int, shots: int, seed: int, start: str = "", crm: str = ""
+    ) -> None:
+        """Train in the folder `name` and score it as `zero_shot` does.
+
+        Args:
+            start: folder of the run that a method of stage 2 continues.
+            crm: folder of the classical model that it reads.
+        """
+        what, config = METHODS[method], self.config
+        options: dict[str, Any] = {"epochs": config.epochs, "lr": config.lr}
+        if what.stage == "2":
+            options = {"epochs": config.epochs2, "lr": config.lr2, "stage": "2"}
+            options |= {"start": self._path(start), "crm": self._path(crm)}
+        options |= {"k": k, "shots": shots, "seed": seed, "prompts": what.prompts, **what.options}
+        train(self._train_config(**options), self.out / name, device=self.device, progress=self.progress)
+        evaluate(self.out / name, **self._scoring())
+
+    def _train_config(self, **options: Any) -> TrainConfig:
+        assert self.model is not None, "the first step sets it"
+        return TrainConfig(
+            data=str(self.data),
+            model=self.model,
+            retrieved=self._path("retrieved"),
+            validation_samples=self.config.validation_samples,
+            batch_size=self.config.batch_size,
+            **options,
+        )
+
+    def _scoring(self) -> dict[str, Any]:
+        return {
+            "samples": self.config.test_samples,
+            "seed": TEST_SEED,
+            "device": self.device,
+            "progress": self.progress,
+        }
+
+    def _path(self, name: str) -> str:
+        return str(self.out / name)

@@ -1,0 +1,59 @@
+"""The methods that a comparison has, from the untrained model to ReLLaX, as training options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from rellax.errors import InputError
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to use the language model.
+
+    Attributes:
+        title: for tables and legends.
+        prompts: which behaviours it reads.
+        stage: None is the untrained model; "2" continues from the run of `start`.
+        start: the method whose adapter it begins with.
+        options: fields of `TrainConfig` that make it what it is.
+    """
+
+    title: str
+    prompts: str
+    stage: str | None = None
+    start: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def _on_rella(title: str, **options: Any) -> Method:
+    return Method(title, "retrieved", "2", "rella", options)
+
+
+METHODS = {
+    "zero-shot-recent": Method("Zero-shot LLM, K most recent", "recent"),
+    "zero-shot-retrieved": Method("Zero-shot LLM, K retrieved (SUBR)", "retrieved"),
+    "lora-recent": Method("LoRA on recent prompts", "recent", "1"),
+    "lora-retrieved": Method("LoRA on retrieved prompts", "retrieved", "1"),
+    "rella": Method("LoRA on the mixture (ReLLa)", "mixture", "1"),
+    "rella-spa": _on_rella("ReLLa + SPA", soft_prompt=True),
+    "rella-cflora-diagonal": _on_rella("ReLLa + CFLoRA, diagonal", interaction="diagonal"),
+    "rella-cflora": _on_rella("ReLLa + CFLoRA", interaction="full"),
+    "rellax": _on_rella("ReLLa + SPA + CFLoRA (ReLLaX)", soft_prompt=True, interaction="full"),
+}
+
+
+def with_starts(names: Iterable[str]) -> list[str]:
+    """The named methods and those that they begin with, in the order of `METHODS`.
+
+    Raises:
+        InputError: no such method.
+    """
+    wanted: set[str] = set()
+    for name in names:
+        if name not in METHODS:
+            raise InputError(f"methods: expected some of {', '.join(METHODS)}, got {name!r}")
+        wanted |= {name, METHODS[name].start or name}
+    return [name for name in METHODS if name in wanted]
