@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rellax import __version__
-from rellax.ctr.config import DATASETS, INTERACTIONS, PACKING, PROMPTS, STAGES, DemoConfig, TrainConfig
+from rellax.ctr.config import (
+    CRM_SAMPLES,
+    DATASETS,
+    INTERACTIONS,
+    PACKING,
+    PROMPTS,
+    STAGES,
+    DemoConfig,
+    StudyConfig,
+    TrainConfig,
+)
 from rellax.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,6 +38,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "packing": PACKING,
     "dtype": ("auto", "float32", "bfloat16"),
     "device": ("auto", "cpu", "cuda"),
+    "crm_samples": CRM_SAMPLES,
 }
 _TRAIN_HELP = {
     "stage": "1: LoRA; 2: gates and soft-prompt projector over frozen LoRA; joint: all at once",
@@ -74,6 +85,17 @@ _DEMO_HELP = {
 }
 
 
+_STUDY_HELP = _DEMO_HELP | {
+    "shots": "axis of the grid: training samples",
+    "k": "axis of the grid: behaviours in a prompt",
+    "seeds": "axis of the grid: of samples, their order, initial values and dropout",
+    "methods": "axis of the grid; what one builds on is run as well",
+    "crms": "classical models beside them, on the same shots and on all training samples",
+    "data": "folder of `rellax prepare` (default: MovieLens-100K)",
+    "crm": "classical model that gates and soft prompts read",
+    "crm_samples": "what that one is trained on: all training samples, all but the shots, or the shots",
+}
+_STUDY_HELP = {name: text for name, text in _STUDY_HELP.items() if name not in ("few_shot_crm", "seed")}
 _MACHINE_SAYS_NO = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -83,7 +105,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, False, argparse.SUPPRESS):
             return action.help
-        default = " ".join(action.default) if isinstance(action.default, tuple) else action.default
+        default = " ".join(map(str, action.default)) if isinstance(action.default, tuple) else action.default
         return f"{action.help} (default: {default})"
 
 
@@ -214,6 +236,16 @@ def _demo(options: argparse.Namespace) -> None:
     print(f"\nThe report is {options.out / 'report.md'}")
 
 
+def _reproduce(options: argparse.Namespace) -> None:
+    from rellax.ctr.study import reproduce
+
+    config = StudyConfig(**{name: getattr(options, name) for name in _STUDY_HELP})
+    only = "plan" if options.plan else "report" if options.report else None
+    print(reproduce(config, options.out, device=options.device, only=only))
+    if only != "plan":
+        print(f"The report is {options.out / 'report.md'}")
+
+
 def _train_config(options: argparse.Namespace, **more: Any) -> TrainConfig:
     values = {name: getattr(options, name) for name in _TRAIN_HELP if hasattr(options, name)} | more
     prompts = values.get("prompts", TrainConfig.prompts)
@@ -270,6 +302,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything")
     _add_fields(demo, DemoConfig, _DEMO_HELP)
+
+    reproduce = _command(
+        commands,
+        "reproduce",
+        _reproduce,
+        "run the study: methods x K x shots x seeds; a stopped one goes on",
+        "rellax reproduce --plan\n"
+        "rellax reproduce --k 5 10 30 --shots 256 1024 --seeds 0\n"
+        "rellax reproduce --data runs/ml-1m/data --model Qwen/Qwen3-0.6B --out runs/study-ml-1m",
+    )
+    reproduce.add_argument("--out", type=Path, default=Path("runs/study"), help="folder for everything")
+    only = reproduce.add_mutually_exclusive_group()
+    only.add_argument("--plan", action="store_true", help="say how long the grid takes here, run none of it")
+    only.add_argument("--report", action="store_true", help="report on what is finished, run nothing")
+    _add_fields(reproduce, StudyConfig, _STUDY_HELP)
 
     prepare = _command(
         commands,
@@ -370,7 +417,7 @@ def _command(commands: Any, name: str, run: Any, summary: str, examples: str) ->
     if name in ("embed", "retrieve"):
         parser.add_argument("--ray", action="store_true", help="on the cluster of Ray that RAY_ADDRESS names")
         parser.add_argument("--workers", type=int, help="with --ray (default: one for each GPU, or node)")
-    if name != "demo":
+    if name not in ("demo", "reproduce"):
         parser.add_argument("--work", type=Path, default=_WORK, help="work folder, where all folders are")
     if name in ("embed", "train", "evaluate"):
         parser.add_argument("--model", help="folder or hub name (default: SmolLM2-135M-Instruct, fetched)")
@@ -391,7 +438,8 @@ def _add_fields(
         if annotation == "bool":
             options["action"] = "store_true"
         elif annotation.startswith("tuple"):
-            options |= {"nargs": "+", "metavar": "NAME"}
+            kind = annotation.removeprefix("tuple[").split(",")[0]
+            options |= {"nargs": "+", "type": types[kind], "metavar": "N" if kind == "int" else "NAME"}
         else:
             options |= {"type": types[annotation], "choices": _CHOICES.get(field.name)}
         parser.add_argument(f"--{field.name.replace('_', '-')}", **options)

@@ -1,0 +1,291 @@
+"""The study: methods x K x shots x seeds beside classical models, all on the same test samples, resumable."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from time import monotonic
+
+import numpy as np
+import torch
+
+from rellax._files import read_json, write_json
+from rellax.ctr import runs
+from rellax.ctr.config import StudyConfig, TrainConfig
+from rellax.ctr.crm import MODELS
+from rellax.ctr.dataset import Dataset
+from rellax.ctr.evaluate import predict_probabilities
+from rellax.ctr.lab import TEST_SEED, Lab, Step, duration, run_steps
+from rellax.ctr.llm import load_tokenizer, resolve_device
+from rellax.ctr.methods import METHODS, with_starts
+from rellax.ctr.prompts import PromptBuilder, recent
+from rellax.ctr.study_report import write
+from rellax.ctr.study_results import Finished, Scored
+from rellax.ctr.task import Task, load_inputs
+from rellax.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+_AXES = ("methods", "crms", "k", "shots", "seeds")
+_RETRIEVED = 30  # at least, so that a larger K can be added later
+# What is assumed before anything has been run: training a prompt takes three times its forward pass, ...
+_TRAIN_COST = 3.0
+_RUN_SECONDS = 10.0  # ... each run this long for loading and writing,
+_CRM_SECONDS = (3.0, 4e-4)  # and a classical model this long, and more for each sample it is trained on.
+_TIMED_PROMPTS = 48
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid.
+
+    Attributes:
+        method: a name in `METHODS`, or of a classical model.
+        k: behaviours in a prompt; None for a classical model.
+        shots: training samples; 0 for the untrained model, None where a classical model is trained on all.
+        seed: None for the untrained model, which has nothing random.
+        hold_out: training samples that a classical model for gates leaves out.
+    """
+
+    method: str
+    k: int | None = None
+    shots: int | None = 0
+    seed: int | None = None
+    hold_out: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Its folder: "rella-k10-n256-s0", "din-all-s0", "zero-shot-recent-k10"."""
+        parts = [self.method.lower()]
+        if self.k is not None:
+            parts.append(f"k{self.k}")
+        if self.hold_out is not None:
+            parts.append(f"without{self.hold_out}")
+        elif self.shots != 0:
+            parts.append("all" if self.shots is None else f"n{self.shots}")
+        return "-".join(parts if self.seed is None else [*parts, f"s{self.seed}"])
+
+    @property
+    def title(self) -> str:
+        parts = [METHODS[self.method].title if self.method in METHODS else self.method]
+        if self.k is not None:
+            parts.append(f"K = {self.k}")
+        if self.hold_out is not None:
+            parts.append(f"all but {self.hold_out:,} samples")
+        elif self.shots != 0:
+            parts.append("all samples" if self.shots is None else f"{self.shots:,} shots")
+        return ", ".join(parts if self.seed is None else [*parts, f"seed {self.seed}"])
+
+    @property
+    def result(self) -> str:
+        """Where, in the study's folder, its predictions are once it is finished."""
+        return f"{self.name}/{'test/' if self.method in METHODS else ''}predictions.parquet"
+
+
+def reproduce(
+    config: StudyConfig,
+    out: str | Path,
+    *,
+    device: str = "auto",
+    progress: bool = True,
+    only: str | None = None,
+) -> str:
+    """Run the grid, what is finished in `out` apart, and return the report as Markdown.
+
+    `out` gets a folder for each run, and report.md, results.csv and figures of all finished runs of the grid.
+    A larger grid of the same settings goes on in the same folder.
+
+    Args:
+        only: "plan" prepares the data, measures this machine and returns how long the grid would take;
+            "report" writes the report of what is finished; neither runs any of the grid.
+
+    Raises:
+        InputError: no such method or classical model, no network at the first run, `out` holds a study of
+            other settings, or nothing is finished to report on.
+    """
+    study = _Study(config, Path(out), device, progress)
+    study.claim()
+    if only != "report":
+        study.prepare()
+        plan = study.plan()
+        if only == "plan":
+            return plan
+        logger.info("%s", plan)
+        study.run()
+    return study.report()
+
+
+def cells(config: StudyConfig) -> list[Cell]:
+    """All runs of the grid, each after those that it builds on; small ones and the first seed come first."""
+    unknown = [name for name in (*config.crms, config.crm) if name not in MODELS]
+    if unknown:
+        raise InputError(f"crms: expected some of {', '.join(MODELS)}, got {unknown[0]!r}")
+    methods = with_starts(config.methods)
+    found = [Cell(method, k) for method in methods for k in config.k if METHODS[method].stage is None]
+    for seed in config.seeds:
+        found += [Cell(name, None, None, seed) for name in config.crms]
+        for shots in sorted(config.shots):
+            found += [Cell(name, None, shots, seed) for name in config.crms]
+            for k in config.k:
+                for method in methods:
+                    if METHODS[method].stage == "2":
+                        found.append(gates_crm(config, shots, seed))
+                    if METHODS[method].stage is not None:
+                        found.append(Cell(method, k, shots, seed))
+    return list(dict.fromkeys(found))
+
+
+def gates_crm(config: StudyConfig, shots: int, seed: int) -> Cell:
+    """The classical model that gates and soft prompts read."""
+    if config.crm_samples == "held-out":
+        return Cell(config.crm, None, None, seed, hold_out=shots)
+    return Cell(config.crm, None, shots if config.crm_samples == "shots" else None, seed)
+
+
+class _Study:
+    def __init__(self, config: StudyConfig, out: Path, device: str, progress: bool) -> None:
+        self.config, self.out, self.device, self.progress = config, out, device, progress
+        self.cells = cells(config)
+        k = max(_RETRIEVED, *config.k)
+        self.lab = Lab(config, out, k=k, device=device, progress=progress, data=config.data)
+
+    def claim(self) -> None:
+        settings = {name: value for name, value in asdict(self.config).items() if name not in _AXES}
+        if not runs.is_claimed(self.out, settings):
+            write_json(self.out / "config.json", settings)
+            write_json(self.out / "environment.json", runs.environment())
+
+    def prepare(self) -> None:
+        for step in (self.lab.prepare, self.lab.embed, self.lab.retrieve):
+            step()
+        self.dataset = Dataset.load(self.lab.data)
+        self.tokens = {k: self._tokens(k) for k in self.config.k}
+        self.speed = self._speed()
+
+    def plan(self) -> str:
+        """How much of the grid is done, and how long the rest will take, by method."""
+        left = [cell for cell in self.cells if not self._is_finished(cell)]
+        seconds = sum(map(self._seconds, left)) * self._correction()
+        lines = ["| runs | finished | of | time left |", "|---|---|---|---|"]
+        for method in dict.fromkeys(cell.method for cell in self.cells):
+            of = [cell for cell in self.cells if cell.method == method]
+            todo = [cell for cell in of if not self._is_finished(cell)]
+            time = duration(sum(map(self._seconds, todo)) * self._correction()) if todo else "-"
+            title = METHODS[method].title if method in METHODS else method
+            lines.append(f"| {title} | {len(of) - len(todo)} | {len(of)} | {time} |")
+        done = len(self.cells) - len(left)
+        rest = f"about {duration(seconds)} left on this machine" if left else "nothing left to run"
+        return "\n".join([*lines, "", f"{done} of {len(self.cells)} runs are finished, {rest}."])
+
+    def run(self) -> None:
+        left = [cell for cell in self.cells if not self._is_finished(cell)]
+        correction = self._correction()
+        steps = [
+            Step(cell.title, self._seconds(cell) * correction, partial(self._run, cell)) for cell in left
+        ]
+        done = len(self.cells) - len(left)
+        run_steps(steps, self.out / "steps.json", done=done, seconds_per_cost=1.0)
+
+    def report(self) -> str:
+        dataset = Dataset.load(self.lab.data)
+        chosen = dataset.choose("test", self.config.test_samples, TEST_SEED)
+        samples = dataset.samples
+        test = Scored(chosen, samples.label[chosen], samples.user[chosen], samples.position[chosen])
+        finished = list(self._finished(test))
+        if not finished:
+            raise InputError(f"{self.out}: expected a finished run of the grid, found none")
+        return write(self.out, self.config, dataset, test, finished, len(self.cells))
+
+    def _finished(self, test: Scored) -> Iterator[Finished]:
+        for cell in self.cells:
+            if self._is_finished(cell) and cell.hold_out is None:
+                yield Finished.read(self.out, cell, test)
+
+    def _is_finished(self, cell: Cell) -> bool:
+        return (self.out / cell.result).exists()
+
+    def _run(self, cell: Cell) -> None:
+        lab, config = self.lab, self.config
+        if cell.method not in METHODS:
+            lab.crm(cell.name, cell.method, shots=cell.shots, hold_out=cell.hold_out, seed=cell.seed)
+            return
+        assert cell.k is not None, "a prompt has behaviours"
+        if METHODS[cell.method].stage is None:
+            lab.zero_shot(cell.name, cell.method, cell.k)
+            return
+        assert cell.shots is not None, "`cells` gives shots to what is trained, "
+        assert cell.seed is not None, "and a seed"
+        start = METHODS[cell.method].start
+        lab.train(
+            cell.name,
+            cell.method,
+            k=cell.k,
+            shots=cell.shots,
+            seed=cell.seed,
+            start="" if start is None else Cell(start, cell.k, cell.shots, cell.seed).name,
+            crm=gates_crm(config, cell.shots, cell.seed).name,
+        )
+
+    def _seconds(self, cell: Cell) -> float:
+        """What a run is thought to take."""
+        config, train = self.config, len(self.dataset.indices("train"))
+        if cell.method not in METHODS:
+            shots = train - (cell.hold_out or 0) if cell.shots is None else cell.shots
+            return _CRM_SECONDS[0] + _CRM_SECONDS[1] * shots
+        assert cell.k is not None, "a prompt has behaviours"
+        method = METHODS[cell.method]
+        prompts = float(self._count("test", config.test_samples))
+        if method.stage is not None:
+            epochs = config.epochs if method.stage == "1" else config.epochs2
+            seen = (cell.shots or 0) * (2 if method.prompts == "mixture" else 1)
+            validation = self._count("valid", config.validation_samples)
+            prompts += epochs * (_TRAIN_COST * seen + validation)
+        return _RUN_SECONDS + prompts * self.tokens[cell.k] / self.speed
+
+    def _count(self, split: str, n: int | None) -> int:
+        return len(self.dataset.indices(split)) if n is None else n
+
+    def _correction(self) -> float:
+        """How much longer the finished runs took than was thought."""
+        path = self.out / "steps.json"
+        times = read_json(path) if path.exists() else {}
+        known = [cell for cell in self.cells if cell.title in times and self._is_finished(cell)]
+        if not known:
+            return 1.0
+        took = sum(times[cell.title]["seconds"] for cell in known)
+        return float(took / sum(map(self._seconds, known)))
+
+    def _tokens(self, k: int) -> float:
+        """Mean tokens of a prompt."""
+        chosen = self._some("test", 500)
+        prompts = PromptBuilder(
+            load_tokenizer(self._model()), self.dataset, k=k, max_tokens=TrainConfig.max_tokens
+        )
+        return float(prompts.lengths(chosen, recent(self.dataset.samples.position[chosen], k)).mean())
+
+    def _speed(self) -> float:
+        """Tokens scored in a second by this machine, measured once for each number of threads and device."""
+        path, where = self.out / "speed.json", resolve_device(self.device)
+        key = f"{where.type}, {torch.get_num_threads()} threads"
+        known: dict[str, float] = read_json(path) if path.exists() else {}
+        if key not in known:
+            k = sorted(self.config.k)[len(self.config.k) // 2]
+            config = TrainConfig(data=str(self.lab.data), model=self._model(), prompts="recent", k=k)
+            task = Task(config, load_inputs(config), device=where)
+            examples = task.examples(self._some("test", _TIMED_PROMPTS), "recent")
+            predict_probabilities(task.model, task.collator, examples[:4])  # the first one is slower
+            started = monotonic()
+            predict_probabilities(task.model, task.collator, examples)
+            known[key] = float(examples.lengths().sum()) / (monotonic() - started)
+            write_json(path, known)
+        return known[key]
+
+    def _some(self, split: str, n: int) -> np.ndarray:
+        return self.dataset.choose(split, min(n, len(self.dataset.indices(split))), TEST_SEED)
+
+    def _model(self) -> str:
+        assert self.lab.model is not None, "`prepare` sets it"
+        return self.lab.model

@@ -1,0 +1,157 @@
+"""What the runs of a study found: read from their folders, and put together over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from rellax._files import read_json
+from rellax.ctr import metrics
+from rellax.ctr.methods import METHODS
+from rellax.errors import InputError
+
+if TYPE_CHECKING:
+    from rellax.ctr.study import Cell
+
+METRICS = {"auc": "AUC", "log_loss": "LogLoss", "acc": "ACC", "gauc": "GAUC", "ece": "ECE"}
+HISTORY_BINS = (0, 20, 50, 100, 200)  # lower bounds of earlier behaviours
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The test samples of all runs: rows, labels, users and numbers of earlier behaviours, each (n,)."""
+
+    rows: np.ndarray
+    labels: np.ndarray
+    users: np.ndarray
+    histories: np.ndarray
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run's probabilities (n,) of the test samples, and its AUC on the validation samples if it has one."""
+
+    cell: Cell
+    probabilities: np.ndarray
+    validation: float | None
+
+    @classmethod
+    def read(cls, out: Path, cell: Cell, test: Scored) -> Finished:
+        table = pq.read_table(out / cell.result)
+        samples, probabilities = table["sample"].to_numpy(), table["probability"].to_numpy()
+        if cell.method in METHODS:
+            validation = None
+            if METHODS[cell.method].stage is not None:
+                validation = read_json(out / cell.name / "metrics.json")["validation"]["auc"]
+        else:  # has predicted all samples
+            samples, probabilities = samples[test.rows], probabilities[test.rows]
+            validation = read_json(out / cell.name / "metrics.json")["valid"]["auc"]
+        if not np.array_equal(samples, test.rows):
+            raise InputError(
+                f"{out / cell.result}: expected predictions of the study's {len(test.rows)} test samples, "
+                f"found others ({len(samples)})"
+            )
+        return cls(cell, probabilities, validation)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One method at one K and number of shots: all its seeds.
+
+    Attributes:
+        probabilities: (seeds, n).
+        metrics: mean and standard deviation over the seeds.
+        validation: mean AUC on the validation samples; None for an untrained model.
+    """
+
+    method: str
+    k: int | None
+    shots: int | None
+    probabilities: np.ndarray
+    metrics: dict[str, tuple[float, float] | None]
+    validation: float | None
+
+    @property
+    def title(self) -> str:
+        if self.method in METHODS:
+            return METHODS[self.method].title
+        return f"{self.method}, {'all training samples' if self.shots is None else 'same shots'}"
+
+    def show(self, name: str) -> str:
+        value = self.metrics[name]
+        if value is None:
+            return "-"
+        return f"{value[0]:.3f}" + (f" ± {value[1]:.3f}" if len(self.probabilities) > 1 else "")
+
+    @property
+    def auc(self) -> float:
+        value = self.metrics["auc"]
+        return float("nan") if value is None else value[0]
+
+
+class Results:
+    """All results of a study, found by method, K and shots."""
+
+    def __init__(self, finished: Sequence[Finished], test: Scored) -> None:
+        self.test = test
+        groups: dict[tuple[str, int | None, int | None], list[Finished]] = {}
+        for run in finished:
+            groups.setdefault((run.cell.method, run.cell.k, run.cell.shots), []).append(run)
+        self.all = {key: self._result(key, runs) for key, runs in groups.items()}
+
+    def get(self, method: str, k: int | None, shots: int | None) -> Result | None:
+        """An untrained model has no shots, and is found for any number of them; a classical one has no K."""
+        if method not in METHODS:
+            k = None
+        elif METHODS[method].stage is None:
+            shots = 0
+        return self.all.get((method, k, shots))
+
+    def axis(self, index: int) -> list[int]:
+        """The values of K (1) or shots (2) that trained methods have."""
+        return sorted({key[index] for key in self.all if key[0] in METHODS and key[index]})  # type: ignore[misc]
+
+    def best_classical(self, shots: int | None) -> Result | None:
+        """The classical model on so many samples with the highest AUC on the validation samples."""
+        found = [r for (method, _, n), r in self.all.items() if method not in METHODS and n == shots]
+        return max(found, key=lambda result: result.validation or 0.0, default=None)
+
+    def compare(self, a: Result, b: Result) -> dict[str, Any]:
+        return metrics.paired_bootstrap(self.test.labels, a.probabilities, b.probabilities)
+
+    def by_history(self, result: Result) -> list[tuple[int, float | None]]:
+        """Number of samples and mean AUC in each bin of history lengths."""
+        bins = np.searchsorted(HISTORY_BINS, self.test.histories, side="right") - 1
+        found: list[tuple[int, float | None]] = []
+        for number in range(len(HISTORY_BINS)):
+            rows = bins == number
+            labels = self.test.labels[rows]
+            aucs = [
+                metrics.evaluate(labels, p[rows], bootstrap=0)["auc"]
+                for p in result.probabilities
+                if len(labels)
+            ]
+            known = [auc for auc in aucs if auc is not None]
+            found.append((int(rows.sum()), float(np.mean(known)) if known else None))
+        return found
+
+    def _result(self, key: tuple[str, int | None, int | None], runs: list[Finished]) -> Result:
+        each = [
+            metrics.evaluate(self.test.labels, run.probabilities, self.test.users, bootstrap=0)
+            for run in runs
+        ]
+        spread: dict[str, tuple[float, float] | None] = {}
+        for name in METRICS:
+            values = [one[name] for one in each]
+            spread[name] = None
+            if None not in values:
+                deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+                spread[name] = (float(np.mean(values)), deviation)
+        scores = [run.validation for run in runs if run.validation is not None]
+        validation = float(np.mean(scores)) if scores else None
+        return Result(*key, np.stack([run.probabilities for run in runs]), spread, validation)

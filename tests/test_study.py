@@ -1,0 +1,208 @@
+"""The study in small: the grid and its order, resuming, growing, and a report that follows from numbers."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+from workspace import Workspace
+
+from rellax.ctr import lab, study_report
+from rellax.ctr.config import StudyConfig
+from rellax.ctr.lab import duration
+from rellax.ctr.study import Cell, cells, reproduce
+from rellax.ctr.study_results import Finished, Results, Scored
+from rellax.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def config(workspace: Workspace) -> StudyConfig:
+    return StudyConfig(
+        model=str(workspace.model),
+        data=str(workspace.data),
+        test_samples=11,
+        validation_samples=12,
+        batch_size=4,
+        crm_epochs=1,
+        methods=("zero-shot-recent", "zero-shot-retrieved", "lora-recent", "rellax"),
+        crms=("DIN", "DeepFM"),
+        crm="DIN",
+        k=(2, 3),
+        shots=(6,),
+        seeds=(0, 1),
+    )
+
+
+def test_the_grid() -> None:
+    config = StudyConfig(methods=("rellax",), crms=("SIM",), k=(5,), shots=(512, 256), seeds=(0, 1))
+    names = [cell.name for cell in cells(config)]
+    one = ["sim-n{0}-s{1}", "rella-k5-n{0}-s{1}", "rellax-k5-n{0}-s{1}"]
+    expected = [
+        name.format(shots, seed)
+        for seed in (0, 1)
+        for name, shots in [("sim-all-s{1}", 0), *((name, n) for n in (256, 512) for name in one)]
+    ]
+    assert names == expected
+    held_out = cells(dataclasses.replace(config, crm_samples="held-out", seeds=(0,), shots=(256,)))
+    assert [cell.name for cell in held_out] == [
+        "sim-all-s0",
+        "sim-n256-s0",
+        "rella-k5-n256-s0",
+        "sim-without256-s0",
+        "rellax-k5-n256-s0",
+    ]
+    assert [cell.title for cell in held_out][-2:] == [
+        "SIM, all but 256 samples, seed 0",
+        "ReLLa + SPA + CFLoRA (ReLLaX), K = 5, 256 shots, seed 0",
+    ]
+    assert len(cells(StudyConfig())) == 2 * 5 + 3 * 6 + 6 * (6 * 3) + 7 * 5 * 6 * 3
+    assert Cell("zero-shot-recent", 10).result == "zero-shot-recent-k10/test/predictions.parquet"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"methods": ("lora",)}, "methods: expected some of zero-shot-recent, .*, got 'lora'"),
+        ({"crms": ("GRU",)}, "crms: expected some of DIN, .*, got 'GRU'"),
+        ({"k": (5, 5)}, "k: expected distinct numbers of at least 1, got 5, 5"),
+        ({"shots": ()}, "shots: expected distinct numbers of at least 1, got none"),
+        ({"crm_samples": "some"}, "crm_samples: expected one of all, held-out, shots, got 'some'"),
+    ],
+    ids=["methods", "crms", "k", "shots", "crm_samples"],
+)
+def test_bad_config(options: dict, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        cells(StudyConfig(**options))
+
+
+def test_stopped_resumed_grown_and_reported(
+    config: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="rellax")
+    small = dataclasses.replace(config, seeds=(0,))
+    plan = reproduce(small, tmp_path / "study", progress=False, only="plan")
+    assert "| Zero-shot LLM, K most recent | 0 | 2 | 1 min |" in plan
+    assert "0 of 14 runs are finished, about 2 min left on this machine." in plan
+    with pytest.raises(InputError, match="expected a finished run of the grid, found none"):
+        reproduce(small, tmp_path / "study", only="report")
+
+    # Stopped at the first training run: what there is can be looked at, and is not made again.
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lab, "evaluate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            reproduce(small, tmp_path / "study", progress=False)
+    report = reproduce(small, tmp_path / "study", only="report")
+    assert "**6 of 14 runs of the grid are not finished yet.**" in report
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "study").glob("*/**/predictions.parquet")}
+    caplog.clear()
+    report = reproduce(small, tmp_path / "study", progress=False)
+    assert "[9/14]" in caplog.text
+    assert "[14/14]" in caplog.text
+    assert all(path.stat().st_mtime_ns == time for path, time in made.items())
+    assert (tmp_path / "study" / "report.md").read_text() == report
+    assert "not finished" not in report
+    for name in ("auc-by-k.png",):
+        assert (tmp_path / "study" / name).read_bytes().startswith(b"\x89PNG")
+
+    # A second seed only adds its own runs; other settings are refused.
+    assert "14 of 24 runs are finished" in reproduce(config, tmp_path / "study", progress=False, only="plan")
+    grown = reproduce(config, tmp_path / "study", progress=False)
+    assert " ± " in grown
+    with (tmp_path / "study" / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 24
+    assert {row["seed"] for row in rows} == {"", "0", "1"}
+    assert all(0 <= float(row["auc"]) <= 1 for row in rows)
+    assert all(bool(row["validation_auc"]) != row["method"].startswith("zero") for row in rows)
+    with pytest.raises(InputError, match=r"holds a run with batch_size = 4, expected 5"):
+        reproduce(dataclasses.replace(config, batch_size=5), tmp_path / "study", progress=False)
+
+
+def finished(
+    test: Scored, method: str, k: int | None, shots: int | None, strength: float, *, seeds: int = 2
+) -> list[Finished]:
+    """Runs whose scores hold `strength` times the label beside noise; their validation AUC is `strength`."""
+    found = []
+    for seed in range(seeds):
+        noise = np.random.default_rng((seed, k or 0, shots or 0)).normal(size=len(test.rows))
+        probabilities = 1 / (1 + np.exp(-(noise + strength * (test.labels - 0.5))))
+        found.append(Finished(Cell(method, k, shots, seed), probabilities, strength))
+    return found
+
+
+def scored(n: int = 400) -> Scored:
+    rng = np.random.default_rng(1)
+    return Scored(np.arange(n), rng.integers(0, 2, n), rng.integers(0, 30, n), rng.integers(5, 300, n))
+
+
+def test_results_are_means_over_seeds() -> None:
+    test = scored()
+    runs = finished(test, "rella", 5, 256, 1.0, seeds=3)
+    results = Results(runs, test)
+    result = results.get("rella", 5, 256)
+    assert result is not None
+    aucs = [roc_auc_score(test.labels, run.probabilities) for run in runs]
+    assert result.metrics["auc"] == pytest.approx((np.mean(aucs), np.std(aucs, ddof=1)))
+    assert result.show("auc") == f"{np.mean(aucs):.3f} ± {np.std(aucs, ddof=1):.3f}"
+    counts, means = zip(*results.by_history(result), strict=True)
+    assert sum(counts) == 400
+    middle = (test.histories >= 50) & (test.histories < 100)
+    expected = np.mean([roc_auc_score(test.labels[middle], run.probabilities[middle]) for run in runs])
+    assert (counts[2], means[2]) == (middle.sum(), pytest.approx(expected))
+    assert results.get("rella", 10, 256) is None
+
+
+def test_the_best_classical_model_is_chosen_on_validation_samples() -> None:
+    test = scored()
+    runs = finished(test, "DIN", None, None, 0.5) + finished(test, "SIM", None, None, 2.0)
+    runs = [dataclasses.replace(run, validation=1 - run.validation / 4) for run in runs]
+    best = Results(runs, test).best_classical(None)
+    assert best is not None
+    assert best.method == "DIN"  # although the other is better on the test samples
+    assert Results(runs, test).best_classical(256) is None
+
+
+def verdicts(results: Results) -> list[str]:
+    table = study_report._targets(results).splitlines()[4:]
+    return [line.split(" | ")[1] for line in table]
+
+
+def test_targets_follow_from_the_numbers() -> None:
+    test = scored()
+    strengths = {"zero-shot-recent": 0.2, "zero-shot-retrieved": 0.6, "lora-recent": 0.8}
+    strengths |= {"lora-retrieved": 1.2, "rella": 1.6, "rellax": 2.4}
+    runs = []
+    for method, strength in strengths.items():
+        for k in (5, 10, 30):
+            shots = 0 if method.startswith("zero") else 256
+            runs += finished(test, method, k, shots, strength, seeds=2 if shots else 1)
+    runs += finished(test, "DIN", None, None, 1.8)
+    assert verdicts(Results(runs, test)) == ["met"] * 6
+
+    # One K at which retrieval is behind, long histories that harm, a stronger classical model: missed.
+    others = [run for run in runs if (run.cell.method, run.cell.k) != ("lora-retrieved", 30)]
+    others += finished(test, "lora-retrieved", 30, 256, 0.3)
+    others = [run for run in others if (run.cell.method, run.cell.k) != ("rellax", 30)]
+    others += finished(test, "rellax", 30, 256, 0.5) + finished(test, "SIM", None, None, 4.0)
+    assert verdicts(Results(others, test)) == ["met", "missed", "missed", "met", "met", "missed"]
+    assert verdicts(Results(finished(test, "DIN", None, None, 1.0), test)) == ["not run"] * 6
+
+    # The same strength is no evidence.
+    even = [run for run in runs if run.cell.method != "rellax"]
+    even += [run for k in (5, 10, 30) for run in finished(test, "rellax", k, 256, 1.6)]
+    assert verdicts(Results(even, test))[3] == "missed"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(2, "1 min"), (600, "10 min"), (7800, "2 h 10 min"), (270000, "3 days 3 h")],
+)
+def test_durations_as_people_say_them(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
