@@ -233,25 +233,6 @@ def test_resume_after_sigkill(workspace: Workspace, tmp_path: Path) -> None:
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_a_damaged_checkpoint_is_an_error(
-    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stop(self: runs.Log, **entry: Any) -> None:
-        if entry["step"] == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runs.Log, "append", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(workspace.config(), tmp_path / "run", progress=False)
-    path = tmp_path / "run" / "checkpoints" / "last.pt"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(InputError, match=r"last.pt: expected a checkpoint, but it is damaged"):
-        train(workspace.config(), tmp_path / "run", progress=False)
-    train(workspace.config(), tmp_path / "run", progress=False, redo=True)
-    assert (tmp_path / "run" / "metrics.json").exists()
-
-
 def test_a_finished_run_is_read_and_another_refused(
     stage_1: Path, workspace: Workspace, tmp_path: Path
 ) -> None:

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rellax import __version__
-from rellax.ctr.config import DATASETS, INTERACTIONS, PACKING, PROMPTS, STAGES, DemoConfig, TrainConfig
+from rellax.ctr.config import (
+    DATASETS,
+    INTERACTIONS,
+    PACKING,
+    PROMPTS,
+    SCHEDULES,
+    STAGES,
+    DemoConfig,
+    TrainConfig,
+)
 from rellax.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,6 +35,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "loss": ("choice", "vocab"),
     "select": ("auc", "log_loss"),
     "packing": PACKING,
+    "schedule": SCHEDULES,
     "dtype": ("auto", "float32", "bfloat16"),
     "device": ("auto", "cpu", "cuda"),
 }
@@ -41,7 +51,9 @@ _TRAIN_HELP = {
     "lr": "peak learning rate (default: the stage's own)",
     "batch_size": "prompts in a step",
     "micro_batch_size": "prompts at once, at most",
+    "schedule": "of the learning rate after its rise",
     "warmup": "fraction of the steps in which the learning rate rises",
+    "weight_decay": "of AdamW, on all that is trained but biases and norms",
     "loss": "over the two answers or the whole vocabulary",
     "r": "rank of LoRA",
     "alpha": "LoRA is scaled by alpha / r",
@@ -50,7 +62,9 @@ _TRAIN_HELP = {
     "validation_samples": "random validation samples",
     "validate_every": "steps between validations (default: an epoch)",
     "select": "validation metric that chooses the step that is kept",
+    "patience": "validations without a better one after which the run ends (default: all epochs)",
     "checkpoint_every": "steps between checkpoints",
+    "gradient_checkpointing": "less memory for more time: each layer is computed again in the backward pass",
     "packing": "a batch's prompts one after another, not padded; auto: where that is no slower",
     "dtype": "of the frozen weights; auto: bfloat16 where the hardware has it",
     "seed": "of samples, their order, initial values and dropout",
@@ -74,7 +88,7 @@ _DEMO_HELP = {
 }
 
 
-_MACHINE_SAYS_NO = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+_MACHINE_SAYS_NO = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -170,7 +184,13 @@ def _train(options: argparse.Namespace) -> None:
 
     folder = options.work / options.name
     start = None if options.start is None else str(options.work / options.start)
-    result = train(_train_config(options, start=start), folder, device=options.device, redo=options.redo)
+    result = train(
+        _train_config(options, start=start),
+        folder,
+        fsdp=options.fsdp,
+        tensorboard=options.tensorboard,
+        **_run_options(options),
+    )
     print(f"{folder}: step {result['best_step']} of {result['steps']} is kept")
 
 
@@ -315,11 +335,20 @@ def _parser() -> argparse.ArgumentParser:
         _train,
         "train the language model; a stopped run is resumed",
         "rellax train rella --shots 1024\n"
-        "rellax train rellax --stage 2 --from rella --interaction full --soft-prompt --shots 1024",
+        "rellax train rellax --stage 2 --from rella --interaction full --soft-prompt --shots 1024\n"
+        "torchrun --nproc-per-node 8 -m rellax train rella --batch-size 256          # 8 GPUs\n"
+        "torchrun --nproc-per-node 8 -m rellax train rella --batch-size 256 --fsdp   # a large model\n"
+        "accelerate launch -m rellax train rella                                     # as configured",
     )
     train.add_argument("name", help="run folder, in the work folder")
     train.add_argument("--from", dest="start", metavar="NAME", help="run of stage 1 that stage 2 starts from")
     train.add_argument("--crm", default="crm", metavar="NAME", help="run of `rellax crm` that is used")
+    train.add_argument(
+        "--fsdp", action="store_true", help="shard the frozen weights over the processes (FSDP2)"
+    )
+    train.add_argument(
+        "--tensorboard", action="store_true", help="write event files to the run folder as well"
+    )
     _add_fields(train, TrainConfig, _TRAIN_HELP)
 
     evaluate = _command(

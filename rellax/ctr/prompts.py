@@ -188,18 +188,28 @@ class PromptBuilder:
             InputError: a prompt too long even without behaviours.
         """
         data, chosen = self.dataset, positions[:, : self.k]
-        user, item = data.samples.user[samples], data.samples.item[samples]
+        user = data.samples.user[samples]
         rows = np.where(chosen >= 0, data.offsets[user][:, None] + chosen, 0)
         keys = data.behaviour_items[rows], np.searchsorted(self._ratings, data.behaviour_ratings[rows])
         behaviours = _counted(self._behaviour_tokens, keys, self._count_behaviour)
+        fixed = self.fixed_lengths(samples)
+        growing = np.cumsum(np.where(chosen >= 0, behaviours, 0), axis=1) + fixed[:, None]
+        kept = np.where(growing <= self.max_tokens, growing, 0)
+        return np.maximum(kept.max(axis=1, initial=0), fixed).astype(np.int32)
+
+    def fixed_lengths(self, samples: np.ndarray) -> np.ndarray:
+        """Tokens of the samples' prompts without any behaviour, (n,) int32.
+
+        Raises:
+            InputError: a prompt too long even so.
+        """
+        user, item = self.dataset.samples.user[samples], self.dataset.samples.item[samples]
         fixed = _counted(self._head_tokens, (user,), self._count_head) + len(self._question)
         fixed += _counted(self._target_tokens, (item,), self._count_target)
         if (fixed > self.max_tokens).any():
             row = int(np.argmax(fixed > self.max_tokens))
             raise self._too_long(int(samples[row]), int(fixed[row]))
-        growing = np.cumsum(np.where(chosen >= 0, behaviours, 0), axis=1) + fixed[:, None]
-        kept = np.where(growing <= self.max_tokens, growing, 0)
-        return np.maximum(kept.max(axis=1, initial=0), fixed).astype(np.int32)
+        return fixed
 
     def render(self, sample: int, positions: Sequence[int]) -> str:
         """The prompt as text, exactly as the model reads it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -10,6 +10,7 @@ from typing import Any, overload
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from rellax._files import sha256_file
 from rellax.ctr import crm
@@ -22,7 +23,7 @@ from rellax.ctr.retrieval import read_positions
 from rellax.errors import InputError
 from rellax.patch import CFLoRAConfig, SoftPromptConfig, load_adapter, packing_pays, patch_model
 
-_BLOCK = 1 << 16  # prompts whose lengths are computed at once
+_BLOCK = 1 << 16  # prompts that are checked at once
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def input_hashes(config: TrainConfig) -> dict[str, str]:
 
 @dataclass(frozen=True, eq=False)
 class Examples(Sequence[Example]):
-    """Prompts that are made when they are asked for: of all others no more than 9 bytes are held.
+    """Prompts that are made when they are asked for: of all others no more than 5 bytes are held.
 
     Attributes:
         samples: (n,) sample of each prompt.
@@ -110,17 +111,21 @@ class Examples(Sequence[Example]):
         label = int(self.inputs.dataset.samples.label[sample])
         return Example(sample, label, prompt.input_ids, prompt.item_ids)
 
-    def lengths(self) -> np.ndarray:
-        """Tokens of each prompt, (n,) int32."""
-        lengths = np.empty(len(self), dtype=np.int32)
-        for start in range(0, len(self), _BLOCK):
-            block = slice(start, start + _BLOCK)
-            for kind in (False, True):
-                rows = start + np.flatnonzero(self.is_retrieved[block] == kind)
-                if len(rows):
-                    samples = self.samples[rows]
-                    lengths[rows] = self.prompts.lengths(samples, self._positions(samples, kind))
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens of some of the prompts, (n,) int32, without making them."""
+        lengths = np.empty(len(rows), dtype=np.int32)
+        for kind in (False, True):
+            at = np.flatnonzero(self.is_retrieved[rows] == kind)
+            if len(at):
+                samples = self.samples[rows[at]]
+                lengths[at] = self.prompts.lengths(samples, self._positions(samples, kind))
         return lengths
+
+    def check(self, *, progress: bool = False) -> None:
+        """Raise an InputError where a prompt would be too long even without behaviours."""
+        starts = range(0, len(self), _BLOCK)
+        for start in tqdm(starts, "check", unit="block", disable=not progress, delay=2):
+            self.prompts.fixed_lengths(self.samples[start : start + _BLOCK])
 
     def _positions(self, samples: np.ndarray, is_retrieved: bool) -> np.ndarray:
         """(n, k) positions in the samples' histories, the most important first, then -1."""
@@ -160,13 +165,19 @@ class Task:
         )
         model = load_model(config.model, dtype=config.dtype)
         model = self._patched(model, placeholder) if adapter is None else load_adapter(model, adapter)
-        self.model = model.to(device)
-        packed = config.packing == "always" or (config.packing == "auto" and packing_pays(model))
+        self.model = model
+        self.place(lambda model: model.to(device))
+
+    def place(self, move: Callable[[Any], Any]) -> None:
+        """Put the model where it runs, which decides how batches are made."""
+        self.model = move(self.model)
+        packing = self.config.packing
+        packed = packing == "always" or (packing == "auto" and packing_pays(self.model))
         self.collator = replace(self.collator, packed=packed)
 
-    def examples(self, samples: Iterable[int], prompts: str) -> Examples:
+    def examples(self, samples: Sequence[int] | np.ndarray, prompts: str) -> Examples:
         """The prompts of `samples`: "recent", "retrieved", or a "mixture" of one of each."""
-        chosen = np.fromiter(samples, dtype=np.int64)
+        chosen = np.asarray(samples, dtype=np.int32)
         if prompts == "mixture":
             is_retrieved = np.tile([False, True], len(chosen))
             return Examples(self.prompts, self.inputs, np.repeat(chosen, 2), is_retrieved)
@@ -189,4 +200,7 @@ class Task:
             loss=config.loss,
             answer_ids=self.collator.answer_ids,
         )
-        return patch_model(model, lora, soft_prompt=soft_prompt)
+        patch_model(model, lora, soft_prompt=soft_prompt)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model

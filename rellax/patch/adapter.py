@@ -101,7 +101,7 @@ def _describe(model: Any) -> dict[str, Any]:
     """What tells base models apart without reading their weights."""
     vocab_size, hidden_size = model.get_input_embeddings().weight.shape
     return {
-        "class": type(model).__name__,
+        "class": getattr(type(model), "rellax_base", type(model)).__name__,  # FSDP2 has put its own in front
         "hidden_size": hidden_size,
         "layers": model.config.num_hidden_layers,
         "vocab_size": vocab_size,
