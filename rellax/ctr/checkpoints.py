@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import logging
-import pickle
 import re
 import shutil
 from pathlib import Path
@@ -43,13 +43,14 @@ class Checkpoints:
         """
         best = None if state["best"] is None else state["best"]["step"]
         with atomic_folder(self._path(state["step"])) as part:
-            with (part / _STATE).open("wb") as file:
-                torch.save(state, file)
+            buffer = io.BytesIO()  # torch reports a full disk as an error of its own
+            torch.save(state, buffer)
+            (part / _STATE).write_bytes(buffer.getbuffer())
             write_json(part / _RECORD, {"best_step": best, "sha256": sha256_file(part / _STATE)})
         self._remove_older()
 
-    def load(self, device: torch.device) -> dict[str, Any] | None:
-        """The newest checkpoint that is whole; None where there is none at all.
+    def load(self) -> dict[str, Any] | None:
+        """The newest checkpoint that is whole, on the CPU; None where there is none at all.
 
         Raises:
             InputError: every checkpoint is damaged.
@@ -57,7 +58,7 @@ class Checkpoints:
         steps, problems = self._steps(), []
         for step in reversed(steps):
             try:
-                state = self._read(step, device)
+                state = self._read(step)
             except InputError as error:
                 problems.append(str(error))
                 continue
@@ -68,7 +69,7 @@ class Checkpoints:
             raise InputError(f"{problems[0]}, and so is every other; begin anew with --redo")
         return None
 
-    def _read(self, step: int, device: torch.device) -> dict[str, Any]:
+    def _read(self, step: int) -> dict[str, Any]:
         path = self._path(step)
         record, file = read_json(path / _RECORD), path / _STATE
         if not file.is_file() or sha256_file(file) != record["sha256"]:
@@ -76,10 +77,7 @@ class Checkpoints:
         best = record["best_step"]
         if best is not None and not (self.best(best) / "adapter").is_dir():
             raise InputError(f"{self.best(best)}: expected the adapter that {path.name} names, found none")
-        try:
-            state: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise InputError(f"{file}: expected a checkpoint, but it is damaged ({error})") from None
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         return state
 
     def _remove_older(self) -> None:

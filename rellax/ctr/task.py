@@ -202,5 +202,7 @@ class Task:
         )
         patch_model(model, lora, soft_prompt=soft_prompt)
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            earlier_name = getattr(model, "gradient_checkpointing_enable", None)
+            enable = getattr(model, "activation_checkpointing_enable", earlier_name)
+            enable({"use_reentrant": False})
         return model

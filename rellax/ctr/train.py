@@ -141,6 +141,9 @@ class _Trainer:
         self.worse = 0  # validations since the best one
 
     def run(self, request: dict[str, Any], *, tensorboard: bool) -> None:
+        if (processes := self.accelerator.num_processes) > 1:
+            holds = "a part of the frozen weights (FSDP2)" if self.sharded else "all weights (DDP)"
+            self._say(f"train: {processes} processes, each holds {holds}")
         if runs.is_claimed(self.folder, request):
             self._load_checkpoint()
         log = None
@@ -309,7 +312,7 @@ class _Trainer:
             )
 
     def _load_checkpoint(self) -> None:
-        state = self.checkpoints.load(self.accelerator.device)
+        state = self.checkpoints.load()
         if state is None:
             self._say(f"{self.checkpoints.folder}: no checkpoint, the run begins at its first step")
             return
