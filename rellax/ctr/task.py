@@ -202,7 +202,7 @@ class Task:
         )
         patch_model(model, lora, soft_prompt=soft_prompt)
         if config.gradient_checkpointing:
-            earlier_name = getattr(model, "gradient_checkpointing_enable", None)
-            enable = getattr(model, "activation_checkpointing_enable", earlier_name)
+            name = "activation_checkpointing_enable"  # gradient_checkpointing_enable before transformers 5.24
+            enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
             enable({"use_reentrant": False})
         return model
