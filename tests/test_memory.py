@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from workspace import GATED, Workspace
 
+from rellax import _files, subr
 from rellax.ctr import runs
 from rellax.ctr.tensor_file import write_tensors
 from rellax.ctr.train import train
@@ -71,3 +74,28 @@ def test_tensors_are_written_in_blocks_and_read_by_rows(tmp_path: Path) -> None:
     assert resident() - before < 32 * 2**20  # of 256 MiB
     assert torch.equal(tensors["few"], torch.from_numpy(few))
     assert taken.tolist() == [[float(row // block)] * 64 for row in (5, rows - 1, rows // 2)]
+
+
+def test_a_large_scratch_array_is_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_files, "_SCRATCH", 1000)
+    assert type(_files.scratch_array((10, 3), np.int16)) is np.ndarray
+    large = _files.scratch_array((1000, 3), np.int16)
+    assert isinstance(large, np.memmap)
+    large[[5, 999]] = 7
+    assert large.sum() == 42
+    monkeypatch.setattr(os, "posix_fallocate", mock.Mock(side_effect=OSError(errno.ENOSPC, "full")))
+    assert type(_files.scratch_array((1000, 3), np.int16)) is np.ndarray
+
+
+def test_history_keys_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    lengths = np.array([0, 4, 0, 1, 9, 0])  # users without behaviours, and one longer than a block
+    offsets, items = np.append(0, lengths.cumsum()), rng.integers(50, size=14)
+    user = np.repeat(np.arange(6), lengths)
+    position = np.arange(14) - offsets[user]
+    arguments = rng.integers(1 << 63, size=6).astype(np.uint64), items, offsets, user, position, items
+    whole = subr.history_keys(*arguments)
+    assert len(np.unique(whole)) == 14
+    for block in (1, 3, 13, 14):
+        monkeypatch.setattr("rellax.subr.retrieve._BLOCK", block)
+        assert np.array_equal(subr.history_keys(*arguments), whole)

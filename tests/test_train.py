@@ -24,8 +24,9 @@ from rellax.ctr import cli, runs
 from rellax.ctr.config import SCHEDULES, TrainConfig, read_config
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.evaluate import evaluate
+from rellax.ctr.optimiser import learning_rate
 from rellax.ctr.task import Task, load_inputs
-from rellax.ctr.train import learning_rate, train
+from rellax.ctr.train import train
 from rellax.errors import InputError
 from rellax.patch import adapter as adapters
 

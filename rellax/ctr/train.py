@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import math
 import shutil
 from pathlib import Path
 from time import monotonic
@@ -25,6 +24,7 @@ from rellax.ctr.config import TrainConfig, inherited
 from rellax.ctr.dataset import SPLITS
 from rellax.ctr.evaluate import predict_probabilities, read_predictions, write_predictions
 from rellax.ctr.llm import resolve_device
+from rellax.ctr.optimiser import adamw, learning_rate
 from rellax.ctr.task import Task, input_hashes, load_inputs
 from rellax.errors import InputError
 from rellax.patch import load_adapter, save_adapter
@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 _FILES = ("config.json", "environment.json", "log.jsonl", "metrics.json", "predictions.parquet", "curves.png")
 _FOLDERS = ("adapter", "checkpoints", "tensorboard", *SPLITS)
-_NOT_DECAYED = ("bias", "ln_bias", "ln_weight", "b1", "b2")
 
 
 def train(
@@ -87,15 +86,6 @@ def train(
     return read_json(folder / "metrics.json")
 
 
-def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """Rate of a step: rises linearly over the first `warmup` of all steps, then follows `schedule`."""
-    warm = config.warmup * steps
-    rise = (step + 1) / warm if warm else 1.0
-    left = min((steps - step) / (steps - warm), 1.0)
-    fall = {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}[config.schedule]
-    return config.peak_lr * min(rise, fall)
-
-
 class _Trainer:
     """One run.
 
@@ -132,7 +122,7 @@ class _Trainer:
         self.steps = config.epochs * self.per_epoch
 
         self.trainable = {name: p for name, p in self.task.model.named_parameters() if p.requires_grad}
-        self.optimiser = torch.optim.AdamW(self._parameter_groups())
+        self.optimiser = adamw(self.trainable, config.weight_decay)
         replicated = accelerator.num_processes > 1 and not sharded
         self.model = accelerator.prepare_model(self.task.model) if replicated else self.task.model
         self.batches = functools.lru_cache(maxsize=1)(self._epoch_batches)
@@ -179,22 +169,6 @@ class _Trainer:
                 f"start: expected a trained adapter, but B is zero in {start}: gates would get no gradient"
             )
         state.set_trainable(lora=False)
-
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Matrices decay, biases and norms do not."""
-        kept = {name for name in self.trainable if name.rsplit(".", 1)[-1] in _NOT_DECAYED}
-        decay = self.config.weight_decay
-        groups = [
-            {
-                "params": [self.trainable[name] for name in self.trainable if name not in kept],
-                "weight_decay": decay,
-            },
-            {
-                "params": [self.trainable[name] for name in self.trainable if name in kept],
-                "weight_decay": 0.0,
-            },
-        ]
-        return [group for group in groups if group["params"]]
 
     def _epoch_batches(self, epoch: int) -> EpochBatches:
         return EpochBatches(
