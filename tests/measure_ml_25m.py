@@ -3,8 +3,8 @@
 python tests/measure_ml_25m.py /tmp/ml-25m [STEP …]    # 8 GB of synthetic files are made there
 
 `crm` is `rellax crm` without the passes through its network: random numbers are what that hands out. `made`
-writes what `rellax retrieve` would, with the most recent behaviours; `train` is the start of a run up to its
-third step, with all inputs that a run can have and the default language model.
+writes what `rellax retrieve` would, with the most recent behaviours; `train` is the start of a run, with all
+inputs that one can have and the default language model, up to the prompts of its first step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ started = time.monotonic()
 {body}
 seconds = time.monotonic() - started
 peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 2**20
-print(f"{name}: {{seconds:.1f}} s, {{peak:.2f}} GiB at the peak", file=sys.stderr)
+print(f"{name}: {{seconds:.1f}} s, {{peak:.2f}} GiB at the peak, mapped files included", file=sys.stderr)
 """
 _STEPS = {
     "import": "from rellax.ctr import cli, prepare",
@@ -61,16 +61,13 @@ def blocks():
 subr.write_retrieved('{folder}/work/retrieved/retrieved.parquet', blocks(), schema)
 """,
     "train": """
-from rellax.ctr import runs
 from rellax.ctr.assets import smollm2_135m
 from rellax.ctr.config import TrainConfig
-from rellax.ctr.train import train
-append = runs.Log.append
-def stop(self, **entry):
-    print(entry, f'{{time.monotonic() - started:.1f}} s after the start')
-    if entry['step'] == 3:
-        raise KeyboardInterrupt
-runs.Log.append = stop
+from rellax.ctr.train import _Trainer, train
+def stop(self, rows, own):
+    print([len(self.examples[row].input_ids) for row in rows], 'tokens')
+    raise KeyboardInterrupt
+_Trainer._backward = stop
 folders = {{name: '{folder}/work/' + name for name in ('data', 'crm', 'retrieved')}}
 parts = {{'stage': 'joint', 'interaction': 'full', 'soft_prompt': True}}
 config = TrainConfig(**folders, **parts, model=str(smollm2_135m()), validation_samples=16)

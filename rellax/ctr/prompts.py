@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 from tokenizers import AddedToken
+from tqdm import tqdm
 
 from rellax.ctr.dataset import Dataset
 from rellax.errors import InputError
@@ -24,6 +25,7 @@ ANSWERS = ("No", "Yes")
 PLACEHOLDER = "<|item|>"
 _CONTENT = "[content]"
 _CACHED = 1 << 17  # pieces of each kind that are kept
+_CHECKED = 1 << 12  # targets, or prompts, that are looked at at once
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,21 @@ class PromptBuilder:
         kept = np.where(growing <= self.max_tokens, growing, 0)
         return np.maximum(kept.max(axis=1, initial=0), fixed).astype(np.int32)
 
+    def check(self, samples: np.ndarray, *, progress: bool = False) -> None:
+        """Raise an InputError where a sample's prompt would be too long even without behaviours."""
+        data = self.dataset.samples
+        users, items = _distinct(data.user[samples]), _distinct(data.item[samples])
+        longest = len(self._question)
+        longest += _counted(self._head_tokens, (users,), self._count_head).max(initial=0)
+        blocks = np.array_split(items, 1 + len(items) // _CHECKED)
+        longest += max(
+            _counted(self._target_tokens, (block,), self._count_target).max(initial=0)
+            for block in tqdm(blocks, "tokens", unit="block", disable=not progress, delay=2)
+        )
+        if longest > self.max_tokens:  # but maybe not of one sample
+            for start in range(0, len(samples), _CHECKED):
+                self.fixed_lengths(samples[start : start + _CHECKED])
+
     def fixed_lengths(self, samples: np.ndarray) -> np.ndarray:
         """Tokens of the samples' prompts without any behaviour, (n,) int32.
 
@@ -258,6 +275,13 @@ class PromptBuilder:
         placeholder = [self.placeholder] if soft and self.placeholder is not None else []
         line = re.sub(r"\s+", " ", text)
         return _encode(self.tokenizer, line, after=after) + placeholder + self._newline
+
+
+def _distinct(ids: np.ndarray) -> np.ndarray:
+    """The distinct ones of small non-negative integers, rising."""
+    seen = np.zeros(ids.max(initial=-1) + 1, dtype=bool)
+    seen[ids] = True
+    return np.flatnonzero(seen)
 
 
 def _counted(known: np.ndarray, keys: tuple[np.ndarray, ...], count: Callable[..., int]) -> np.ndarray:

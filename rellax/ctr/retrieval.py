@@ -153,7 +153,7 @@ def _matches(old: subr.Retrieved, user: np.ndarray, history: np.ndarray) -> tupl
     return kept[same], rows[same]
 
 
-def read_positions(folder: str | Path, dataset: Dataset, k: int) -> np.ndarray:
+def read_positions(folder: str | Path, dataset: Dataset, k: int, *, progress: bool = False) -> np.ndarray:
     """Positions (S, k) of each sample's `k` nearest behaviours in its user's history, nearest first, then -1.
 
     int16 where all histories are short enough, else int32. Many are mapped from a temporary file (in $TMPDIR)
@@ -175,7 +175,7 @@ def read_positions(folder: str | Path, dataset: Dataset, k: int) -> np.ndarray:
     short = samples.position.max(initial=0) <= np.iinfo(np.int16).max
     positions = scratch_array((len(samples), k), np.int16 if short else np.int32)
     left = np.ones(len(samples), dtype=bool)
-    for block in subr.read_retrieved(path):
+    for block in tqdm(subr.read_retrieved(path), "retrieved", unit="block", disable=not progress, delay=2):
         if k > block.positions.shape[1]:
             raise InputError(
                 f"k: expected at most the {block.positions.shape[1]} behaviours of {path}, got {k}"

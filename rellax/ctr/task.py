@@ -23,8 +23,6 @@ from rellax.ctr.retrieval import read_positions
 from rellax.errors import InputError
 from rellax.patch import CFLoRAConfig, SoftPromptConfig, load_adapter, packing_pays, patch_model
 
-_BLOCK = 1 << 16  # prompts that are checked at once
-
 
 @dataclass(frozen=True)
 class Inputs:
@@ -43,7 +41,7 @@ class Inputs:
     instance_embeddings: Tensor | None = None
 
 
-def load_inputs(config: TrainConfig) -> Inputs:
+def load_inputs(config: TrainConfig, *, progress: bool = False) -> Inputs:
     """Read the folders that `config` names.
 
     Raises:
@@ -52,14 +50,14 @@ def load_inputs(config: TrainConfig) -> Inputs:
     dataset = Dataset.load(config.data)
     retrieved = None
     if config.retrieved is not None:
-        retrieved = read_positions(config.retrieved, dataset, config.k)
+        retrieved = read_positions(config.retrieved, dataset, config.k, progress=progress)
     if config.crm is None:
         return Inputs(dataset, retrieved)
     outputs = crm.load_crm(config.crm, dataset)
     return Inputs(dataset, retrieved, outputs.item_embeddings, outputs.instance_embeddings)
 
 
-def input_hashes(config: TrainConfig) -> dict[str, str]:
+def input_hashes(config: TrainConfig, *, progress: bool = False) -> dict[str, str]:
     """SHA-256 of each file that decides what a run of `config` computes, the language model's apart.
 
     Raises:
@@ -76,7 +74,8 @@ def input_hashes(config: TrainConfig) -> dict[str, str]:
     for path, command in makers.items():
         if not path.is_file():
             raise InputError(f"{path}: expected this file, found none; `rellax {command}` makes it")
-    return {path.name: sha256_file(path) for path in makers}
+    with tqdm(makers, "hashes", unit="file", disable=not progress, delay=2) as paths:
+        return {path.name: sha256_file(path) for path in paths}
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,12 +119,6 @@ class Examples(Sequence[Example]):
                 samples = self.samples[rows[at]]
                 lengths[at] = self.prompts.lengths(samples, self._positions(samples, kind))
         return lengths
-
-    def check(self, *, progress: bool = False) -> None:
-        """Raise an InputError where a prompt would be too long even without behaviours."""
-        starts = range(0, len(self), _BLOCK)
-        for start in tqdm(starts, "check", unit="block", disable=not progress, delay=2):
-            self.prompts.fixed_lengths(self.samples[start : start + _BLOCK])
 
     def _positions(self, samples: np.ndarray, is_retrieved: bool) -> np.ndarray:
         """(n, k) positions in the samples' histories, the most important first, then -1."""

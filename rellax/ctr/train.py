@@ -72,7 +72,7 @@ def train(
         runs.check_tensorboard()
     folder, config = Path(folder), inherited(config)
     accelerator = parallel.start(resolve_device(device))
-    inputs = parallel.from_main(accelerator, lambda: input_hashes(config))
+    inputs = parallel.from_main(accelerator, lambda: input_hashes(config, progress=progress))
     request = config.to_json() | {"inputs": inputs}
     runs.is_claimed(folder, request, redo=redo)
     accelerator.wait_for_everyone()
@@ -100,7 +100,7 @@ class _Trainer:
         self.config, self.folder, self.accelerator, self.sharded = config, folder, accelerator, sharded
         self.checkpoints = Checkpoints(folder / "checkpoints")
         self.progress = progress and accelerator.is_main_process
-        inputs = load_inputs(config)
+        inputs = load_inputs(config, progress=self.progress)
         shots = inputs.dataset.choose("train", config.shots, config.seed)
         self.chosen = inputs.dataset.choose("valid", config.validation_samples, config.seed)
         self.labels = inputs.dataset.samples.label[self.chosen]
@@ -116,8 +116,8 @@ class _Trainer:
             self.task.place(lambda model: parallel.shard(model, device))
         self.examples = self.task.examples(shots, config.prompts)
         self.validation = self.task.examples(self.chosen, config.evaluation_prompts)
-        for examples in (self.examples, self.validation):
-            examples.check(progress=self.progress)
+        for samples in (shots, self.chosen):
+            self.task.prompts.check(samples, progress=self.progress)
         self.per_epoch = -(-len(self.examples) // config.batch_size)
         self.steps = config.epochs * self.per_epoch
 
