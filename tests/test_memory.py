@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -97,5 +98,5 @@ def test_history_keys_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -
     whole = subr.history_keys(*arguments)
     assert len(np.unique(whole)) == 14
     for block in (1, 3, 13, 14):
-        monkeypatch.setattr("rellax.subr.retrieve._BLOCK", block)
+        monkeypatch.setattr(sys.modules["rellax.subr.retrieve"], "_BLOCK", block)
         assert np.array_equal(subr.history_keys(*arguments), whole)

@@ -88,6 +88,8 @@ class Checkpoints:
         for path in self.folder.glob("best-*"):
             if int(path.name.removeprefix("best-")) not in named:
                 shutil.rmtree(path)
+        for path in self.folder.glob(".*"):  # what a killed run was writing
+            shutil.rmtree(path)
 
     def _steps(self) -> list[int]:
         """Steps of all checkpoints, rising."""
