@@ -149,7 +149,7 @@ def test_two_processes_run_as_one(workspace: Workspace, tmp_path: Path) -> None:
         train(config, tmp_path / name, progress=False)
         for fsdp in (False, True):
             _assert_same_curve(
-                tmp_path / name, tmp_path / f"{name}-{fsdp}", rel=0.03 if name == "bf16" else 1e-3
+                tmp_path / name, tmp_path / f"{name}-{fsdp}", rel=0.1 if name == "bf16" else 1e-3
             )
         _assert_same_adapter(tmp_path / f"{name}-False", tmp_path / f"{name}-True")
     _assert_same_adapter(tmp_path / "always-1-True", tmp_path / "resumed")
