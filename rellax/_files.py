@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -12,7 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import DTypeLike
+
 from rellax.errors import InputError
+
+_SCRATCH = 1 << 28  # bytes from which on an array is large
 
 
 @contextlib.contextmanager
@@ -72,6 +78,19 @@ def read_json(path: str | Path, *, maker: str | None = None) -> Any:
         raise InputError(f"{path}: expected a JSON file, found none{hint}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: expected JSON, but it is damaged ({error})") from None
+
+
+def scratch_array(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """An array for values to come. A large one is mapped from a temporary file, if there is room for that.
+
+    The file has no name, and goes when the array does.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size >= _SCRATCH:
+        with contextlib.suppress(OSError), tempfile.TemporaryFile() as file:
+            os.posix_fallocate(file.fileno(), 0, size)  # without room a mapped page would end the process
+            return np.memmap(file, dtype, mode="r+", shape=shape)
+    return np.empty(shape, dtype)
 
 
 def cache_folder() -> Path:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from rellax.ctr.batches import Collator, Example, epoch_batches, scoring_batches
+from rellax.ctr.batches import Collator, EpochBatches, Example, scoring_batches
 
 LENGTHS = np.random.default_rng(0).integers(5, 200, size=157)
 EXAMPLES = [Example(4, 1, [5, 6, 7], [2, 9]), Example(0, 0, [8], [3]), Example(2, 1, [9, 10], [])]
 
 
+def epoch_batches(batch_size: int, *, seed: int, epoch: int) -> EpochBatches:
+    return EpochBatches(len(LENGTHS), batch_size, LENGTHS.__getitem__, seed=seed, epoch=epoch)
+
+
 def test_epoch_is_a_permutation_that_seed_and_epoch_give() -> None:
-    batches = epoch_batches(LENGTHS, 8, seed=1, epoch=2)
+    batches = epoch_batches(8, seed=1, epoch=2)
     assert sorted(np.concatenate(batches).tolist()) == list(range(157))
     assert sorted(map(len, batches)) == [5] + [8] * 19
     assert len(batches) == -(-157 // 8)
     again, other_epoch, other_seed = (
-        np.concatenate(epoch_batches(LENGTHS, 8, seed=seed, epoch=epoch))
-        for seed, epoch in ((1, 2), (1, 3), (2, 2))
+        np.concatenate(epoch_batches(8, seed=seed, epoch=epoch)) for seed, epoch in ((1, 2), (1, 3), (2, 2))
     )
     assert np.array_equal(np.concatenate(batches), again)
     assert not np.array_equal(again, other_epoch)
@@ -26,7 +29,7 @@ def test_epoch_is_a_permutation_that_seed_and_epoch_give() -> None:
 
 
 def test_batches_hold_similar_lengths_in_random_order() -> None:
-    batches = epoch_batches(LENGTHS, 8, seed=0, epoch=0)
+    batches = epoch_batches(8, seed=0, epoch=0)
     spread = np.mean([np.ptp(LENGTHS[batch]) for batch in batches])
     unsorted = np.mean([np.ptp(LENGTHS[i : i + 8]) for i in range(0, 157, 8)])
     assert spread < unsorted / 3

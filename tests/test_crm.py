@@ -137,14 +137,14 @@ def test_instance_embeddings_are_the_last_hidden_layer(dataset: Dataset, name: s
     model = crm._build(features, config, torch.device("cpu"))
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
-    hidden, probabilities = crm._predict(model, features, np.arange(77))
+    [(hidden, probabilities)] = crm._outputs(model, features, np.arange(77))
     logit = model.fc if name == "DCNv2" else model.dnn.mlp[-2]
     assert (logit.in_features, logit.out_features) == (hidden_size(name), 1)
     assert torch.allclose(torch.sigmoid(logit(hidden)).squeeze(1), probabilities, atol=1e-6)
     assert hidden.std() > 0.01
     # No trace of the hook stays, and padding rows of other samples in the batch change nothing.
     assert not logit._forward_pre_hooks
-    alone = crm._predict(model, features, np.arange(5, 6))[0]
+    [(alone, _)] = crm._outputs(model, features, np.arange(5, 6))
     assert torch.allclose(alone[0], hidden[5], atol=1e-6)
 
 

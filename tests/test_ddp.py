@@ -1,10 +1,13 @@
-"""Two processes give the gradients of one on the whole batch, Trainer takes the steps of a plain loop."""
+"""Two processes give the gradients and the runs of one, Trainer takes the steps of a plain loop."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import os
-import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,17 @@ import tiny_models as tiny
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from launched import free_port, job, launch
+from safetensors.torch import load_file
 from test_patch import CHECKPOINTS, close, set_checkpointing
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
+from workspace import GATED, Workspace
+
+from rellax.ctr import parallel
+from rellax.ctr.train import train
 
 RANKS = 2
 
@@ -36,12 +46,15 @@ def _rank(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=RANKS)
     share = tiny.batch(_whole_batch()[2 * rank : 2 * rank + 2])
-    for wrap, kind in itertools.product((_ddp, _fsdp), CHECKPOINTS):
+    for wrap, kind in itertools.product(WRAPS, CHECKPOINTS):
         model = _model(kind)
-        parallel = wrap(model)
+        wrapped = wrap(model)
         for _ in range(2):  # DDP's second backward pass runs with its buckets rebuilt
             model.zero_grad()  # before the forward pass: within it FSDP swaps the parameters
-            gradients = tiny.gradients(model, parallel(**share).loss)
+            gradients = tiny.gradients(model, wrapped(**share).loss)
+            if wrap is _frozen_fsdp:
+                parallel.average_gradients(tiny.trainable(model).values())
+                gradients = {name: parameter.grad for name, parameter in tiny.trainable(model).items()}
         whole = {name: g.full_tensor() if wrap is _fsdp else g for name, g in gradients.items()}
         torch.save(whole, Path(folder) / f"{wrap.__name__}-{kind}-{rank}.pt")
     dist.barrier()
@@ -58,17 +71,120 @@ def _fsdp(model: Any) -> Any:
     return fully_shard(model)
 
 
+def _frozen_fsdp(model: Any) -> Any:
+    """As `rellax train --fsdp`: each process holds half of what is frozen, and all that is trained."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    parallel.shard(model, torch.device("cpu"))
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor) is (name in frozen), name
+        if name in frozen:
+            assert abs(2 * len(parameter.to_local()) - len(parameter)) <= 1, name
+    return model
+
+
+WRAPS = (_ddp, _fsdp, _frozen_fsdp)
+
+
 def test_two_ranks_give_the_gradients_of_the_whole_batch(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, args=(port, str(tmp_path)), nprocs=RANKS)
+    mp.spawn(_rank, args=(free_port(), str(tmp_path)), nprocs=RANKS)
     model = _model("none")
     expected = tiny.gradients(model, model(**tiny.batch(_whole_batch())).loss)
     files = sorted(tmp_path.iterdir())
-    assert len(files) == 2 * len(CHECKPOINTS) * RANKS
+    assert len(files) == len(WRAPS) * len(CHECKPOINTS) * RANKS
     for file in files:
         close(torch.load(file, weights_only=True), expected)
+
+
+def _log(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def _assert_same_curve(expected: Path, found: Path, rel: float = 1e-3) -> None:
+    one, two = _log(expected), _log(found)
+    assert [entry["step"] for entry in one] == [entry["step"] for entry in two]
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() & {"loss", "grad_norm", "validation_log_loss"}:
+            assert b[name] == pytest.approx(a[name], rel=rel), (a["step"], name)
+
+
+def _assert_same_adapter(expected: Path, found: Path) -> None:
+    one, two = (load_file(run / "adapter" / "adapter.safetensors") for run in (expected, found))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def test_two_processes_run_as_one(workspace: Workspace, tmp_path: Path) -> None:
+    """The loss curve of one process at the same batch, by DDP and by FSDP2, in every way a step can be taken.
+
+    Batches of 5 do not divide by two, and the last one has 3 prompts: with one prompt at once, one process
+    takes a step more than the other. A stopped run goes on with two processes or with one.
+    """
+    base = workspace.config(
+        stage="joint", dropout=0.0, epochs=1, lr=1e-3, shots=9, batch_size=5, validate_every=2, **GATED
+    )
+    start = tmp_path / "start"
+    train(workspace.config(dropout=0.0), start, progress=False)
+    configs = {"bf16": dataclasses.replace(base, dtype="bfloat16", packing="never", lr=1e-4)}
+    configs["stage-2"] = workspace.config(
+        stage="2", start=str(start), epochs=1, lr=1e-3, shots=9, batch_size=4, prompts="recent", **GATED
+    )
+    for packing, frugal in itertools.product(("never", "always"), (False, True)):
+        size = 1 if frugal else 8
+        configs[f"{packing}-{size}"] = dataclasses.replace(
+            base, packing=packing, micro_batch_size=size, gradient_checkpointing=frugal
+        )
+    jobs = [
+        job(config, tmp_path / f"{name}-{fsdp}", options={"fsdp": fsdp})
+        for name, config in configs.items()
+        for fsdp in (False, True)
+    ]
+    stopped = configs["always-1"]
+    options: dict[str, Any] = {"options": {"fsdp": True}}
+    jobs += [job(stopped, tmp_path / name, step=2, **options) for name in ("resumed", "left")]
+    jobs += [job(stopped, tmp_path / "resumed", **options)]
+    done = launch(jobs, processes=RANKS)
+    assert done.returncode == 0, done.stderr[-5000:]
+    for name, config in configs.items():
+        train(config, tmp_path / name, progress=False)
+        for fsdp in (False, True):
+            _assert_same_curve(
+                tmp_path / name, tmp_path / f"{name}-{fsdp}", rel=0.1 if name == "bf16" else 1e-3
+            )
+        _assert_same_adapter(tmp_path / f"{name}-False", tmp_path / f"{name}-True")
+    _assert_same_adapter(tmp_path / "always-1-True", tmp_path / "resumed")
+    train(stopped, tmp_path / "left", progress=False)
+    _assert_same_curve(tmp_path / "always-1", tmp_path / "left")
+
+
+@pytest.mark.parametrize("fail", range(RANKS))
+def test_an_error_of_one_process_ends_all(workspace: Workspace, tmp_path: Path, fail: int) -> None:
+    config = workspace.config(epochs=20)
+    done = launch([job(config, tmp_path / "run", step=4, fail=fail)], processes=RANKS)
+    assert done.returncode != 0
+    assert "No space left on device" in done.stderr
+    steps = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert steps == ["step-000002"]
+
+
+def test_accelerate_launch(workspace: Workspace, tmp_path: Path) -> None:
+    """The command line, sharded as accelerate is told to."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(RANKS)]
+    command += ["--main_process_port", str(free_port()), "--use_fsdp", "--fsdp_version", "2", "-m", "rellax"]
+    command += ["train", "launched", "--work", str(workspace.root), "--model", str(workspace.model)]
+    command += ["--device", "cpu", "--threads", "1", "--shots", "8", "--k", "3", "--r", "2"]
+    command += ["--validation-samples", "9", "--dtype", "float32"]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert "train: 2 processes, each holds a part of the frozen weights (FSDP2)" in done.stderr
+    assert (workspace.root / "launched" / "metrics.json").exists()
 
 
 class Prompts(torch.utils.data.Dataset):

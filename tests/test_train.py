@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import resource
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +14,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from launched import job, launch, run
 from safetensors.torch import load_file
+from transformers import get_scheduler
 from workspace import GATED, Workspace
 
 import rellax
-from rellax.ctr import runs
-from rellax.ctr.config import read_config
+from rellax.ctr import cli, runs
+from rellax.ctr.config import SCHEDULES, TrainConfig, read_config
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.evaluate import evaluate
+from rellax.ctr.optimiser import learning_rate
 from rellax.ctr.task import Task, load_inputs
-from rellax.ctr.train import learning_rate, train
+from rellax.ctr.train import train
 from rellax.errors import InputError
+from rellax.patch import adapter as adapters
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,38 @@ def test_learning_rate_rises_then_falls(workspace: Workspace) -> None:
     assert rates[4:] == pytest.approx([2.0 * (20 - step) / 16 for step in range(4, 20)])
     assert workspace.config(lr=None).peak_lr == 1e-3
     assert workspace.config(lr=None, stage="2", start="x", **GATED).peak_lr == 3e-4
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_are_those_of_transformers(workspace: Workspace, schedule: str) -> None:
+    """After the rise, which here ends at the first step that follows it."""
+    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3.0)
+    name = {"constant": "constant_with_warmup"}.get(schedule, schedule)
+    scheduler = get_scheduler(name, optimiser, num_warmup_steps=5, num_training_steps=50)
+    config = workspace.config(lr=3.0, warmup=0.1, schedule=schedule)
+    for step in range(50):
+        rate = learning_rate(config, step, 50)
+        if step < 5:
+            assert rate == pytest.approx(3.0 * (step + 1) / 5)
+        else:
+            assert rate == pytest.approx(scheduler.get_last_lr()[0])
+        optimiser.step()
+        scheduler.step()
+
+
+def test_weight_decay_is_for_matrices(workspace: Workspace, tmp_path: Path) -> None:
+    config = workspace.config(stage="joint", epochs=1, lr=1e-3, dropout=0.0, warmup=0.0, **GATED)
+    for decay in (0.0, 0.5):
+        changes = {"weight_decay": decay, "batch_size": 20, "schedule": "constant"}
+        train(dataclasses.replace(config, **changes), tmp_path / str(decay), progress=False)
+    plain, decayed = adapter(tmp_path / "0.0"), adapter(tmp_path / "0.5")
+    task = Task(config, load_inputs(config))
+    start = {name: p.detach() for name, p in task.model.named_parameters() if p.requires_grad}
+    assert {name for name in start if name.endswith(("bias", "b1", "b2", "ln_weight"))}
+    for name, before in start.items():
+        is_kept = name.endswith(("bias", "b1", "b2", "ln_weight"))
+        expected = plain[name] if is_kept else plain[name] - 1e-3 * 0.5 * before
+        torch.testing.assert_close(decayed[name], expected, rtol=1e-5, atol=1e-8)
 
 
 def test_run_folder(stage_1: Path, workspace: Workspace) -> None:
@@ -212,44 +244,150 @@ def test_resume_after_ctrl_c(
 
 
 def test_resume_after_sigkill(workspace: Workspace, tmp_path: Path) -> None:
-    config = workspace.config(stage="joint", epochs=16, **GATED)
-    train(config, tmp_path / "whole", progress=False)
-    script = (
-        "import json, sys; from rellax.ctr.config import TrainConfig; from rellax.ctr.train import train; "
-        "values = json.loads(sys.argv[1]); values['target_modules'] = tuple(values['target_modules']); "
-        "train(TrainConfig(**values), sys.argv[2], progress=False)"
-    )
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-c", script, json.dumps(config.to_json()), str(tmp_path / "killed")]
-    process = subprocess.Popen(command, env=os.environ | threads)
-    path = tmp_path / "killed" / "log.jsonl"
-    while not (path.exists() and path.read_bytes().count(b"\n") >= 25):
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "killed" / "metrics.json").exists()
-    train(config, tmp_path / "killed", progress=False)
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    """In the middle of a step, with half a checkpoint written, between a validation and its checkpoint."""
+    config = workspace.config(stage="joint", validate_every=3, **GATED)
+    places = {"step": 8, "checkpoint": 8, "validated": 6}
+    killed = [job(config, tmp_path / kill, kill=kill, step=step) for kill, step in places.items()]
+    finished = [job(config, tmp_path / name) for name in ("whole", *places)]
+    done = launch(killed)
+    assert done.returncode == 0, done.stderr
+    for kill, last in (("step", 6), ("checkpoint", 6), ("validated", 4)):
+        assert not (tmp_path / kill / "metrics.json").exists()
+        assert max(saved_steps(tmp_path / kill)) == last
+    assert log(tmp_path / "validated")[-1]["step"] == 6
+    assert list((tmp_path / "checkpoint" / "checkpoints").glob(".step-*/state.pt"))
+    for one in finished:
+        run(**one)
+    for kill in places:
+        assert_same_run(tmp_path / "whole", tmp_path / kill)
+        assert not (tmp_path / kill / "checkpoints").exists()
 
 
-def test_a_damaged_checkpoint_is_an_error(
-    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def saved_steps(folder: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*"))
+
+
+def stop(config: TrainConfig, folder: Path, step: int) -> None:
+    """Train until Ctrl-C after the checkpoint of a step."""
+    run(**job(config, folder, step=step))
+
+
+def test_two_checkpoints_are_kept_with_the_best_steps_they_name(workspace: Workspace, tmp_path: Path) -> None:
+    config = workspace.config(epochs=4, validate_every=1, checkpoint_every=2)
+    stop(config, tmp_path / "run", 12)
+    assert saved_steps(tmp_path / "run") == [10, 12]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    records = [
+        json.loads((checkpoints / f"step-{step:06d}/checkpoint.json").read_text()) for step in (10, 12)
+    ]
+    named = {f"best-{record['best_step']:06d}" for record in records}
+    assert {path.name for path in checkpoints.glob("best-*")} == named
+    validated = {entry["step"]: entry["validation_auc"] for entry in log(tmp_path / "run")}
+    for record, last in zip(records, (10, 12), strict=True):
+        assert record["best_step"] == max(range(1, last + 1), key=lambda step: (validated[step], -step))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "no-state", "no-record", "no-best"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    workspace: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
-    def stop(self: runs.Log, **entry: Any) -> None:
-        if entry["step"] == 3:
-            raise KeyboardInterrupt
+    config = workspace.config(validate_every=3)
+    whole = workspace.root / "whole-validated-often"
+    train(config, whole, progress=False)
+    stop(config, tmp_path / "run", 6)
+    last = tmp_path / "run" / "checkpoints" / "step-000006"
+    damage_checkpoint(last, damage)
+    train(config, tmp_path / "run", progress=False)
+    [message] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert message.endswith("; the run goes on from step 4")
+    assert str(last.parent) in message
+    assert_same_run(whole, tmp_path / "run")
+
+
+def damage_checkpoint(folder: Path, damage: str) -> None:
+    state, record = folder / "state.pt", folder / "checkpoint.json"
+    data = state.read_bytes()
+    if damage == "truncated":
+        state.write_bytes(data[:1000])
+    elif damage == "flipped":
+        state.write_bytes(data[:-2000] + bytes([data[-2000] ^ 1]) + data[-1999:])
+    elif damage == "no-state":
+        state.unlink()
+    elif damage == "no-record":
+        record.unlink()
+    else:
+        values = json.loads(record.read_text())
+        record.write_text(json.dumps(values | {"best_step": 99}))
+
+
+def test_no_checkpoint_that_is_whole(
+    workspace: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, folder = workspace.config(), tmp_path / "run"
+    stop(config, folder, 4)
+    for path in (folder / "checkpoints").glob("step-*"):
+        damage_checkpoint(path, "truncated")
+    with pytest.raises(
+        InputError,
+        match=r"state.pt: expected a checkpoint, but it is damaged, and so is every other; .*--redo",
+    ):
+        train(config, folder, progress=False)
+    shutil.rmtree(folder / "checkpoints")
+    with caplog.at_level("INFO"):
+        train(config, folder, progress=False)
+    assert "no checkpoint, the run begins at its first step" in caplog.text
+    train(config, tmp_path / "whole", progress=False)
+    assert_same_run(tmp_path / "whole", folder)
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "adapter"])
+def test_a_full_disk_leaves_the_last_checkpoint(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """No file may grow beyond a limit, which looks like a full disk; the same command then finishes."""
+    config, folder = workspace.config(validate_every=4), tmp_path / "run"
+    writer = {"checkpoint": "torch.save", "adapter": "rellax.patch.adapter.save"}[what]
+    write: Any = {"checkpoint": torch.save, "adapter": adapters.save}[what]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(*args: Any) -> Any:
+        if saved_steps(folder) == [2]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
+        return write(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Log, "append", stop)
+        patch.setattr(writer, limited)
+        try:
+            with pytest.raises(OSError, match="File too large") as caught:
+                train(config, folder, progress=False)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.errno in cli._MACHINE_SAYS_NO
+    assert saved_steps(folder) == [2]
+    assert not [path for path in folder.rglob("*") if path.name.startswith(".")]
+    train(config, folder, progress=False)
+    train(config, tmp_path / "whole", progress=False)
+    assert_same_run(tmp_path / "whole", folder)
+
+
+def test_ctrl_c_while_a_checkpoint_is_written(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage_1: Path
+) -> None:
+    save, calls = torch.save, iter(range(100))
+
+    def interrupted(*args: Any) -> None:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        save(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(workspace.config(), tmp_path / "run", progress=False)
-    path = tmp_path / "run" / "checkpoints" / "last.pt"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(InputError, match=r"last.pt: expected a checkpoint, but it is damaged"):
-        train(workspace.config(), tmp_path / "run", progress=False)
-    train(workspace.config(), tmp_path / "run", progress=False, redo=True)
-    assert (tmp_path / "run" / "metrics.json").exists()
+    assert saved_steps(tmp_path / "run") == [2, 4]
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+    train(workspace.config(), tmp_path / "run", progress=False)
+    assert_same_run(stage_1, tmp_path / "run")
 
 
 def test_a_finished_run_is_read_and_another_refused(
@@ -322,37 +460,60 @@ def test_micro_batches_change_nothing_but_rounding(workspace: Workspace, tmp_pat
     assert finals[1] == pytest.approx(finals[2], rel=1e-4)
 
 
-def test_two_processes_share_a_batch(workspace: Workspace, tmp_path: Path) -> None:
-    """Two ranks with gloo take the steps that one process takes, up to rounding; the last batch is a row."""
+def test_gradient_checkpointing_changes_nothing(workspace: Workspace, tmp_path: Path) -> None:
+    config = workspace.config(stage="joint", epochs=1, **GATED)
+    for packing in ("never", "always"):
+        runs = [tmp_path / f"{packing}-{on}" for on in (False, True)]
+        for on, folder in enumerate(runs):
+            changes = {"packing": packing, "gradient_checkpointing": bool(on)}
+            train(dataclasses.replace(config, **changes), folder, progress=False)
+        assert_same_run(*runs)
+
+
+def test_patience_ends_a_run(workspace: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """So large a rate finds nothing better; a stop before the end changes neither where nor why it ends."""
     config = workspace.config(
-        stage="joint", dropout=0.0, epochs=1, lr=1e-3, prompts="recent", shots=9, micro_batch_size=1, **GATED
+        epochs=8, lr=0.5, validate_every=2, checkpoint_every=3, patience=3, select="log_loss"
     )
-    train(config, tmp_path / "one", progress=False)
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import json, sys\n"
-        "from rellax.ctr.config import TrainConfig\n"
-        "from rellax.ctr.train import train\n"
-        "values = json.loads(sys.argv[1])\n"
-        "values['target_modules'] = tuple(values['target_modules'])\n"
-        "train(TrainConfig(**values), sys.argv[2], device='cpu', progress=False)\n"
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    command += [str(script), json.dumps(config.to_json()), str(tmp_path / "two")]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
-    one, two = log(tmp_path / "one"), log(tmp_path / "two")
-    assert [entry["step"] for entry in two] == [1, 2, 3]
-    for expected, found in zip(one, two, strict=True):
-        for name in ("loss", "grad_norm"):
-            assert found[name] == pytest.approx(expected[name], rel=1e-3)
-    assert two[-1]["validation_log_loss"] == pytest.approx(one[-1]["validation_log_loss"], rel=1e-4)
+    with caplog.at_level("INFO"):
+        result = train(config, tmp_path / "run", progress=False)
+    entries = log(tmp_path / "run")
+    scores = [(entry["step"], entry["validation_log_loss"]) for entry in entries if "validation_auc" in entry]
+    best = min(scores, key=lambda pair: pair[1])[0]
+    assert result["best_step"] == best
+    assert result["steps"] == best + 6 == entries[-1]["step"] < 40
+    reason = f"no better validation log_loss than that of step {best} in 3 validations"
+    assert entries[-1]["stopped"] == reason
+    assert f"stopped at step {best + 6} of 40: {reason}" in caplog.text
+    assert sum("stopped" in entry for entry in entries) == 1
+    for step in (3, 6):
+        stop(config, tmp_path / str(step), step)
+        train(config, tmp_path / str(step), progress=False)
+        assert_same_run(tmp_path / "run", tmp_path / str(step))
+    patient = dataclasses.replace(config, patience=20)
+    assert train(patient, tmp_path / "patient", progress=False)["steps"] == 40
+
+
+def test_tensorboard_shows_each_step_once(workspace: Workspace, tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder = tmp_path / "run"
+    run(**job(workspace.config(), folder, step=4, options={"tensorboard": True}))
+    train(workspace.config(), folder, tensorboard=True, progress=False)
+    events = event_accumulator.EventAccumulator(str(folder / "tensorboard"), purge_orphaned_data=False)
+    events.Reload()
+    for name in ("loss", "lr", "validation_auc"):
+        expected = [(entry["step"], entry[name]) for entry in log(folder) if name in entry]
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert found == [(step, pytest.approx(value)) for step, value in expected]
+    assert len(events.Scalars("loss")) == 10
+
+
+def test_tensorboard_is_missing(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(InputError, match="tensorboard: expected this package, found none; `pip install"):
+        train(workspace.config(), tmp_path / "run", tensorboard=True, progress=False)
 
 
 def test_mixture_has_each_sample_with_either_history(workspace: Workspace) -> None:
@@ -378,6 +539,9 @@ def test_mixture_has_each_sample_with_either_history(workspace: Workspace) -> No
         ({"stage": "joint", "soft_prompt": True, "crm": None}, "need the folder of `rellax crm`"),
         ({"epochs": 0}, "epochs: expected a positive number, got 0"),
         ({"shots": -1}, "shots: expected a positive number or None, got -1"),
+        ({"schedule": "step"}, "schedule: expected one of linear, cosine, constant, got 'step'"),
+        ({"patience": 0}, "patience: expected a positive number or None, got 0"),
+        ({"weight_decay": -0.1}, "weight_decay: expected zero or more, got -0.1"),
         ({"warmup": 1.0}, r"warmup: expected a fraction in \[0, 1\), got 1.0"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),

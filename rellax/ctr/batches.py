@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -101,21 +101,47 @@ def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
-def epoch_batches(
-    lengths: Sequence[int] | np.ndarray, batch_size: int, *, seed: int, epoch: int
-) -> list[np.ndarray]:
-    """The batches of an epoch: rows of `lengths`, each once, random, but of similar length within a batch.
+class EpochBatches(Sequence[np.ndarray]):
+    """The batches of an epoch: of `count` rows, each once, random, but of similar length within a batch.
 
     Only neighbours in a random order are sorted by length, so that a batch stays a mixture. A pure function
-    of its arguments: a run that resumes sees the same batches.
+    of the arguments: a run that resumes sees the same batches. Lengths are asked for when a batch is, so what
+    is held is 4 bytes a row.
+
+    Args:
+        lengths: the lengths (n,) of any rows (n,).
     """
-    rng = np.random.default_rng((seed, epoch))
-    order, tokens = rng.permutation(len(lengths)), np.asarray(lengths)
-    batches: list[np.ndarray] = []
-    for start in range(0, len(order), batch_size * _POOL):
-        pool = order[start : start + batch_size * _POOL]
-        batches += _cut(pool[np.argsort(tokens[pool], kind="stable")], batch_size)
-    return [batches[i] for i in rng.permutation(len(batches))]
+
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        lengths: Callable[[np.ndarray], np.ndarray],
+        *,
+        seed: int,
+        epoch: int,
+    ) -> None:
+        rng = np.random.default_rng((seed, epoch))
+        self.batch_size, self.lengths = batch_size, lengths
+        self.rows = rng.permutation(np.arange(count, dtype=np.int32))
+        self.order = rng.permutation(-(-count // batch_size))
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[np.ndarray]: ...
+
+    def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        number, place = divmod(int(self.order[index]), _POOL)
+        pool = self.rows[number * _POOL * self.batch_size :][: _POOL * self.batch_size]
+        pool = pool[np.argsort(self.lengths(pool), kind="stable")]
+        return _cut(pool, self.batch_size)[place]
 
 
 def scoring_batches(lengths: Sequence[int], batch_size: int) -> list[np.ndarray]:

@@ -18,6 +18,7 @@ from rellax.ctr.config import (
     INTERACTIONS,
     PACKING,
     PROMPTS,
+    SCHEDULES,
     STAGES,
     DemoConfig,
     StudyConfig,
@@ -36,6 +37,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "loss": ("choice", "vocab"),
     "select": ("auc", "log_loss"),
     "packing": PACKING,
+    "schedule": SCHEDULES,
     "dtype": ("auto", "float32", "bfloat16"),
     "device": ("auto", "cpu", "cuda"),
     "crm_samples": CRM_SAMPLES,
@@ -52,7 +54,9 @@ _TRAIN_HELP = {
     "lr": "peak learning rate (default: the stage's own)",
     "batch_size": "prompts in a step",
     "micro_batch_size": "prompts at once, at most",
+    "schedule": "of the learning rate after its rise",
     "warmup": "fraction of the steps in which the learning rate rises",
+    "weight_decay": "of AdamW, on all that is trained but biases and norms",
     "loss": "over the two answers or the whole vocabulary",
     "r": "rank of LoRA",
     "alpha": "LoRA is scaled by alpha / r",
@@ -61,7 +65,9 @@ _TRAIN_HELP = {
     "validation_samples": "random validation samples",
     "validate_every": "steps between validations (default: an epoch)",
     "select": "validation metric that chooses the step that is kept",
+    "patience": "validations without a better one after which the run ends (default: all epochs)",
     "checkpoint_every": "steps between checkpoints",
+    "gradient_checkpointing": "less memory for more time: each layer is computed again in the backward pass",
     "packing": "a batch's prompts one after another, not padded; auto: where that is no slower",
     "dtype": "of the frozen weights; auto: bfloat16 where the hardware has it",
     "seed": "of samples, their order, initial values and dropout",
@@ -96,7 +102,7 @@ _STUDY_HELP = _DEMO_HELP | {
     "crm_samples": "what that one is trained on: all training samples, all but the shots, or the shots",
 }
 _STUDY_HELP = {name: text for name, text in _STUDY_HELP.items() if name not in ("few_shot_crm", "seed")}
-_MACHINE_SAYS_NO = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+_MACHINE_SAYS_NO = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -192,7 +198,13 @@ def _train(options: argparse.Namespace) -> None:
 
     folder = options.work / options.name
     start = None if options.start is None else str(options.work / options.start)
-    result = train(_train_config(options, start=start), folder, device=options.device, redo=options.redo)
+    result = train(
+        _train_config(options, start=start),
+        folder,
+        fsdp=options.fsdp,
+        tensorboard=options.tensorboard,
+        **_run_options(options),
+    )
     print(f"{folder}: step {result['best_step']} of {result['steps']} is kept")
 
 
@@ -365,11 +377,20 @@ def _parser() -> argparse.ArgumentParser:
         _train,
         "train the language model; a stopped run is resumed",
         "rellax train rella --shots 1024\n"
-        "rellax train rellax --stage 2 --from rella --interaction full --soft-prompt --shots 1024",
+        "rellax train rellax --stage 2 --from rella --interaction full --soft-prompt --shots 1024\n"
+        "torchrun --nproc-per-node 8 -m rellax train rella --batch-size 256          # 8 GPUs\n"
+        "torchrun --nproc-per-node 8 -m rellax train rella --batch-size 256 --fsdp   # a large model\n"
+        "accelerate launch -m rellax train rella                                     # as configured",
     )
     train.add_argument("name", help="run folder, in the work folder")
     train.add_argument("--from", dest="start", metavar="NAME", help="run of stage 1 that stage 2 starts from")
     train.add_argument("--crm", default="crm", metavar="NAME", help="run of `rellax crm` that is used")
+    train.add_argument(
+        "--fsdp", action="store_true", help="shard the frozen weights over the processes (FSDP2)"
+    )
+    train.add_argument(
+        "--tensorboard", action="store_true", help="write event files to the run folder as well"
+    )
     _add_fields(train, TrainConfig, _TRAIN_HELP)
 
     evaluate = _command(

@@ -14,6 +14,7 @@ DATASETS = ("ml-100k", "ml-1m", "ml-25m", "bookcrossing")
 STAGES = ("1", "2", "joint")
 PROMPTS = ("recent", "retrieved", "mixture")
 PACKING = ("auto", "always", "never")
+SCHEDULES = ("linear", "cosine", "constant")
 INTERACTIONS = ("none", "diagonal", "full")
 CRM_SAMPLES = ("all", "held-out", "shots")
 LEARNING_RATES = {"1": 1e-3, "2": 3e-4, "joint": 1e-3}
@@ -44,14 +45,19 @@ class TrainConfig:
         shots: random samples of the training split; None takes all.
 
     Optimisation:
-        lr: peak of the linear schedule; None takes the stage's own.
+        lr: peak learning rate; None takes the stage's own.
+        schedule: of the rate after its rise: "linear" or "cosine" (both end at zero), or "constant".
         warmup: fraction of all steps over which the rate rises.
+        weight_decay: of AdamW, on all that is trained but biases and norms.
         clip: largest norm of the gradient.
         loss: "choice" (the two answers) or "vocab" (all tokens).
         validation_samples: random samples of the validation split; None takes all.
         validate_every: steps between two validations; None validates after each epoch.
         select: the validation metric that chooses the step whose adapter is kept, "auc" or "log_loss".
+        patience: validations without a better one after which the run ends; None goes through all epochs.
         checkpoint_every: steps between two checkpoints.
+        gradient_checkpointing: compute each layer again in the backward pass, so that a third more time pays
+            for not keeping its activations. It changes nothing else.
         packing: whether the prompts of a batch follow one another instead of being padded: "always", "never",
             or "auto", where the machine's attention is then no slower. It changes rounding alone.
         dtype: of the frozen weights; "auto" is bfloat16 where the processor has it, else float32. What is
@@ -81,13 +87,17 @@ class TrainConfig:
     lr: float | None = None
     batch_size: int = 16
     micro_batch_size: int = 8
+    schedule: str = "linear"
     warmup: float = 0.05
+    weight_decay: float = 0.0
     clip: float = 1.0
     loss: str = "choice"
     validation_samples: int | None = 500
     validate_every: int | None = None
     select: str = "auc"
+    patience: int | None = None
     checkpoint_every: int = 20
+    gradient_checkpointing: bool = False
     packing: str = "auto"
     dtype: str = "auto"
     seed: int = 0
@@ -126,6 +136,7 @@ class TrainConfig:
             "loss": ("choice", "vocab"),
             "select": ("auc", "log_loss"),
             "packing": PACKING,
+            "schedule": SCHEDULES,
             "dtype": ("auto", "float32", "bfloat16"),
         }
         for name, allowed in choices.items():
@@ -134,13 +145,15 @@ class TrainConfig:
         for name in ("k", "max_tokens", "epochs", "batch_size", "micro_batch_size", "checkpoint_every", "r"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
-        for name in ("shots", "validation_samples", "validate_every", "lr"):
+        for name in ("shots", "validation_samples", "validate_every", "patience", "lr"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise InputError(f"{name}: expected a positive number or None, got {value!r}")
         for name in ("warmup", "dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise InputError(f"{name}: expected a fraction in [0, 1), got {getattr(self, name)!r}")
+        if self.weight_decay < 0:
+            raise InputError(f"weight_decay: expected zero or more, got {self.weight_decay!r}")
 
     def _check_stage(self) -> None:
         if self.stage == "1" and self.uses_crm:

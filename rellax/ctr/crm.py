@@ -29,6 +29,7 @@ from rellax._files import atomic_folder, read_json, write_json
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.metrics import evaluate
 from rellax.ctr.runs import environment, plot_curves
+from rellax.ctr.tensor_file import write_tensors
 from rellax.errors import InputError
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ class CRMOutputs:
 
     Attributes:
         item_embeddings: (N, E), the embeddings of an item's id and features side by side.
-        instance_embeddings: (S, d_u), the last hidden layer before the logit.
+        instance_embeddings: (S, d_u), the last hidden layer before the logit. They may be large: what
+            `load_crm` returns is mapped, and its rows are read when they are used.
         probabilities: (S,), of label 1.
     """
 
@@ -128,17 +130,33 @@ def train_crm(
         model = _build(features, config, where)
         log = _fit(model, features, dataset, config)
     every = np.arange(len(dataset.samples))
-    outputs = CRMOutputs(features.item_embeddings(model), *_predict(model, features, every))
-    metrics = {split: _metrics(dataset, outputs, split) for split in ("valid", "test")} | log
+    items, probabilities = features.item_embeddings(model), np.empty(len(every), np.float32)
+    shapes = {
+        "item_embeddings": tuple(items.shape),
+        "instance_embeddings": (len(every), config.hidden[-1]),
+        "probabilities": (len(every),),
+    }
+
+    def hidden() -> Iterator[np.ndarray]:
+        row = 0
+        with tqdm(total=len(every), desc=f"{config.model} of all samples", unit="sample") as bar:
+            for block, predicted in _outputs(model, features, every):
+                probabilities[row : row + len(block)] = predicted
+                row += len(block)
+                bar.update(len(block))
+                yield block.numpy()
+
     with atomic_folder(folder) as part:
-        save_file(vars(outputs), part / OUTPUTS)
-        save_file(model.state_dict(), part / WEIGHTS)
-        columns = {
-            "sample": every,
-            "label": dataset.samples.label,
-            "probability": outputs.probabilities.numpy(),
+        blocks = {
+            "item_embeddings": [items.numpy()],
+            "instance_embeddings": hidden(),
+            "probabilities": [probabilities],
         }
+        write_tensors(part / OUTPUTS, shapes, blocks)
+        save_file(model.state_dict(), part / WEIGHTS)
+        columns = {"sample": every, "label": dataset.samples.label, "probability": probabilities}
         pq.write_table(pa.table(columns), part / "predictions.parquet")
+        metrics = {split: _metrics(dataset, probabilities, split) for split in ("valid", "test")} | log
         write_json(part / "metrics.json", metrics)
         write_json(part / "config.json", asdict(config))
         write_json(part / "environment.json", environment())
@@ -147,9 +165,9 @@ def train_crm(
     return metrics
 
 
-def _metrics(dataset: Dataset, outputs: CRMOutputs, split: str) -> dict[str, Any]:
+def _metrics(dataset: Dataset, probabilities: np.ndarray, split: str) -> dict[str, Any]:
     rows, samples = dataset.indices(split), dataset.samples
-    return evaluate(samples.label[rows], outputs.probabilities[rows].numpy(), samples.user[rows])
+    return evaluate(samples.label[rows], probabilities[rows], samples.user[rows])
 
 
 def load_crm(folder: str | Path, dataset: Dataset) -> CRMOutputs:
@@ -197,7 +215,8 @@ def instance_embeddings(folder: str | Path, dataset: Dataset) -> Tensor:
     except (SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: expected the weights of a CRM for {dataset.folder} ({reason})") from None
-    return _predict(model, features, np.arange(len(dataset.samples)))[0]
+    every = np.arange(len(dataset.samples))
+    return torch.cat([hidden for hidden, _ in _outputs(model, features, every)])
 
 
 def _build(features: _Features, config: CRMConfig, device: torch.device) -> BaseModel:
@@ -246,7 +265,8 @@ def _fit(model: BaseModel, features: _Features, dataset: Dataset, config: CRMCon
             bar.update()
             if step % math.ceil(per_epoch / _EVALUATIONS):
                 continue
-            auc = float(roc_auc_score(labels, _predict(model, features, valid)[1]))
+            predicted = torch.cat([block for _, block in _outputs(model, features, valid)])
+            auc = float(roc_auc_score(labels, predicted))
             curve.append((step, auc))
             bar.set_postfix(valid_auc=f"{auc:.4f}")
             if auc > best_auc:
@@ -283,19 +303,19 @@ def _step(model: BaseModel, features: _Features, samples: Tensor) -> None:
 
 
 @torch.no_grad()
-def _predict(model: BaseModel, features: _Features, samples: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Last hidden layer (n, d_u) and probability (n,) of each sample, on the CPU."""
+def _outputs(model: BaseModel, features: _Features, samples: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+    """Last hidden layer (n, d_u) and probability (n,) of some samples after others, on the CPU."""
     model.eval()
     head = model.fc if hasattr(model, "fc") else model.dnn.mlp  # DCNv2's; that of all others
     logit = [module for module in head.modules() if isinstance(module, nn.Linear)][-1]
     hidden: list[Tensor] = []
     hook = logit.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0].cpu()))
     try:
-        chunks = torch.from_numpy(samples).split(_PREDICT_BATCH)
-        probabilities = [model(features.batch(chunk))["y_pred"].squeeze(1).cpu() for chunk in chunks]
+        for chunk in torch.from_numpy(samples).split(_PREDICT_BATCH):
+            probabilities = model(features.batch(chunk))["y_pred"].squeeze(1).cpu()
+            yield hidden.pop(), probabilities
     finally:
         hook.remove()
-    return torch.cat(hidden), torch.cat(probabilities)
 
 
 class _Features:

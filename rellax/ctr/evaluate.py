@@ -29,24 +29,31 @@ def predict_probabilities(
     examples: Sequence[Example],
     *,
     batch_size: int = 16,
+    share: tuple[int, int] = (0, 1),
     progress: bool = False,
 ) -> np.ndarray:
     """P(Yes) of each prompt by a patched model, (n,) float64: softmax over its [No, Yes] logits.
 
     The model runs on the device it is on, in evaluation mode, and is left in that mode. Which prompts share
-    a batch, and so how they are padded, changes a probability by rounding alone.
+    a batch, and so how they are padded, changes a probability by rounding alone. Of several processes each
+    runs as many batches of its `share` (process, processes), the same as one process would, and has 0 for
+    all others: the sum is whole.
     """
     model.eval()
     device = next(model.parameters()).device
     soft_prompt = model.rellax.soft_prompt
     if soft_prompt is not None:
         soft_prompt.cache_table()
-    probabilities = np.empty(len(examples))
+    probabilities = np.zeros(len(examples))
+    batches = scoring_batches([len(example.input_ids) for example in examples], batch_size)
+    process, processes = share
     with tqdm(total=len(examples), desc="score", unit="prompt", disable=not progress) as bar:
-        for rows in scoring_batches([len(example.input_ids) for example in examples], batch_size):
+        for start in range(0, len(batches), processes):
+            rows = batches[min(start + process, len(batches) - 1)]
             batch = collator.prompts([examples[row] for row in rows])
             logits = answer_logits(model, **on_device(batch, device))
-            probabilities[rows] = logits.double().softmax(dim=-1)[:, 1].cpu().numpy()
+            if start + process < len(batches):
+                probabilities[rows] = logits.double().softmax(dim=-1)[:, 1].cpu().numpy()
             bar.update(len(rows))
     return probabilities
 

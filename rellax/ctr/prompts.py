@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 from tokenizers import AddedToken
+from tqdm import tqdm
 
 from rellax.ctr.dataset import Dataset
 from rellax.errors import InputError
@@ -24,6 +25,7 @@ ANSWERS = ("No", "Yes")
 PLACEHOLDER = "<|item|>"
 _CONTENT = "[content]"
 _CACHED = 1 << 17  # pieces of each kind that are kept
+_CHECKED = 1 << 12  # targets, or prompts, that are looked at at once
 
 
 @dataclass(frozen=True)
@@ -188,18 +190,43 @@ class PromptBuilder:
             InputError: a prompt too long even without behaviours.
         """
         data, chosen = self.dataset, positions[:, : self.k]
-        user, item = data.samples.user[samples], data.samples.item[samples]
+        user = data.samples.user[samples]
         rows = np.where(chosen >= 0, data.offsets[user][:, None] + chosen, 0)
         keys = data.behaviour_items[rows], np.searchsorted(self._ratings, data.behaviour_ratings[rows])
         behaviours = _counted(self._behaviour_tokens, keys, self._count_behaviour)
+        fixed = self.fixed_lengths(samples)
+        growing = np.cumsum(np.where(chosen >= 0, behaviours, 0), axis=1) + fixed[:, None]
+        kept = np.where(growing <= self.max_tokens, growing, 0)
+        return np.maximum(kept.max(axis=1, initial=0), fixed).astype(np.int32)
+
+    def check(self, samples: np.ndarray, *, progress: bool = False) -> None:
+        """Raise an InputError where a sample's prompt would be too long even without behaviours."""
+        data = self.dataset.samples
+        users, items = _distinct(data.user[samples]), _distinct(data.item[samples])
+        longest = len(self._question)
+        longest += _counted(self._head_tokens, (users,), self._count_head).max(initial=0)
+        blocks = np.array_split(items, 1 + len(items) // _CHECKED)
+        longest += max(
+            _counted(self._target_tokens, (block,), self._count_target).max(initial=0)
+            for block in tqdm(blocks, "tokens", unit="block", disable=not progress, delay=2)
+        )
+        if longest > self.max_tokens:  # but maybe not of one sample
+            for start in range(0, len(samples), _CHECKED):
+                self.fixed_lengths(samples[start : start + _CHECKED])
+
+    def fixed_lengths(self, samples: np.ndarray) -> np.ndarray:
+        """Tokens of the samples' prompts without any behaviour, (n,) int32.
+
+        Raises:
+            InputError: a prompt too long even so.
+        """
+        user, item = self.dataset.samples.user[samples], self.dataset.samples.item[samples]
         fixed = _counted(self._head_tokens, (user,), self._count_head) + len(self._question)
         fixed += _counted(self._target_tokens, (item,), self._count_target)
         if (fixed > self.max_tokens).any():
             row = int(np.argmax(fixed > self.max_tokens))
             raise self._too_long(int(samples[row]), int(fixed[row]))
-        growing = np.cumsum(np.where(chosen >= 0, behaviours, 0), axis=1) + fixed[:, None]
-        kept = np.where(growing <= self.max_tokens, growing, 0)
-        return np.maximum(kept.max(axis=1, initial=0), fixed).astype(np.int32)
+        return fixed
 
     def render(self, sample: int, positions: Sequence[int]) -> str:
         """The prompt as text, exactly as the model reads it."""
@@ -248,6 +275,13 @@ class PromptBuilder:
         placeholder = [self.placeholder] if soft and self.placeholder is not None else []
         line = re.sub(r"\s+", " ", text)
         return _encode(self.tokenizer, line, after=after) + placeholder + self._newline
+
+
+def _distinct(ids: np.ndarray) -> np.ndarray:
+    """The distinct ones of small non-negative integers, rising."""
+    seen = np.zeros(ids.max(initial=-1) + 1, dtype=bool)
+    seen[ids] = True
+    return np.flatnonzero(seen)
 
 
 def _counted(known: np.ndarray, keys: tuple[np.ndarray, ...], count: Callable[..., int]) -> np.ndarray:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from rellax import subr
-from rellax._files import atomic_folder, read_json, sha256_file
+from rellax._files import atomic_folder, read_json, scratch_array, sha256_file
 from rellax.ctr import jobs, runs
 from rellax.ctr.buckets import Buckets
 from rellax.ctr.dataset import Dataset
@@ -153,10 +153,11 @@ def _matches(old: subr.Retrieved, user: np.ndarray, history: np.ndarray) -> tupl
     return kept[same], rows[same]
 
 
-def read_positions(folder: str | Path, dataset: Dataset, k: int) -> np.ndarray:
+def read_positions(folder: str | Path, dataset: Dataset, k: int, *, progress: bool = False) -> np.ndarray:
     """Positions (S, k) of each sample's `k` nearest behaviours in its user's history, nearest first, then -1.
 
-    int16 where all histories are short enough, else int32. Beside it only a part of the file is held.
+    int16 where all histories are short enough, else int32. Many are mapped from a temporary file (in $TMPDIR)
+    that has no name: the system may put them out of memory.
 
     Raises:
         InputError: the file is missing or damaged, was made from other samples, or has fewer than `k`
@@ -172,9 +173,9 @@ def read_positions(folder: str | Path, dataset: Dataset, k: int) -> np.ndarray:
         samples.item,
     )
     short = samples.position.max(initial=0) <= np.iinfo(np.int16).max
-    positions = np.empty((len(samples), k), np.int16 if short else np.int32)
+    positions = scratch_array((len(samples), k), np.int16 if short else np.int32)
     left = np.ones(len(samples), dtype=bool)
-    for block in subr.read_retrieved(path):
+    for block in tqdm(subr.read_retrieved(path), "retrieved", unit="block", disable=not progress, delay=2):
         if k > block.positions.shape[1]:
             raise InputError(
                 f"k: expected at most the {block.positions.shape[1]} behaviours of {path}, got {k}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
 import resource
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -98,26 +100,52 @@ def peak_memory_gib() -> float:
 
 
 class Log:
-    """A file of one JSON object a line, each with its `step`.
+    """A file of one JSON object a line, each with its `step`, and on request TensorBoard's event files.
 
-    Lines after `up_to_step` are cut off: a killed run wrote them after the checkpoint it resumes from.
+    Lines after `up_to_step` are cut off: a killed run wrote them after the checkpoint it resumes from. The
+    event files are written anew from those that stay, so no step is in them twice.
     """
 
-    def __init__(self, path: str | Path, *, up_to_step: int) -> None:
+    def __init__(self, path: str | Path, *, up_to_step: int, board: Path | None = None) -> None:
         self.path = Path(path)
-        self.entries = [entry for entry in _whole_lines(self.path) if entry["step"] <= up_to_step]
-        with atomic_file(self.path) as part:
-            part.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries), encoding="utf-8")
+        self.board: Any = None
+        if board is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            shutil.rmtree(board, ignore_errors=True)
+            self.board = SummaryWriter(str(board))
+        with atomic_file(self.path) as part, part.open("w", encoding="utf-8") as file:
+            for entry in _entries(self.path):
+                if entry["step"] <= up_to_step:
+                    file.write(json.dumps(entry) + "\n")
+                    self._show(entry)
 
     def append(self, **entry: Any) -> None:
-        self.entries.append(entry)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+        self._show(entry)
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of the entries that have `name`."""
-        found = [(entry["step"], entry[name]) for entry in self.entries if name in entry]
+        found = [(entry["step"], entry[name]) for entry in _entries(self.path) if name in entry]
         return [step for step, _ in found], [value for _, value in found]
+
+    def close(self) -> None:
+        """Nothing is appended any more."""
+        if self.board is not None:
+            self.board.close()
+
+    def _show(self, entry: dict[str, Any]) -> None:
+        if self.board is not None:
+            for name, value in entry.items():
+                if name != "step" and isinstance(value, (int, float)):
+                    self.board.add_scalar(name, value, entry["step"])
+
+
+def check_tensorboard() -> None:
+    """Raise an InputError where the package that writes TensorBoard's event files is missing."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise InputError("tensorboard: expected this package, found none; `pip install tensorboard` adds it")
 
 
 def plot_curves(path: str | Path, curves: Sequence[tuple[str, Sequence[float], Sequence[float]]]) -> None:
@@ -135,9 +163,13 @@ def plot_curves(path: str | Path, curves: Sequence[tuple[str, Sequence[float], S
         figure.savefig(part, format="png", dpi=120)
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+def _entries(path: Path) -> Iterator[dict[str, Any]]:
+    """The entries of a log; a line without an end is none, whoever wrote it was killed."""
+    if path.exists():
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                if line.endswith("\n"):
+                    yield json.loads(line)
 
 
 def _version(package: str) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -10,6 +10,7 @@ from typing import Any, overload
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from rellax._files import sha256_file
 from rellax.ctr import crm
@@ -21,8 +22,6 @@ from rellax.ctr.prompts import PromptBuilder, add_placeholder, answer_ids, recen
 from rellax.ctr.retrieval import read_positions
 from rellax.errors import InputError
 from rellax.patch import CFLoRAConfig, SoftPromptConfig, load_adapter, packing_pays, patch_model
-
-_BLOCK = 1 << 16  # prompts whose lengths are computed at once
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Inputs:
     instance_embeddings: Tensor | None = None
 
 
-def load_inputs(config: TrainConfig) -> Inputs:
+def load_inputs(config: TrainConfig, *, progress: bool = False) -> Inputs:
     """Read the folders that `config` names.
 
     Raises:
@@ -51,14 +50,14 @@ def load_inputs(config: TrainConfig) -> Inputs:
     dataset = Dataset.load(config.data)
     retrieved = None
     if config.retrieved is not None:
-        retrieved = read_positions(config.retrieved, dataset, config.k)
+        retrieved = read_positions(config.retrieved, dataset, config.k, progress=progress)
     if config.crm is None:
         return Inputs(dataset, retrieved)
     outputs = crm.load_crm(config.crm, dataset)
     return Inputs(dataset, retrieved, outputs.item_embeddings, outputs.instance_embeddings)
 
 
-def input_hashes(config: TrainConfig) -> dict[str, str]:
+def input_hashes(config: TrainConfig, *, progress: bool = False) -> dict[str, str]:
     """SHA-256 of each file that decides what a run of `config` computes, the language model's apart.
 
     Raises:
@@ -75,12 +74,13 @@ def input_hashes(config: TrainConfig) -> dict[str, str]:
     for path, command in makers.items():
         if not path.is_file():
             raise InputError(f"{path}: expected this file, found none; `rellax {command}` makes it")
-    return {path.name: sha256_file(path) for path in makers}
+    with tqdm(makers, "hashes", unit="file", disable=not progress, delay=2) as paths:
+        return {path.name: sha256_file(path) for path in paths}
 
 
 @dataclass(frozen=True, eq=False)
 class Examples(Sequence[Example]):
-    """Prompts that are made when they are asked for: of all others no more than 9 bytes are held.
+    """Prompts that are made when they are asked for: of all others no more than 5 bytes are held.
 
     Attributes:
         samples: (n,) sample of each prompt.
@@ -110,16 +110,14 @@ class Examples(Sequence[Example]):
         label = int(self.inputs.dataset.samples.label[sample])
         return Example(sample, label, prompt.input_ids, prompt.item_ids)
 
-    def lengths(self) -> np.ndarray:
-        """Tokens of each prompt, (n,) int32."""
-        lengths = np.empty(len(self), dtype=np.int32)
-        for start in range(0, len(self), _BLOCK):
-            block = slice(start, start + _BLOCK)
-            for kind in (False, True):
-                rows = start + np.flatnonzero(self.is_retrieved[block] == kind)
-                if len(rows):
-                    samples = self.samples[rows]
-                    lengths[rows] = self.prompts.lengths(samples, self._positions(samples, kind))
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens of some of the prompts, (n,) int32, without making them."""
+        lengths = np.empty(len(rows), dtype=np.int32)
+        for kind in (False, True):
+            at = np.flatnonzero(self.is_retrieved[rows] == kind)
+            if len(at):
+                samples = self.samples[rows[at]]
+                lengths[at] = self.prompts.lengths(samples, self._positions(samples, kind))
         return lengths
 
     def _positions(self, samples: np.ndarray, is_retrieved: bool) -> np.ndarray:
@@ -160,13 +158,19 @@ class Task:
         )
         model = load_model(config.model, dtype=config.dtype)
         model = self._patched(model, placeholder) if adapter is None else load_adapter(model, adapter)
-        self.model = model.to(device)
-        packed = config.packing == "always" or (config.packing == "auto" and packing_pays(model))
+        self.model = model
+        self.place(lambda model: model.to(device))
+
+    def place(self, move: Callable[[Any], Any]) -> None:
+        """Put the model where it runs, which decides how batches are made."""
+        self.model = move(self.model)
+        packing = self.config.packing
+        packed = packing == "always" or (packing == "auto" and packing_pays(self.model))
         self.collator = replace(self.collator, packed=packed)
 
-    def examples(self, samples: Iterable[int], prompts: str) -> Examples:
+    def examples(self, samples: Sequence[int] | np.ndarray, prompts: str) -> Examples:
         """The prompts of `samples`: "recent", "retrieved", or a "mixture" of one of each."""
-        chosen = np.fromiter(samples, dtype=np.int64)
+        chosen = np.asarray(samples, dtype=np.int32)
         if prompts == "mixture":
             is_retrieved = np.tile([False, True], len(chosen))
             return Examples(self.prompts, self.inputs, np.repeat(chosen, 2), is_retrieved)
@@ -189,4 +193,9 @@ class Task:
             loss=config.loss,
             answer_ids=self.collator.answer_ids,
         )
-        return patch_model(model, lora, soft_prompt=soft_prompt)
+        patch_model(model, lora, soft_prompt=soft_prompt)
+        if config.gradient_checkpointing:
+            name = "activation_checkpointing_enable"  # gradient_checkpointing_enable before transformers 5.24
+            enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
+            enable({"use_reentrant": False})
+        return model

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
+import functools
+import logging
 import shutil
 from pathlib import Path
 from time import monotonic
@@ -12,15 +13,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from rellax._files import atomic_file, read_json, write_json
-from rellax.ctr import metrics, runs
-from rellax.ctr.batches import epoch_batches, on_device
+from rellax._files import atomic_file, atomic_folder, read_json, write_json
+from rellax.ctr import metrics, parallel, runs
+from rellax.ctr.batches import EpochBatches, on_device
+from rellax.ctr.checkpoints import Checkpoints
 from rellax.ctr.config import TrainConfig, inherited
 from rellax.ctr.dataset import SPLITS
 from rellax.ctr.evaluate import predict_probabilities, read_predictions, write_predictions
 from rellax.ctr.llm import resolve_device
+from rellax.ctr.optimiser import adamw, learning_rate
 from rellax.ctr.task import Task, input_hashes, load_inputs
 from rellax.errors import InputError
 from rellax.patch import load_adapter, save_adapter
@@ -28,9 +32,10 @@ from rellax.patch import load_adapter, save_adapter
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+logger = logging.getLogger(__name__)
+
 _FILES = ("config.json", "environment.json", "log.jsonl", "metrics.json", "predictions.parquet", "curves.png")
-_FOLDERS = ("adapter", "checkpoints", *SPLITS)
-_CHECKPOINT = "checkpoints/last.pt"
+_FOLDERS = ("adapter", "checkpoints", "tensorboard", *SPLITS)
 
 
 def train(
@@ -38,6 +43,8 @@ def train(
     folder: str | Path,
     *,
     device: str = "auto",
+    fsdp: bool = False,
+    tensorboard: bool = False,
     redo: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -50,49 +57,50 @@ def train(
     out over processes.
 
     Args:
-        folder: the run folder.
+        folder: the run folder, which all processes see.
         device: "auto", "cpu" or "cuda".
+        fsdp: shard the frozen weights over the processes, instead of one replica on each; so does
+            `accelerate launch --use_fsdp --fsdp_version 2`.
+        tensorboard: write what log.jsonl holds as event files to tensorboard/ in the run folder as well.
         redo: begin anew, whatever run the folder holds.
         progress: show a bar.
 
     Raises:
         InputError: `folder` holds a run of another configuration, or something `config` names does not fit.
     """
-    from accelerate import Accelerator
-
+    if tensorboard:
+        runs.check_tensorboard()
     folder, config = Path(folder), inherited(config)
-    where = resolve_device(device)
-    request = config.to_json() | {"inputs": input_hashes(config)}
-    accelerator = Accelerator(cpu=where.type == "cpu", mixed_precision="no")
+    accelerator = parallel.start(resolve_device(device))
+    inputs = parallel.from_main(accelerator, lambda: input_hashes(config, progress=progress))
+    request = config.to_json() | {"inputs": inputs}
     runs.is_claimed(folder, request, redo=redo)
     accelerator.wait_for_everyone()
     if redo and accelerator.is_main_process:
         _clear(folder)
     accelerator.wait_for_everyone()
     if not (folder / "metrics.json").exists():
-        _Trainer(config, folder, accelerator, progress).run(request)
+        sharded = parallel.is_sharded(accelerator, fsdp)
+        trainer = _Trainer(config, folder, accelerator, sharded=sharded, progress=progress)
+        trainer.run(request, tensorboard=tensorboard)
     return read_json(folder / "metrics.json")
-
-
-def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """Rate of a step: rises over the first `warmup` of all steps, then falls; both linearly."""
-    warm = config.warmup * steps
-    rise = (step + 1) / warm if warm else 1.0
-    fall = (steps - step) / (steps - warm)
-    return config.peak_lr * min(rise, fall, 1.0)
 
 
 class _Trainer:
     """One run.
 
-    What changes is the trainable parameters, the optimiser, `step` and `best`: what a checkpoint holds. The
-    order of samples, the learning rate and the random numbers follow from the configuration and the step.
+    What changes is the trainable parameters, the optimiser, `step`, `best` and `worse`: what a checkpoint
+    holds. The order of samples, the learning rate and the random numbers follow from the configuration and
+    the step.
     """
 
-    def __init__(self, config: TrainConfig, folder: Path, accelerator: Accelerator, progress: bool) -> None:
-        self.config, self.folder, self.accelerator = config, folder, accelerator
+    def __init__(
+        self, config: TrainConfig, folder: Path, accelerator: Accelerator, *, sharded: bool, progress: bool
+    ) -> None:
+        self.config, self.folder, self.accelerator, self.sharded = config, folder, accelerator, sharded
+        self.checkpoints = Checkpoints(folder / "checkpoints")
         self.progress = progress and accelerator.is_main_process
-        inputs = load_inputs(config)
+        inputs = load_inputs(config, progress=self.progress)
         shots = inputs.dataset.choose("train", config.shots, config.seed)
         self.chosen = inputs.dataset.choose("valid", config.validation_samples, config.seed)
         self.labels = inputs.dataset.samples.label[self.chosen]
@@ -101,31 +109,42 @@ class _Trainer:
                 f"validation_samples: the {len(self.chosen)} chosen ones have one label and so no AUC, "
                 "expected more of them, or select='log_loss'"
             )
-        self.task = Task(config, inputs, device=accelerator.device)
+        device = accelerator.device
+        self.task = Task(config, inputs, device="cpu" if sharded else device)
         self._begin_stage()
+        if sharded:
+            self.task.place(lambda model: parallel.shard(model, device))
         self.examples = self.task.examples(shots, config.prompts)
         self.validation = self.task.examples(self.chosen, config.evaluation_prompts)
-        self.lengths = self.examples.lengths()
+        for samples in (shots, self.chosen):
+            self.task.prompts.check(samples, progress=self.progress)
         self.per_epoch = -(-len(self.examples) // config.batch_size)
         self.steps = config.epochs * self.per_epoch
 
         self.trainable = {name: p for name, p in self.task.model.named_parameters() if p.requires_grad}
-        optimiser = torch.optim.AdamW(self.trainable.values(), weight_decay=0.0)
-        self.model, self.optimiser = accelerator.prepare(self.task.model, optimiser)
+        self.optimiser = adamw(self.trainable, config.weight_decay)
+        replicated = accelerator.num_processes > 1 and not sharded
+        self.model = accelerator.prepare_model(self.task.model) if replicated else self.task.model
+        self.batches = functools.lru_cache(maxsize=1)(self._epoch_batches)
         self.step = 0
         self.best: dict[str, Any] | None = None
+        self.worse = 0  # validations since the best one
 
-    def run(self, request: dict[str, Any]) -> None:
+    def run(self, request: dict[str, Any], *, tensorboard: bool) -> None:
+        if (processes := self.accelerator.num_processes) > 1:
+            holds = "a part of the frozen weights (FSDP2)" if self.sharded else "all weights (DDP)"
+            self._say(f"train: {processes} processes, each holds {holds}")
         if runs.is_claimed(self.folder, request):
             self._load_checkpoint()
         log = None
         if self.accelerator.is_main_process:
             write_json(self.folder / "config.json", request)
             write_json(self.folder / "environment.json", runs.environment())
-            log = runs.Log(self.folder / "log.jsonl", up_to_step=self.step)
+            board = self.folder / "tensorboard" if tensorboard else None
+            log = runs.Log(self.folder / "log.jsonl", up_to_step=self.step, board=board)
         bar = tqdm(total=self.steps, initial=self.step, desc="train", unit="step", disable=not self.progress)
         with bar:
-            while self.step < self.steps:
+            while self.step < self.steps and not self._is_given_up():
                 entry = self._train_step()
                 if self._is_validated():
                     entry |= self._validate()
@@ -151,11 +170,20 @@ class _Trainer:
             )
         state.set_trainable(lora=False)
 
+    def _epoch_batches(self, epoch: int) -> EpochBatches:
+        return EpochBatches(
+            len(self.examples),
+            self.config.batch_size,
+            self.examples.lengths,
+            seed=self.config.seed,
+            epoch=epoch,
+        )
+
     def _train_step(self) -> dict[str, Any]:
         """One step of the optimiser over a batch, which the processes share."""
         config, started = self.config, monotonic()
         epoch, index = divmod(self.step, self.per_epoch)
-        rows = epoch_batches(self.lengths, config.batch_size, seed=config.seed, epoch=epoch)[index]
+        rows = self.batches(epoch)[index]
         rate = learning_rate(config, self.step, self.steps)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
@@ -163,7 +191,7 @@ class _Trainer:
         state = np.random.SeedSequence((config.seed, self.step, process)).generate_state(1, np.uint64)
         torch.manual_seed(int(state[0]))
         loss = self.accelerator.reduce(self._backward(rows, rows[process::processes]), "sum").item()
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip)
+        norm = clip_grad_norm_(self.trainable.values(), config.clip)
         self.optimiser.step()
         self.optimiser.zero_grad()
         self.step += 1
@@ -172,7 +200,7 @@ class _Trainer:
             "epoch": epoch,
             "loss": loss,
             "lr": rate,
-            "grad_norm": float(norm),
+            "grad_norm": norm.item(),
             "seconds": round(monotonic() - started, 3),
         }
 
@@ -182,74 +210,92 @@ class _Trainer:
         Gradients are exchanged at the last micro-batch. A process without rows takes one that weighs nothing.
         """
         self.model.train()
-        size = self.config.micro_batch_size
+        size, processes = self.config.micro_batch_size, self.accelerator.num_processes
         parts = [own[start : start + size] for start in range(0, len(own), size)]
         shares = [len(part) / len(rows) for part in parts]
         if not parts:
             parts, shares = [rows[:1]], [0.0]
+        if self.sharded:  # its collectives must be as many on every process
+            empty = -(-len(rows) // (size * processes)) - len(parts)
+            parts, shares = parts + [rows[:1]] * empty, shares + [0.0] * empty
         total = torch.zeros((), device=self.accelerator.device)
         for number, (part, share) in enumerate(zip(parts, shares, strict=True), start=1):
             batch = self.task.collator.supervised([self.examples[row] for row in part])
             batch = on_device(batch, self.accelerator.device)
-            last = number == len(parts)
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+            exchanged = number == len(parts) or self.sharded
+            with contextlib.nullcontext() if exchanged else self.accelerator.no_sync(self.model):
                 loss = self.model(**batch).loss * share
                 # Data parallelism averages over the processes what is to be summed.
-                self.accelerator.backward(loss * self.accelerator.num_processes)
+                (loss * processes).backward()
             total += loss.detach()
+        if self.sharded:
+            parallel.average_gradients(self.trainable.values())
         return total
 
     def _is_validated(self) -> bool:
         every = self.config.validate_every or self.per_epoch
         return self.step % every == 0 or self.step == self.steps
 
-    def _validate(self) -> dict[str, float]:
+    def _is_given_up(self) -> bool:
+        return self.config.patience is not None and self.worse >= self.config.patience
+
+    def _validate(self) -> dict[str, float | str]:
         """Validation metrics; where they are the best so far, the adapter and the predictions are kept."""
         probabilities = self._validation_probabilities()
         result = metrics.evaluate(self.labels, probabilities, bootstrap=0)
         score = result["auc"] if self.config.select == "auc" else -result["log_loss"]
+        self.worse += 1
         if self.best is None or score > self.best["score"]:
-            self.best = {"step": self.step, "score": score}
+            self.best, self.worse = {"step": self.step, "score": score}, 0
             if self.accelerator.is_main_process:
-                save_adapter(self.task.model, self.folder / "adapter")
-                write_predictions(
-                    self.folder / "predictions.parquet", self.chosen, self.labels, probabilities
-                )
-        return {"validation_auc": result["auc"], "validation_log_loss": result["log_loss"]}
+                folder = self.checkpoints.best(self.step)
+                save_adapter(self.task.model, folder / "adapter")
+                write_predictions(folder / "predictions.parquet", self.chosen, self.labels, probabilities)
+        entry = {"validation_auc": result["auc"], "validation_log_loss": result["log_loss"]}
+        if self._is_given_up() and self.step < self.steps:
+            entry["stopped"] = (
+                f"no better validation {self.config.select} than that of step {self.best['step']} "
+                f"in {self.worse} validations"
+            )
+            self._say(f"train: stopped at step {self.step} of {self.steps}: {entry['stopped']}")
+        return entry
 
     def _validation_probabilities(self) -> np.ndarray:
-        from accelerate.utils import gather_object
-
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
-        own = predict_probabilities(self.task.model, self.task.collator, self.validation[process::processes])
-        probabilities = np.empty(len(self.validation))
-        for other, part in enumerate(gather_object([own])):
-            probabilities[other::processes] = part
-        return probabilities
+        own = predict_probabilities(
+            self.task.model, self.task.collator, self.validation, share=(process, processes)
+        )
+        summed = self.accelerator.reduce(torch.from_numpy(own).to(self.accelerator.device), "sum")
+        return summed.cpu().numpy()
+
+    def _say(self, message: str) -> None:
+        if self.accelerator.is_main_process:
+            logger.info(message)
 
     def _save_checkpoint(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        state = {
-            "step": self.step,
-            "best": self.best,
-            "parameters": {name: parameter.detach() for name, parameter in self.trainable.items()},
-            "optimiser": self.optimiser.state_dict(),
-        }
-        with atomic_file(self.folder / _CHECKPOINT) as part:
-            torch.save(state, part)
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(
+                {
+                    "step": self.step,
+                    "best": self.best,
+                    "worse": self.worse,
+                    "processes": self.accelerator.num_processes,
+                    "parameters": {name: parameter.detach() for name, parameter in self.trainable.items()},
+                    "optimiser": self.optimiser.state_dict(),
+                }
+            )
 
     def _load_checkpoint(self) -> None:
-        path = self.folder / _CHECKPOINT
-        if not path.exists():
+        state = self.checkpoints.load()
+        if state is None:
+            self._say(f"{self.checkpoints.folder}: no checkpoint, the run begins at its first step")
             return
-        try:
-            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise InputError(
-                f"{path}: expected a checkpoint, but it is damaged ({error}); begin anew with --redo"
-            ) from None
-        self.step, self.best = state["step"], state["best"]
+        if state["processes"] != self.accelerator.num_processes:
+            self._say(
+                f"train: begun by {state['processes']} processes, goes on with "
+                f"{self.accelerator.num_processes}: the same but for rounding and dropout"
+            )
+        self.step, self.best, self.worse = state["step"], state["best"], state["worse"]
         self.optimiser.load_state_dict(state["optimiser"])
         with torch.no_grad():
             for name, parameter in self.trainable.items():
@@ -258,17 +304,23 @@ class _Trainer:
     def _finish(self, log: runs.Log) -> None:
         """Curves, and metrics of the step that was kept; metrics.json marks the end."""
         assert self.best is not None, "the last step is always validated"
+        log.close()
         curves = [("training loss", *log.curve("loss")), ("validation AUC", *log.curve("validation_auc"))]
         runs.plot_curves(self.folder / "curves.png", curves)
+        best = self.checkpoints.best(self.best["step"])
+        with atomic_folder(self.folder / "adapter") as part:
+            shutil.copytree(best / "adapter", part, dirs_exist_ok=True)
+        with atomic_file(self.folder / "predictions.parquet") as part:
+            shutil.copyfile(best / "predictions.parquet", part)
         labels, probabilities = read_predictions(self.folder / "predictions.parquet")
         result = {
             "best_step": self.best["step"],
-            "steps": self.steps,
+            "steps": self.step,
             "selected_by": f"validation {self.config.select}",
             "validation": metrics.evaluate(labels, probabilities),
         }
         write_json(self.folder / "metrics.json", result)
-        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
 
 
 def _clear(folder: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from rellax._files import atomic_folder, read_json, sha256_file, write_json
@@ -37,9 +37,10 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     inner = _patched(model)
     state = inner.rellax
     with atomic_folder(folder) as part:
-        save_file(
-            {name: t.detach().cpu().contiguous() for name, t in _tensors(inner).items()}, part / TENSOR_FILE
-        )
+        tensors = {name: t.detach().cpu().contiguous() for name, t in _tensors(inner).items()}
+        (part / TENSOR_FILE).write_bytes(
+            save(tensors)
+        )  # save_file reports a full disk as an error of its own
         write_json(
             part / CONFIG_FILE,
             {
@@ -101,7 +102,7 @@ def _describe(model: Any) -> dict[str, Any]:
     """What tells base models apart without reading their weights."""
     vocab_size, hidden_size = model.get_input_embeddings().weight.shape
     return {
-        "class": type(model).__name__,
+        "class": getattr(type(model), "rellax_base", type(model)).__name__,  # FSDP2 has put its own in front
         "hidden_size": hidden_size,
         "layers": model.config.num_hidden_layers,
         "vocab_size": vocab_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from rellax import ops
+
+_BLOCK = 1 << 20  # behaviours, or samples, that are hashed at once
 
 
 def retrieve(
@@ -69,12 +72,20 @@ def history_keys(
     That is the sample's target and all items before it, in their order; the user's key is mixed in, so that
     equal histories of two users differ. Shapes as in :func:`retrieve`; `keys` (U,) are the users'.
     """
-    start = offsets[user]
-    rank = np.arange(len(behaviour_items)) - np.repeat(offsets[:-1], np.diff(offsets))
     sums = np.zeros(len(behaviour_items) + 1, np.uint64)
-    np.cumsum(_mixed(rank, behaviour_items), out=sums[1:])
-    before = sums[start + position] - sums[start]
-    return _mix(_mix(before + keys[user]) + _mixed(position, target))
+    bounds = np.unique(np.searchsorted(offsets, range(0, len(behaviour_items), _BLOCK)))
+    for first, last in itertools.pairwise([*bounds, len(offsets) - 1]):
+        rows = np.arange(offsets[first], offsets[last])
+        rank = rows - np.repeat(offsets[first:last], np.diff(offsets[first : last + 1]))
+        sums[rows + 1] = _mixed(rank, behaviour_items[rows])
+    np.cumsum(sums, out=sums)
+    hashes = np.empty(len(user), np.uint64)
+    for at in range(0, len(user), _BLOCK):
+        block = slice(at, at + _BLOCK)
+        start = offsets[user[block]]
+        before = sums[start + position[block]] - sums[start]
+        hashes[block] = _mix(_mix(before + keys[user[block]]) + _mixed(position[block], target[block]))
+    return hashes
 
 
 def _mixed(rank: np.ndarray, items: np.ndarray) -> np.ndarray:

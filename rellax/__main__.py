@@ -1,0 +1,7 @@
+"""`python -m rellax`, as launchers of several processes call it."""
+
+import sys
+
+from rellax.ctr.cli import main
+
+sys.exit(main())
