@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rellax import __version__
-from rellax.ctr.config import DATASETS, INTERACTIONS, PACKING, PROMPTS, STAGES, DemoConfig, TrainConfig
+from rellax.ctr.config import (
+    DATASETS,
+    INTERACTIONS,
+    PACKING,
+    PROMPTS,
+    QUANTIZE,
+    STAGES,
+    DemoConfig,
+    TrainConfig,
+)
 from rellax.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,6 +36,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "select": ("auc", "log_loss"),
     "packing": PACKING,
     "dtype": ("auto", "float32", "bfloat16"),
+    "quantize": QUANTIZE,
     "device": ("auto", "cpu", "cuda"),
 }
 _TRAIN_HELP = {
@@ -53,9 +63,10 @@ _TRAIN_HELP = {
     "checkpoint_every": "steps between checkpoints",
     "packing": "a batch's prompts one after another, not padded; auto: where that is no slower",
     "dtype": "of the frozen weights; auto: bfloat16 where the hardware has it",
+    "quantize": "of the frozen linear layers; int8, nf4, fp4: bitsandbytes, the others: torchao",
     "seed": "of samples, their order, initial values and dropout",
 }
-_PROMPT_FIELDS = ("prompts", "k", "max_tokens", "packing", "dtype")
+_PROMPT_FIELDS = ("prompts", "k", "max_tokens", "packing", "dtype", "quantize")
 _DEMO_HELP = {
     "shots": "training samples",
     "k": "behaviours in a prompt",

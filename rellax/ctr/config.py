@@ -14,6 +14,7 @@ DATASETS = ("ml-100k", "ml-1m", "ml-25m", "bookcrossing")
 STAGES = ("1", "2", "joint")
 PROMPTS = ("recent", "retrieved", "mixture")
 PACKING = ("auto", "always", "never")
+QUANTIZE = ("none", "int8", "nf4", "fp4", "int8wo", "int8dq", "int4wo", "float8wo")
 INTERACTIONS = ("none", "diagonal", "full")
 LEARNING_RATES = {"1": 1e-3, "2": 3e-4, "joint": 1e-3}
 
@@ -55,6 +56,8 @@ class TrainConfig:
             or "auto", where the machine's attention is then no slower. It changes rounding alone.
         dtype: of the frozen weights; "auto" is bfloat16 where the processor has it, else float32. What is
             trained, and its optimiser state, are float32.
+        quantize: what the frozen linear layers are quantised to; by bitsandbytes "int8" (LLM.int8), "nf4" or
+            "fp4"; by torchao "int8wo", "int4wo", "float8wo" (weights alone) or "int8dq" (activations too).
     """
 
     data: str
@@ -89,6 +92,7 @@ class TrainConfig:
     checkpoint_every: int = 20
     packing: str = "auto"
     dtype: str = "auto"
+    quantize: str = "none"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -126,6 +130,7 @@ class TrainConfig:
             "select": ("auc", "log_loss"),
             "packing": PACKING,
             "dtype": ("auto", "float32", "bfloat16"),
+            "quantize": QUANTIZE,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -158,7 +158,7 @@ class Task:
             instance_embeddings=inputs.instance_embeddings if config.interaction != "none" else None,
             soft_prompt=placeholder is not None,
         )
-        model = load_model(config.model, dtype=config.dtype)
+        model = load_model(config.model, dtype=config.dtype, quantize=config.quantize, device=device)
         model = self._patched(model, placeholder) if adapter is None else load_adapter(model, adapter)
         self.model = model.to(device)
         packed = config.packing == "always" or (config.packing == "auto" and packing_pays(model))

@@ -19,13 +19,15 @@ from rellax.patch.config import CFLoRAConfig
 class Report:
     """What patching did: `patched` and `skipped` (with the reason) name linear layers of the decoder.
 
-    Those in one set of `shared_inputs` read the same tensor and run as one operator.
+    Those in one set of `shared_inputs` read the same tensor and run as one operator. `quantised` says to what
+    the weights of patched layers are, where they are.
     """
 
     model: str
     patched: tuple[str, ...]
     skipped: Mapping[str, str]
     shared_inputs: tuple[tuple[str, ...], ...]
+    quantised: Mapping[str, str]
     lora_parameters: int
     gate_parameters: int
     soft_prompt_parameters: int
@@ -39,7 +41,8 @@ class Report:
             f"{sum(parts):,} new parameters (LoRA {lora}, gates {gates}, soft prompt {soft_prompt}) "
             f"beside {self.base_parameters:,} frozen ones",
         ]
-        rows = [("patched", name, "") for name in self.patched]
+        quantised = {name: f": {kind}" for name, kind in self.quantised.items()}
+        rows = [("patched", name, quantised.get(name, "")) for name in self.patched]
         rows += [("skipped", name, f": {reason}") for name, reason in self.skipped.items()]
         for first, *others in self.shared_inputs:
             rows.append(("sharing", first, " and " + ", ".join(name.rsplit(".", 1)[-1] for name in others)))
