@@ -28,7 +28,7 @@ class TrainConfig:
         model: a Hugging Face model.
         crm: of `rellax crm`; None where neither gates nor soft prompts are used.
         retrieved: of `rellax retrieve`; None where all prompts are recent ones.
-        start: run folder of the stage-1 adapter that stage 2 begins with.
+        start: run folder of the stage-1 adapter that stage 2 begins with, or a folder of LoRA saved by PEFT.
 
     What is trained:
         stage: "1" (A and B, no gates, no soft prompt), "2" (A and B frozen, gates and soft-prompt projector
@@ -221,13 +221,18 @@ def read_config(run: str | Path) -> TrainConfig:
 
 
 def inherited(config: TrainConfig) -> TrainConfig:
-    """`config` with the LoRA of the run it starts from.
+    """`config` with the LoRA of the run, or of PEFT's folder, that it starts from.
 
     Raises:
-        InputError: that run is not finished, not of stage 1, or of another model.
+        InputError: that run is not finished, not of stage 1, or of another model; PEFT's is not plain LoRA.
     """
     if config.start is None:
         return config
+    if (Path(config.start) / "adapter_config.json").is_file():
+        from rellax.patch import peft_files
+
+        values, _ = peft_files.read(config.start)
+        return dataclasses.replace(config, **values)
     first = read_config(config.start)
     if first.stage != "1":
         raise InputError(

@@ -61,7 +61,7 @@ def forward_together(
         gates: (B, r, r) for each layer; None: identities.
         cu_seqlens, tiles: as in `rellax.ops.cflora_linear`.
     """
-    first: Any = layers[0]
+    first, scale = layers[0], layers[0].scale
     options: dict[str, Any] = {
         "cu_seqlens": cu_seqlens,
         "tiles": tiles,
@@ -69,7 +69,7 @@ def forward_together(
     }
     if isinstance(first, CFLoRAUpdate):
         return tuple(
-            cflora_update(layer.base(x), x, layer.lora_a, layer.lora_b, gate, first.scale, **options)
+            cflora_update(layer.base(x), x, layer.lora_a, layer.lora_b, gate, scale, **options)
             for layer, gate in zip(layers, gates or repeat(None), strict=False)
         )
     return cflora_linears(
@@ -79,7 +79,7 @@ def forward_together(
         [layer.lora_a for layer in layers],
         [layer.lora_b for layer in layers],
         gates,
-        first.scale,
+        scale,
         **options,
     )
 

@@ -1,6 +1,6 @@
 """Hugging Face models: patch, unpatch, save, load."""
 
-from rellax.patch.adapter import load_adapter, save_adapter
+from rellax.patch.adapter import export_peft, load_adapter, save_adapter
 from rellax.patch.config import CFLoRAConfig, SoftPromptConfig
 from rellax.patch.engine import answer_logits, packing_pays, patch_model, unpatch_model
 
@@ -8,6 +8,7 @@ __all__ = [
     "CFLoRAConfig",
     "SoftPromptConfig",
     "answer_logits",
+    "export_peft",
     "load_adapter",
     "packing_pays",
     "patch_model",

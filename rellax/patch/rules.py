@@ -18,6 +18,7 @@ from rellax.nn.cflora import CFLoRALinear, CFLoRAUpdate
 from rellax.patch import quantised
 from rellax.patch.config import CFLoRAConfig
 from rellax.patch.forward import Projection
+from rellax.patch.peft_files import effective_alpha
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ def peft_config(projections: Mapping[str, Any]) -> dict[str, Any]:
     for module in projections.values():
         adapter = module.active_adapters[0]
         r = module.r[adapter]
-        alpha = float(f"{module.scaling[adapter] * r:.12g}")  # rsLoRA scales by another power of r
+        alpha = effective_alpha(module.scaling[adapter], r)  # rsLoRA scales by another power of r
         found.add((r, alpha, getattr(module.lora_dropout[adapter], "p", 0.0)))
     if len(found) != 1:
         raise InputError(
