@@ -3,6 +3,7 @@
 from rellax.patch.adapter import export_peft, load_adapter, save_adapter
 from rellax.patch.config import CFLoRAConfig, SoftPromptConfig
 from rellax.patch.engine import answer_logits, packing_pays, patch_model, unpatch_model
+from rellax.patch.published import load_published
 
 __all__ = [
     "CFLoRAConfig",
@@ -10,6 +11,7 @@ __all__ = [
     "answer_logits",
     "export_peft",
     "load_adapter",
+    "load_published",
     "packing_pays",
     "patch_model",
     "save_adapter",
