@@ -34,9 +34,11 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     weights are not saved. The folder is written under a temporary name and replaces an older one.
 
     Raises:
-        InputError: the model is not patched.
+        InputError: the model is not patched, or its gates are PEFT's to save.
     """
     inner = _patched(model)
+    if inner.rellax.active_bank() is not inner.rellax.gate_bank:
+        raise InputError("model: expected one of patch_model, got one of CFLoraConfig, which PEFT saves")
     state = inner.rellax
     with atomic_folder(folder) as part:
         save_file(

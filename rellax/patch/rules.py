@@ -142,6 +142,8 @@ def _patched_peft_linear(layer: Any) -> type[Projection]:
             if self.disable_adapters:
                 self.receive(None)
                 return self.base(x)
+            if len(self.active_adapters) != 1:
+                raise InputError(f"model: expected one active adapter of PEFT, got {self.active_adapters}")
             return super().forward(x)
 
         def base(self, x: Tensor) -> Tensor:

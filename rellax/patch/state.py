@@ -79,6 +79,10 @@ class RellaxState(nn.Module):
         self.projections = dict(projections)
         self.original_requires_grad = dict(original_requires_grad)
 
+    def active_bank(self) -> GateBank | None:
+        """The gate bank that a call of the model takes its gates from."""
+        return self.gate_bank
+
     def set_trainable(
         self, *, lora: bool | None = None, gates: bool | None = None, soft_prompt: bool | None = None
     ) -> None:
@@ -92,7 +96,7 @@ class RellaxState(nn.Module):
                 projection.lora_a.requires_grad_(lora)
                 projection.lora_b.requires_grad_(lora)
         for name, part, wanted in (
-            ("gates", self.gate_bank, gates),
+            ("gates", self.active_bank(), gates),
             ("soft_prompt", self.soft_prompt, soft_prompt),
         ):
             if part is not None and wanted is not None:
