@@ -89,10 +89,15 @@ class Gates(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("lora_gates",)
 
-    def __init__(self, active: str | list[str]) -> None:
+    def __init__(self, layer: Any) -> None:
         super().__init__()
         self.lora_gates = nn.ModuleDict()
-        self._active_adapter = active
+        self._active_adapter = layer.active_adapter
+        self._beside = (layer,)  # in a tuple, which registers no module
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
+        if adapter_name in self.lora_gates:
+            self.lora_gates[adapter_name].to(device or self._beside[0].weight.device)
 
 
 class State(RellaxState):
@@ -131,14 +136,22 @@ class CFLoraModel(LoraModel):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: Any, config: Any, adapter_name: str, *args: Any, **kwargs: Any
-    ) -> Any:
-        """PEFT's own; it takes keys with another adapter's name anywhere in them for that one's."""
-        tensors = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
-        if not _own(model.state_dict(), adapter_name) <= tensors.keys():
+        cls,
+        model: Any,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """PEFT's own, which takes every tensor with another adapter's name in its own for that adapter's."""
+        tensors: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        found = {_without_prefix(name) for name in tensors}
+        if missing := _own(map(_without_prefix, model.state_dict()), adapter_name) - found:
             raise InputError(
-                f"adapter_name: PEFT cannot tell {adapter_name!r} from the others, {sorted(model.peft_config)}; "
-                "expected names that are no part of a parameter's, as 0 is of model.layers.0"
+                f"adapter_name: expected names that are no part of a parameter's, got {adapter_name!r} beside "
+                f"{unwanted_adapter_names}, by which PEFT takes {min(missing)} for another adapter's"
             )
         return tensors
 
@@ -184,7 +197,7 @@ def _patch(model: Any, config: CFLoraConfig) -> None:
     for parameter, flag in flags.items():
         parameter.requires_grad_(flag)
     model.rellax.__class__ = State
-    model.rellax.gates = Gates(next(iter(layers.values())).active_adapter)
+    model.rellax.gates = Gates(next(iter(layers.values())))
 
 
 def _add_gates(state: State, name: str, config: CFLoraConfig) -> None:
