@@ -160,7 +160,7 @@ def test_several_adapters(tmp_path: Path) -> None:
 def test_names_that_peft_confuses_are_refused_when_saving(tmp_path: Path) -> None:
     model = made("0")
     model.add_adapter("1", config())
-    with pytest.raises(InputError, match=r"got '0' beside \['1'\], by which PEFT takes model.layers.1"):
+    with pytest.raises(InputError, match=r"got '0' beside \['1'\]: PEFT takes model.layers.1"):
         model.save_pretrained(tmp_path)
 
 

@@ -150,8 +150,8 @@ class CFLoraModel(LoraModel):
         found = {_without_prefix(name) for name in tensors}
         if missing := _own(map(_without_prefix, model.state_dict()), adapter_name) - found:
             raise InputError(
-                f"adapter_name: expected names that are no part of a parameter's, got {adapter_name!r} beside "
-                f"{unwanted_adapter_names}, by which PEFT takes {min(missing)} for another adapter's"
+                f"adapter_name: expected names that are no part of a parameter's, got {adapter_name!r} "
+                f"beside {unwanted_adapter_names}: PEFT takes {min(missing)} for another's"
             )
         return tensors
 
