@@ -106,8 +106,8 @@ def test_what_is_trained(tmp_path: Path) -> None:
     assert {name for name, p in again.named_parameters() if p.requires_grad} == trained
 
 
-@pytest.mark.parametrize("saved", ["default", "x", "weight", "w1", "lora_gates", "gates", "0"])
-@pytest.mark.parametrize("loaded", ["default", "other", "b1", "lora_gates", "model", "1"])
+@pytest.mark.parametrize("saved", ["default", "weight", "w1", "lora_gates", "0"])
+@pytest.mark.parametrize("loaded", ["default", "b1", "model"])
 def test_any_adapter_name_will_do(tmp_path: Path, saved: str, loaded: str) -> None:
     model = made(saved)
     model.save_pretrained(tmp_path)
