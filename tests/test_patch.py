@@ -576,7 +576,7 @@ def _hooked() -> Any:
     ("make", "options", "message"),
     [
         (_gpt2, {}, "expected one of LlamaForCausalLM, .*Gemma3ForCausalLM.* got .*GPT2LMHeadModel"),
-        (_strange_linear, {}, "model.layers.1.self_attn.q_proj: expected nn.Linear .* got .*Linear8bitLt"),
+        (_strange_linear, {}, "model.layers.1.self_attn.q_proj: expected nn.Linear,.* got .*Linear8bitLt"),
         (_hooked, {}, "own forward, got one set on model.layers.0.mlp"),
         (
             tiny.base_model,

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models as tiny
 import torch
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from safetensors.torch import load_file, save_file
 from test_patch import close, snapshot
 from tiny_models import Truth
+from workspace import GATED, Workspace
 
+from rellax.ctr import cli
+from rellax.ctr.config import read_config
+from rellax.ctr.train import train
 from rellax.errors import InputError
-from rellax.patch import answer_logits, load_adapter, patch_model, save_adapter, unpatch_model
+from rellax.patch import answer_logits, export_peft, load_adapter, patch_model, save_adapter, unpatch_model
 
 
 def lora_config(**options: Any) -> LoraConfig:
@@ -175,3 +184,193 @@ def test_adapters_move_between_peft_and_plain_models(tmp_path: Any) -> None:
     arguments = tiny.batch(tiny.instances(placeholders=False))
     for loaded in (plain, other):
         close(loaded(**arguments).loss, model(**arguments).loss)
+
+
+@pytest.mark.parametrize("adapter", ["default", "another.name"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"r": 4, "lora_alpha": 8, "use_rslora": True},
+        {"r": 2, "rank_pattern": {"q_proj": 4, "v_proj": 4, "down_proj": 4}, "lora_alpha": 6},
+        {"lora_alpha": 1, "alpha_pattern": {"q_proj": 6, "v_proj": 6, "down_proj": 6}},
+        {"target_modules": r".*self_attn\.(q|v)_proj"},
+        {"target_modules": "all-linear"},
+    ],
+    ids=["plain", "rslora", "rank", "alpha", "regex", "all-linear"],
+)
+def test_a_checkpoint_of_peft_is_loaded(tmp_path: Path, options: dict[str, Any], adapter: str) -> None:
+    theirs = get_peft_model(tiny.base_model(), lora_config(**options), adapter_name=adapter.replace(".", "_"))
+    tiny.randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    folder = tmp_path if adapter == "default" else tmp_path / "another_name"
+    ours, ids = load_adapter(tiny.base_model(), folder), plain_ids()
+    assert ours.rellax.config.interaction == "none"
+    close(ours(ids).logits, theirs(ids).logits)
+
+    config = ours.rellax.config
+    values = {"r": config.r, "alpha": config.alpha, "target_modules": config.target_modules}
+    gated = patch_model(tiny.base_model(), tiny.config(**values, gate_init="identity"))
+    with pytest.raises(InputError, match=r"expected rellax.gate_bank.b1, it lacks"):
+        load_adapter(gated, folder)
+    load_adapter(gated, folder, partial=True)
+    embed = torch.randn(3, tiny.COND)
+    close(gated(ids, instance_embed=embed).logits, theirs(ids).logits)
+
+
+def _change(**values: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+    return change
+
+
+def _retensor(edit: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        edit(tensors)
+        save_file(tensors, folder / "adapter_model.safetensors")
+
+    return change
+
+
+FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def _cut(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def _pickle(folder: Path) -> None:
+    """A file that would run code if it were unpickled."""
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({"x": Path("anything")}, folder / "adapter_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_change(peft_type="LOHA"), "peft_type LORA, got 'LOHA'"),
+        (_change(bias="all"), "bias='none', got 'all'"),
+        (_change(init_lora_weights="pissa"), "got init_lora_weights='pissa', which changes them"),
+        (_change(use_dora=True), "expected plain LoRA, got use_dora=True"),
+        (_change(modules_to_save=["lm_head"]), r"got modules_to_save=\['lm_head'\]"),
+        (_change(something_new=3), "got something_new=3"),
+        (
+            _change(alpha_pattern={"q_proj": 7}),
+            r"one \(r, alpha\) in all layers, got \[\(3, 5.0\), \(3, 7.0\)\]",
+        ),
+        (_retensor(lambda t: t.update(x=torch.ones(2))), "expected nothing but lora_A and lora_B .*, got x"),
+        (_retensor(lambda t: t.pop(f"{FIRST}.lora_B.weight")), "lora_B .d_out, r. of model.layers.0"),
+        (
+            _retensor(lambda t: [t.pop(f"{FIRST}.lora_{ab}.weight") for ab in "AB"]),
+            "expected model.layers.0.*lacks",
+        ),
+        (_retensor(lambda t: t.clear()), "got no layers"),
+        (_cut, "adapter_model.safetensors: expected a file of nothing but tensors"),
+        (_pickle, "adapter_model.bin: expected a file of nothing but tensors"),
+        (
+            lambda folder: (folder / "adapter_model.safetensors").unlink(),
+            "expected a file of tensors, found none",
+        ),
+        (lambda folder: (folder / "adapter_config.json").write_text("[1]"), "peft_type LORA, got 'list'"),
+    ],
+)
+def test_checkpoints_of_peft_that_are_refused(
+    tmp_path: Path, change: Callable[[Path], None], message: str
+) -> None:
+    peft_model().save_pretrained(tmp_path)
+    change(tmp_path)
+    model = tiny.base_model()
+    before = snapshot(model)
+    with pytest.raises(InputError, match=message):
+        load_adapter(model, tmp_path)
+    assert snapshot(model) == before
+
+
+def test_old_checkpoints_of_peft(tmp_path: Path) -> None:
+    """As they were before safetensors."""
+    theirs = peft_model()
+    theirs.save_pretrained(tmp_path)
+    torch.save(load_file(tmp_path / "adapter_model.safetensors"), tmp_path / "adapter_model.bin")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    close(load_adapter(tiny.base_model(), tmp_path)(plain_ids()).logits, theirs(plain_ids()).logits)
+
+
+def _stage_1_by_peft(workspace: Workspace, folder: Path, **options: Any) -> None:
+    from rellax.ctr.llm import load_model
+
+    model = get_peft_model(load_model(workspace.model, dtype="float32"), lora_config(**options))
+    tiny.randomise(model)
+    model.save_pretrained(folder)
+
+
+def test_stage_2_starts_from_a_checkpoint_of_peft(
+    workspace: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _stage_1_by_peft(workspace, tmp_path / "lora", use_rslora=True, r=4, target_modules=["q_proj", "o_proj"])
+    for name in ("data", "crm", "retrieved"):
+        shutil.copytree(workspace.root / name, tmp_path / name)
+    shutil.copytree(workspace.embeddings, tmp_path / "embeddings")
+    command = ["train", "gated", "--stage", "2", "--from", str(tmp_path / "lora"), "--interaction", "full"]
+    command += ["--model", str(workspace.model), "--work", str(tmp_path), "--prompts", "recent", "--k", "2"]
+    command += ["--shots", "8", "--validation-samples", "12", "--batch-size", "4", "--dtype", "float32"]
+    assert cli.main(command) == 0
+    config = read_config(tmp_path / "gated")
+    assert (config.r, config.alpha, set(config.target_modules)) == (4, 10, {"q_proj", "o_proj"})
+    theirs = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    ours = load_file(tmp_path / "gated" / "adapter" / "adapter.safetensors")
+    assert torch.equal(ours["model.layers.0.self_attn.q_proj.lora_b"], theirs[f"{FIRST}.lora_B.weight"])
+    assert ours["rellax.gate_bank.w2"].any()  # was zero: it has been trained
+    assert cli.main(["evaluate", "gated", "--samples", "5", "--work", str(tmp_path)]) == 0
+
+    _retensor(lambda tensors: [tensor.zero_() for name, tensor in tensors.items() if "lora_B" in name])(
+        tmp_path / "lora"
+    )
+    capsys.readouterr()
+    assert cli.main([*command[:1], "untrained", *command[2:]]) == 2
+    assert "expected a trained adapter, but B is zero" in capsys.readouterr().err
+    assert (
+        cli.main(["evaluate", "gated", "--samples", "6", "--work", str(tmp_path)]) == 2
+    )  # its start changed
+
+
+@pytest.mark.parametrize("parts", [{}, {"interaction": "full"}, GATED], ids=["lora", "gates", "both"])
+def test_our_adapters_are_plain_lora_for_peft(tmp_path: Path, parts: dict[str, Any]) -> None:
+    parts = {"interaction": "none", "soft_prompt": False} | parts
+    model = tiny.patched(tiny.base_model(), **parts)
+    save_adapter(model, tmp_path / "ours")
+    dropped = " and no ".join(
+        ["gates"] * (parts["interaction"] != "none") + ["soft prompt"] * parts["soft_prompt"]
+    )
+    if dropped:
+        with pytest.warns(UserWarning, match=f"has no {dropped}, which are dropped"):
+            export_peft(tmp_path / "ours", tmp_path / "theirs", base_model="some/model")
+    else:
+        export_peft(tmp_path / "ours", tmp_path / "theirs", base_model="some/model")
+    theirs = PeftModel.from_pretrained(tiny.base_model(), tmp_path / "theirs", adapter_name="x")
+    assert theirs.peft_config["x"].base_model_name_or_path == "some/model"
+    close(theirs(plain_ids()).logits, model(plain_ids()).logits)
+    back = load_adapter(tiny.base_model(), tmp_path / "theirs")
+    close(back(plain_ids()).logits, model(plain_ids()).logits)
+
+
+def test_export_does_not_replace_other_folders(tmp_path: Path) -> None:
+    save_adapter(tiny.patched(tiny.base_model(), soft_prompt=False, interaction="none"), tmp_path / "ours")
+    (tmp_path / "thesis").mkdir()
+    with pytest.raises(InputError, match="thesis: expected a new folder, or an adapter of PEFT's"):
+        export_peft(tmp_path / "ours", tmp_path / "thesis")
+
+
+def test_runs_are_exported_by_the_command_line(workspace: Workspace, tmp_path: Path) -> None:
+    from rellax.ctr.llm import load_model
+
+    train(workspace.config(), tmp_path / "run", progress=False)
+    out = tmp_path / "peft"
+    assert cli.main(["export-peft", "run", str(out), "--work", str(tmp_path)]) == 0
+    theirs = PeftModel.from_pretrained(load_model(workspace.model, dtype="float32"), out)
+    ours = load_adapter(load_model(workspace.model, dtype="float32"), tmp_path / "run" / "adapter").eval()
+    ids = torch.arange(20)[None]
+    close(theirs(ids).logits, ours(ids).logits)

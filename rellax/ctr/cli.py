@@ -18,6 +18,7 @@ from rellax.ctr.config import (
     INTERACTIONS,
     PACKING,
     PROMPTS,
+    QUANTIZE,
     SCHEDULES,
     STAGES,
     DemoConfig,
@@ -39,6 +40,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     "packing": PACKING,
     "schedule": SCHEDULES,
     "dtype": ("auto", "float32", "bfloat16"),
+    "quantize": QUANTIZE,
     "device": ("auto", "cpu", "cuda"),
     "crm_samples": CRM_SAMPLES,
 }
@@ -70,9 +72,10 @@ _TRAIN_HELP = {
     "gradient_checkpointing": "less memory for more time: each layer is computed again in the backward pass",
     "packing": "a batch's prompts one after another, not padded; auto: where that is no slower",
     "dtype": "of the frozen weights; auto: bfloat16 where the hardware has it",
+    "quantize": "of the frozen linear layers; int8, nf4, fp4: bitsandbytes, the others: torchao",
     "seed": "of samples, their order, initial values and dropout",
 }
-_PROMPT_FIELDS = ("prompts", "k", "max_tokens", "packing", "dtype")
+_PROMPT_FIELDS = ("prompts", "k", "max_tokens", "packing", "dtype", "quantize")
 _DEMO_HELP = {
     "shots": "training samples",
     "k": "behaviours in a prompt",
@@ -197,15 +200,22 @@ def _train(options: argparse.Namespace) -> None:
     from rellax.ctr.train import train
 
     folder = options.work / options.name
-    start = None if options.start is None else str(options.work / options.start)
     result = train(
-        _train_config(options, start=start),
+        _train_config(options, start=_start(options)),
         folder,
         fsdp=options.fsdp,
         tensorboard=options.tensorboard,
         **_run_options(options),
     )
     print(f"{folder}: step {result['best_step']} of {result['steps']} is kept")
+
+
+def _start(options: argparse.Namespace) -> str | None:
+    """What --from names: a run in the work folder, or else any folder."""
+    if options.start is None:
+        return None
+    run = options.work / options.start
+    return str(options.start if not run.exists() and Path(options.start).exists() else run)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -238,6 +248,15 @@ def _predict(options: argparse.Namespace) -> None:
         options.work / options.name, options.table, options.out, data=options.data, device=options.device
     )
     print(f"{options.out}: {rows:,} rows")
+
+
+def _export_peft(options: argparse.Namespace) -> None:
+    from rellax.ctr.config import read_config
+    from rellax.patch import export_peft
+
+    run = options.work / options.name
+    export_peft(run / "adapter", options.out, base_model=read_config(run).model)
+    print(options.out)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -383,7 +402,12 @@ def _parser() -> argparse.ArgumentParser:
         "accelerate launch -m rellax train rella                                     # as configured",
     )
     train.add_argument("name", help="run folder, in the work folder")
-    train.add_argument("--from", dest="start", metavar="NAME", help="run of stage 1 that stage 2 starts from")
+    train.add_argument(
+        "--from",
+        dest="start",
+        metavar="NAME",
+        help="what stage 2 starts from: a run of stage 1, or a folder of LoRA saved by PEFT",
+    )
     train.add_argument("--crm", default="crm", metavar="NAME", help="run of `rellax crm` that is used")
     train.add_argument(
         "--fsdp", action="store_true", help="shard the frozen weights over the processes (FSDP2)"
@@ -418,6 +442,16 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("table", type=Path, help="CSV or Parquet with user_id, item_id and maybe time")
     predict.add_argument("--out", type=Path, required=True, help="CSV or Parquet to write")
     predict.add_argument("--data", type=Path, help="folder of `rellax prepare` (default: the run's)")
+
+    export = _command(
+        commands,
+        "export-peft",
+        _export_peft,
+        "a training run's LoRA for PEFT, without gates and soft prompt",
+        "rellax export-peft rella peft-adapter",
+    )
+    export.add_argument("name", help="run folder of `rellax train`, in the work folder")
+    export.add_argument("out", type=Path, help="folder to write")
     return parser
 
 
@@ -431,7 +465,7 @@ def _command(commands: Any, name: str, run: Any, summary: str, examples: str) ->
     )
     parser.set_defaults(run=run)
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    if name != "prepare":
+    if name not in ("prepare", "export-peft"):
         parser.add_argument("--device", default="auto", choices=_CHOICES["device"], help="where models run")
     if name in ("crm", "embed", "retrieve", "train"):
         parser.add_argument("--redo", action="store_true", help="begin anew, in place of an earlier run")

@@ -15,6 +15,7 @@ STAGES = ("1", "2", "joint")
 PROMPTS = ("recent", "retrieved", "mixture")
 PACKING = ("auto", "always", "never")
 SCHEDULES = ("linear", "cosine", "constant")
+QUANTIZE = ("none", "int8", "nf4", "fp4", "int8wo", "int8dq", "int4wo", "float8wo")
 INTERACTIONS = ("none", "diagonal", "full")
 CRM_SAMPLES = ("all", "held-out", "shots")
 LEARNING_RATES = {"1": 1e-3, "2": 3e-4, "joint": 1e-3}
@@ -29,7 +30,7 @@ class TrainConfig:
         model: a Hugging Face model.
         crm: of `rellax crm`; None where neither gates nor soft prompts are used.
         retrieved: of `rellax retrieve`; None where all prompts are recent ones.
-        start: run folder of the stage-1 adapter that stage 2 begins with.
+        start: run folder of the stage-1 adapter that stage 2 begins with, or a folder of LoRA saved by PEFT.
 
     What is trained:
         stage: "1" (A and B, no gates, no soft prompt), "2" (A and B frozen, gates and soft-prompt projector
@@ -62,6 +63,8 @@ class TrainConfig:
             or "auto", where the machine's attention is then no slower. It changes rounding alone.
         dtype: of the frozen weights; "auto" is bfloat16 where the processor has it, else float32. What is
             trained, and its optimiser state, are float32.
+        quantize: what the frozen linear layers are quantised to; by bitsandbytes "int8" (LLM.int8), "nf4" or
+            "fp4"; by torchao "int8wo", "int4wo", "float8wo" (weights alone) or "int8dq" (activations too).
     """
 
     data: str
@@ -100,6 +103,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     packing: str = "auto"
     dtype: str = "auto"
+    quantize: str = "none"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -138,6 +142,7 @@ class TrainConfig:
             "packing": PACKING,
             "schedule": SCHEDULES,
             "dtype": ("auto", "float32", "bfloat16"),
+            "quantize": QUANTIZE,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -291,13 +296,18 @@ def read_config(run: str | Path) -> TrainConfig:
 
 
 def inherited(config: TrainConfig) -> TrainConfig:
-    """`config` with the LoRA of the run it starts from.
+    """`config` with the LoRA of the run, or of PEFT's folder, that it starts from.
 
     Raises:
-        InputError: that run is not finished, not of stage 1, or of another model.
+        InputError: that run is not finished, not of stage 1, or of another model; PEFT's is not plain LoRA.
     """
     if config.start is None:
         return config
+    if (Path(config.start) / "adapter_config.json").is_file():
+        from rellax.patch import peft_files
+
+        values, _ = peft_files.read(config.start)
+        return dataclasses.replace(config, **values)
     first = read_config(config.start)
     if first.stage != "1":
         raise InputError(

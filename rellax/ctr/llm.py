@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import logging as python_logging
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+    TorchAoConfig,
+)
 from transformers.utils import logging
 
 from rellax._files import sha256_file
 from rellax.ctr.runs import has_bfloat16
 from rellax.errors import InputError
+
+_GROUP = 32  # weights that share a scale, where they have 4 bits
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
@@ -26,19 +38,82 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     return _load(AutoTokenizer, name)
 
 
-def load_model(name: str | Path, *, dtype: str = "auto") -> Any:
-    """A Hugging Face causal language model on the CPU, in evaluation mode.
+def load_model(
+    name: str | Path,
+    *,
+    dtype: str = "auto",
+    quantize: str = "none",
+    device: torch.device | str = "cpu",
+) -> Any:
+    """A Hugging Face causal language model, in evaluation mode.
 
     Args:
         name: a folder, or a name on the hub.
         dtype: "float32", "bfloat16", or "auto": bfloat16 where the hardware multiplies it, else float32.
+        quantize: what the decoder's linear layers are quantised to on their way in: "none"; by bitsandbytes
+            "int8" (LLM.int8), "nf4" or "fp4" (QLoRA); by torchao "int8wo", "int4wo", "float8wo" (weights
+            alone) or "int8dq" (activations too, on the fly).
+        device: where it is quantised, and then is; a model that is not is on the CPU, to be moved.
 
     Raises:
-        InputError: there is none, or its files are damaged.
+        InputError: there is none, its files are damaged, the package that quantises is missing, or its layers
+            have sizes that cannot be quantised so.
     """
     if dtype == "auto":
         dtype = "bfloat16" if has_bfloat16() else "float32"
-    return _load(AutoModelForCausalLM, name, dtype=getattr(torch, dtype))
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    if quantize == "none":
+        return _load(AutoModelForCausalLM, name, **options)
+    options |= {
+        "quantization_config": _quantization(quantize, options["dtype"]),
+        "device_map": {"": str(device)},
+    }
+    try:
+        model = _load(AutoModelForCausalLM, name, **options)
+    except (RuntimeError, ImportError) as error:
+        raise InputError(
+            f"quantize: {str(name)!r} cannot be quantised to {quantize!r}; for one, layers must read a "
+            f"multiple of {_GROUP} values ({str(error).splitlines()[0]})"
+        ) from error
+    _check_blocks(model, quantize)
+    return model
+
+
+def _check_blocks(model: Any, kind: str) -> None:
+    """bitsandbytes 0.50 dequantises 4 bits wrongly on a CPU where a row of weights is not whole blocks."""
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and module.weight.device.type == "cpu" and module.in_features % state.blocksize:
+            raise InputError(
+                f"quantize: {kind!r} on a CPU takes layers that read a multiple of {state.blocksize} values, "
+                f"got {module.in_features} in {name}"
+            )
+
+
+def _quantization(kind: str, dtype: torch.dtype) -> Any:
+    """What transformers takes for a kind of quantisation."""
+    package = "bitsandbytes" if kind in ("int8", "nf4", "fp4") else "torchao"
+    if importlib.util.find_spec(package) is None:
+        raise InputError(
+            f"quantize: {kind!r} needs {package}, which is not installed; pip install 'rellax[quant]'"
+        )
+    if package == "bitsandbytes":
+        if kind == "int8":
+            # It says once a product that it computes in fp16.
+            python_logging.getLogger("bitsandbytes.autograd._functions").setLevel(python_logging.ERROR)
+            return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=dtype)
+    from torchao import quantization as ao
+
+    int4: Any = getattr(torch, "int4")  # noqa: B009  torch's stubs lack it
+    if kind == "int4wo":  # of torchao's layouts of 4 bits the one that every device has
+        return TorchAoConfig(ao.IntxWeightOnlyConfig(weight_dtype=int4, granularity=ao.PerGroup(_GROUP)))
+    kinds = {
+        "int8wo": ao.Int8WeightOnlyConfig,
+        "int8dq": ao.Int8DynamicActivationInt8WeightConfig,
+        "float8wo": ao.Float8WeightOnlyConfig,
+    }
+    return TorchAoConfig(kinds[kind]())
 
 
 def load_encoder(name: str | Path) -> Any:

@@ -21,7 +21,14 @@ from rellax.ctr.llm import load_model, load_tokenizer
 from rellax.ctr.prompts import PromptBuilder, add_placeholder, answer_ids, recent
 from rellax.ctr.retrieval import read_positions
 from rellax.errors import InputError
-from rellax.patch import CFLoRAConfig, SoftPromptConfig, load_adapter, packing_pays, patch_model
+from rellax.patch import (
+    CFLoRAConfig,
+    SoftPromptConfig,
+    load_adapter,
+    packing_pays,
+    patch_model,
+    peft_files,
+)
 
 
 @dataclass(frozen=True)
@@ -70,12 +77,21 @@ def input_hashes(config: TrainConfig, *, progress: bool = False) -> dict[str, st
     if config.crm is not None:
         makers[Path(config.crm) / "outputs.safetensors"] = "crm"
     if config.start is not None:
-        makers[Path(config.start) / "adapter" / "adapter.safetensors"] = "train"
+        folder = start_folder(config.start)
+        file = (
+            peft_files.tensor_file(folder) if peft_files.is_peft(folder) else folder / "adapter.safetensors"
+        )
+        makers[file] = "train"
     for path, command in makers.items():
         if not path.is_file():
             raise InputError(f"{path}: expected this file, found none; `rellax {command}` makes it")
     with tqdm(makers, "hashes", unit="file", disable=not progress, delay=2) as paths:
         return {path.name: sha256_file(path) for path in paths}
+
+
+def start_folder(start: str) -> Path:
+    """The folder of the adapter that stage 2 begins with: a run's, or the one that PEFT wrote."""
+    return Path(start) if peft_files.is_peft(start) else Path(start) / "adapter"
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +172,7 @@ class Task:
             instance_embeddings=inputs.instance_embeddings if config.interaction != "none" else None,
             soft_prompt=placeholder is not None,
         )
-        model = load_model(config.model, dtype=config.dtype)
+        model = load_model(config.model, dtype=config.dtype, quantize=config.quantize, device=device)
         model = self._patched(model, placeholder) if adapter is None else load_adapter(model, adapter)
         self.model = model
         self.place(lambda model: model.to(device))

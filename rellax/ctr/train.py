@@ -25,7 +25,7 @@ from rellax.ctr.dataset import SPLITS
 from rellax.ctr.evaluate import predict_probabilities, read_predictions, write_predictions
 from rellax.ctr.llm import resolve_device
 from rellax.ctr.optimiser import adamw, learning_rate
-from rellax.ctr.task import Task, input_hashes, load_inputs
+from rellax.ctr.task import Task, input_hashes, load_inputs, start_folder
 from rellax.errors import InputError
 from rellax.patch import load_adapter, save_adapter
 
@@ -163,7 +163,7 @@ class _Trainer:
         start, state = self.config.start, self.task.model.rellax
         if start is None:
             return
-        load_adapter(self.task.model, Path(start) / "adapter", partial=True)
+        load_adapter(self.task.model, start_folder(start), partial=True)
         if not any(projection.lora_b.any() for projection in state.projections.values()):
             raise InputError(
                 f"start: expected a trained adapter, but B is zero in {start}: gates would get no gradient"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rellax.errors import InputError
-from rellax.ops.cflora import cflora_linears
+from rellax.ops.cflora import cflora_linears, cflora_update
 
 
 class CFLoRA:
@@ -37,6 +38,13 @@ class CFLoRA:
         return y
 
 
+class CFLoRAUpdate(CFLoRA):
+    """`CFLoRA` on a layer whose weight is out of reach, as if quantised: its own forward pass and an update.
+
+    A class that mixes it in provides `base(x)`, the layer's own forward pass, instead of `weight` and `bias`.
+    """
+
+
 def forward_together(
     layers: Sequence[Any],
     x: Tensor,
@@ -53,6 +61,17 @@ def forward_together(
         gates: (B, r, r) for each layer; None: identities.
         cu_seqlens, tiles: as in `rellax.ops.cflora_linear`.
     """
+    first, scale = layers[0], layers[0].scale
+    options: dict[str, Any] = {
+        "cu_seqlens": cu_seqlens,
+        "tiles": tiles,
+        "dropout": first.dropout if first.training else 0.0,
+    }
+    if isinstance(first, CFLoRAUpdate):
+        return tuple(
+            cflora_update(layer.base(x), x, layer.lora_a, layer.lora_b, gate, scale, **options)
+            for layer, gate in zip(layers, gates or repeat(None), strict=False)
+        )
     return cflora_linears(
         x,
         [layer.weight for layer in layers],
@@ -60,10 +79,8 @@ def forward_together(
         [layer.lora_a for layer in layers],
         [layer.lora_b for layer in layers],
         gates,
-        layers[0].scale,
-        cu_seqlens=cu_seqlens,
-        tiles=tiles,
-        dropout=layers[0].dropout if layers[0].training else 0.0,
+        scale,
+        **options,
     )
 
 
@@ -101,8 +118,9 @@ class CFLoRALinear(CFLoRA, nn.Linear):
         if r < 1 or not 0.0 <= dropout < 1.0:
             raise InputError(f"r, dropout: expected r >= 1 and dropout in [0, 1), got {r} and {dropout}")
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        self.lora_a = nn.Parameter(self.weight.new_empty((r, self.in_features), dtype=dtype))
-        self.lora_b = nn.Parameter(self.weight.new_zeros((self.out_features, r), dtype=dtype))
+        place: dict[str, Any] = {"device": self.weight.device, "dtype": dtype}
+        self.lora_a = nn.Parameter(torch.empty(r, self.in_features, **place))
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, r, **place))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
         self.scale = alpha / r
         self.dropout = dropout

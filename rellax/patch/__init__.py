@@ -1,14 +1,17 @@
 """Hugging Face models: patch, unpatch, save, load."""
 
-from rellax.patch.adapter import load_adapter, save_adapter
+from rellax.patch.adapter import export_peft, load_adapter, save_adapter
 from rellax.patch.config import CFLoRAConfig, SoftPromptConfig
 from rellax.patch.engine import answer_logits, packing_pays, patch_model, unpatch_model
+from rellax.patch.published import load_published
 
 __all__ = [
     "CFLoRAConfig",
     "SoftPromptConfig",
     "answer_logits",
+    "export_peft",
     "load_adapter",
+    "load_published",
     "packing_pays",
     "patch_model",
     "save_adapter",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from rellax._files import atomic_folder, read_json, sha256_file, write_json
 from rellax.errors import InputError
+from rellax.patch import peft_files
 from rellax.patch.config import CFLoRAConfig, SoftPromptConfig
 from rellax.patch.engine import hf_model, patch_model, unpatch_model
 from rellax.patch.forward import CausalLM
@@ -32,9 +34,11 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     weights are not saved. The folder is written under a temporary name and replaces an older one.
 
     Raises:
-        InputError: the model is not patched.
+        InputError: the model is not patched, or its gates are PEFT's to save.
     """
     inner = _patched(model)
+    if inner.rellax.active_bank() is not inner.rellax.gate_bank:
+        raise InputError("model: expected one of patch_model, got one of CFLoraConfig, which PEFT saves")
     state = inner.rellax
     with atomic_folder(folder) as part:
         tensors = {name: t.detach().cpu().contiguous() for name, t in _tensors(inner).items()}
@@ -54,11 +58,13 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
 
 
 def load_adapter(model: Model, folder: str | Path, *, partial: bool = False) -> Model:
-    """Load a folder of `save_adapter`: patch an unpatched model with it, or replace a patched one's tensors.
+    """Load an adapter's folder: patch an unpatched model with it, or replace a patched one's tensors.
+
+    A LoRA that PEFT's `save_pretrained` wrote is an adapter without gates and soft prompt: of stage 1.
 
     Args:
         model: the same base model as the adapter was made for, patched or not.
-        folder: written by `save_adapter`.
+        folder: written by `save_adapter`, or by PEFT.
         partial: allow a patched model to have gates or a soft prompt that the adapter lacks; they stay as
             they are. So a second stage starts from the LoRA of the first.
 
@@ -67,15 +73,20 @@ def load_adapter(model: Model, folder: str | Path, *, partial: bool = False) -> 
 
     Raises:
         InputError: a file is missing or damaged, or the adapter belongs to another model, rank or set of
-            layers. The model is then unchanged.
+            layers, or is one of PEFT's that is more than plain LoRA. The model is then unchanged.
     """
     inner = hf_model(model)
     find_family(inner)
-    description, tensors = _read(Path(folder))
-    if description["base_model"] != (own := _describe(inner)):
-        raise InputError(f"adapter: expected one of {own}, got one of {description['base_model']}")
-    config = CFLoRAConfig.from_dict(description["config"])
-    placeholder_ids = description["placeholder_ids"]
+    placeholder_ids = None
+    if peft_files.is_peft(folder):
+        values, tensors = peft_files.read(folder)
+        config = CFLoRAConfig(**values, interaction="none")
+    else:
+        description, tensors = _read(Path(folder))
+        if description["base_model"] != (own := _describe(inner)):
+            raise InputError(f"adapter: expected one of {own}, got one of {description['base_model']}")
+        config = CFLoRAConfig.from_dict(description["config"])
+        placeholder_ids = description["placeholder_ids"]
     if isinstance(inner, CausalLM):
         _load(inner, config, placeholder_ids, tensors, partial)
         return model
@@ -89,6 +100,38 @@ def load_adapter(model: Model, folder: str | Path, *, partial: bool = False) -> 
         unpatch_model(model)
         raise
     return model
+
+
+def export_peft(adapter: str | Path, folder: str | Path, *, base_model: str | None = None) -> None:
+    """Write the A and B of an adapter as plain LoRA for `peft.PeftModel.from_pretrained`.
+
+    PEFT then computes what the patched model does without `instance_embed` and `item_ids`.
+
+    Args:
+        adapter: a folder of `save_adapter`.
+        folder: written under a temporary name, replaces an older adapter.
+        base_model: folder or hub name of the model it was trained for, to be noted.
+
+    Warns:
+        UserWarning: the adapter has gates or a soft prompt, which plain LoRA has no place for.
+
+    Raises:
+        InputError: a file is missing or damaged, or `folder` holds something else.
+    """
+    folder = Path(folder)
+    if folder.exists() and not peft_files.is_peft(folder):
+        raise InputError(f"{folder}: expected a new folder, or an adapter of PEFT's, found something else")
+    description, tensors = _read(Path(adapter))
+    lora = {name: tensor for name, tensor in tensors.items() if name.endswith((".lora_a", ".lora_b"))}
+    words = {"rellax.gate_bank.": "gates", "rellax.soft_prompt.": "soft prompt"}
+    dropped = [words[part] for part in _PARTS if any(name.startswith(part) for name in tensors)]
+    if dropped:
+        warnings.warn(
+            f"{folder}: plain LoRA has no {' and no '.join(dropped)}, which are dropped: PEFT will not "
+            "predict what the patched model does",
+            stacklevel=2,
+        )
+    peft_files.write(folder, description["config"], lora, base_model)
 
 
 def _patched(model: nn.Module) -> Any:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from rellax.errors import InputError
 from rellax.nn import AnswerHead, GateBank, SoftPrompt
-from rellax.patch import attention, rules
+from rellax.nn.cflora import CFLoRAUpdate
+from rellax.patch import attention, quantised, rules
 from rellax.patch.config import CFLoRAConfig, SoftPromptConfig
 from rellax.patch.forward import Attention, CausalLM, Projection
 from rellax.patch.state import RellaxState, Report
@@ -55,11 +56,14 @@ def patch_model(
     config = _resolve(config, found)
     state = _build_state(inner, config, found, soft_prompt)
 
+    packed = _quantised(found)
     inner.requires_grad_(False)
     for index, (module, projection) in enumerate(zip(found.values(), classes, strict=True)):
         module.__class__ = projection
         module.adopt(config)
         module.gate_index = index
+    for module in quantised.frozen(inner):
+        module.__class__ = quantised.Frozen
     sets = _shared_inputs(family, found)
     for names in sets:
         members = [found[name] for name in names]
@@ -72,7 +76,7 @@ def patch_model(
     attention.adopt(inner.config)
     inner.rellax = state
     state.set_trainable(lora=True)
-    state.report = _report(inner, skipped, sets)
+    state.report = _report(inner, skipped, sets, packed)
     return model
 
 
@@ -86,7 +90,8 @@ def unpatch_model(model: Model) -> Model:
     if not isinstance(inner, CausalLM):
         raise InputError(f"model: expected a patched model, got an unpatched {type(inner).__name__}")
     _check_forward(inner)
-    swapped = [module for module in inner.modules() if isinstance(module, (CausalLM, Attention, Projection))]
+    ours = (CausalLM, Attention, Projection, quantised.Frozen)
+    swapped = [module for module in inner.modules() if isinstance(module, ours)]
     for module in swapped:
         if "rellax_base" not in vars(type(module)):
             raise InputError(
@@ -101,7 +106,7 @@ def unpatch_model(model: Model) -> Model:
                 vars(module).pop(name, None)
         elif isinstance(module, Attention):
             del module.rellax_projections
-        else:
+        elif isinstance(module, CausalLM):
             del module.rellax
         module.__class__ = vars(type(module))["rellax_base"]
     attention.release(inner.config)
@@ -164,6 +169,8 @@ def _check_model(
     for module, name in expected:
         if type(module).__name__ != name:
             raise InputError(f"model: expected {name} in {family.model}, got {type(module).__name__}")
+    if kind := quantised.describe(lm_head):
+        raise InputError(f"model: expected an output layer that is not quantised, got one of {kind}")
 
 
 def _check_forward(model: nn.Module) -> None:
@@ -242,6 +249,8 @@ def _shared_inputs(family: rules.Family, found: Mapping[str, Any]) -> list[tuple
     """The names of adapted layers that read the same tensor, set by set: two or more, of one dtype."""
     places: dict[tuple[Any, ...], list[str]] = {}
     for name, module in found.items():
+        if isinstance(module, CFLoRAUpdate):
+            continue  # its product is its own, there is nothing to share
         for members in family.shared_inputs:
             for path in members:
                 if name.endswith(f".{path}"):
@@ -250,7 +259,17 @@ def _shared_inputs(family: rules.Family, found: Mapping[str, Any]) -> list[tuple
     return [tuple(names) for names in places.values() if len(names) > 1]
 
 
-def _report(model: Any, skipped: Mapping[str, str], sets: list[tuple[str, ...]]) -> Report:
+def _quantised(found: Mapping[str, Any]) -> dict[str, str]:
+    """What the weights of layers are quantised to, by name, where they are."""
+    kinds = {
+        name: quantised.describe(getattr(module, "base_layer", module)) for name, module in found.items()
+    }
+    return {name: kind for name, kind in kinds.items() if kind}
+
+
+def _report(
+    model: Any, skipped: Mapping[str, str], sets: list[tuple[str, ...]], packed: Mapping[str, str]
+) -> Report:
     state: RellaxState = model.rellax
     lora = sum(p.lora_a.numel() + p.lora_b.numel() for p in state.projections.values())
     gates, soft_prompt = (
@@ -262,8 +281,9 @@ def _report(model: Any, skipped: Mapping[str, str], sets: list[tuple[str, ...]])
         patched=tuple(state.projections),
         skipped=dict(skipped),
         shared_inputs=tuple(sets),
+        quantised=packed,
         lora_parameters=lora,
         gate_parameters=gates,
         soft_prompt_parameters=soft_prompt,
-        base_parameters=sum(p.numel() for p in model.parameters()) - lora - gates - soft_prompt,
+        base_parameters=sum(quantised.numel(p) for p in model.parameters()) - lora - gates - soft_prompt,
     )

@@ -240,9 +240,10 @@ class CausalLM(nn.Module):
     def _rellax_gates(self, instance_embed: Tensor | None, instances: int) -> Tensor | None:
         if instance_embed is None:
             return None
-        if self.rellax.gate_bank is None:
+        bank = self.rellax.active_bank()
+        if bank is None:
             raise InputError('instance_embed: expected None, the model was patched with interaction="none"')
-        gates: Tensor = self.rellax.gate_bank(instance_embed)
+        gates: Tensor = bank(instance_embed)
         if gates.shape[1] != instances:
             raise InputError(f"instance_embed: expected B = {instances} rows, got {gates.shape[1]}")
         return gates

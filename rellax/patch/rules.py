@@ -14,9 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from rellax.errors import InputError
-from rellax.nn.cflora import CFLoRALinear
+from rellax.nn.cflora import CFLoRALinear, CFLoRAUpdate
+from rellax.patch import quantised
 from rellax.patch.config import CFLoRAConfig
 from rellax.patch.forward import Projection
+from rellax.patch.peft_files import effective_alpha
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,24 @@ class PatchedLinear(Projection, CFLoRALinear):
 
 
 @functools.cache
-def _patched_peft_linear() -> type[Projection]:
-    from peft.tuners import lora
+def _patched_quantised_linear(layer: Any) -> type[Projection]:
+    class PatchedQuantisedLinear(CFLoRAUpdate, PatchedLinear, layer):
+        """A linear layer with a quantised weight that got A and B of its own."""
 
-    class PatchedPeftLinear(Projection, lora.Linear):
+        rellax_base = layer
+
+        def base(self, x: Tensor) -> Tensor:
+            return quantised.product(functools.partial(layer.forward, self), self.weight, x)
+
+    return PatchedQuantisedLinear
+
+
+@functools.cache
+def _patched_peft_linear(layer: Any) -> type[Projection]:
+    class PatchedPeftLinear(Projection, layer):
         """PEFT's LoRA layer, whose A, B, scaling and dropout of the active adapter are used in place."""
 
-        rellax_base = lora.Linear
+        rellax_base = layer
 
         def adopt(self, config: CFLoRAConfig) -> None:
             pass
@@ -128,10 +141,22 @@ def _patched_peft_linear() -> type[Projection]:
                 raise InputError("model: expected PEFT's adapter unmerged, it was merged after patching")
             if self.disable_adapters:
                 self.receive(None)
-                return self.base_layer(x)
+                return self.base(x)
+            if len(self.active_adapters) != 1:
+                raise InputError(f"model: expected one active adapter of PEFT, got {self.active_adapters}")
             return super().forward(x)
 
+        def base(self, x: Tensor) -> Tensor:
+            return quantised.product(self.base_layer, self.base_layer.weight, x)
+
     return PatchedPeftLinear
+
+
+@functools.cache
+def _patched_quantised_peft_linear(layer: Any) -> type[Projection]:
+    return type(
+        "PatchedQuantisedPeftLinear", (CFLoRAUpdate, _patched_peft_linear(layer)), {"rellax_base": layer}
+    )
 
 
 def is_peft_layer(module: nn.Module) -> bool:
@@ -147,17 +172,27 @@ def _plain_linear(name: str, module: Any) -> type[Projection] | None:
     return PatchedLinear if type(module) is nn.Linear else None
 
 
+def _quantised_linear(name: str, module: Any) -> type[Projection] | None:
+    layer: Any = type(module)
+    return _patched_quantised_linear(layer) if quantised.describe(module) else None
+
+
 def _peft_linear(name: str, module: Any) -> type[Projection] | None:
     if not is_peft_layer(module):
         return None
-    projection = _patched_peft_linear()
-    if problem := _peft_problem(module, projection.rellax_base):
-        raise InputError(f"{name}: expected plain LoRA of PEFT on an nn.Linear, got {problem}")
-    return projection
+    if problem := _peft_problem(module):
+        raise InputError(f"{name}: expected plain LoRA of PEFT on a linear layer, got {problem}")
+    layer: Any = type(module)
+    if quantised.describe(module.base_layer):
+        return _patched_quantised_peft_linear(layer)
+    return _patched_peft_linear(layer)
 
 
-def _peft_problem(module: Any, supported: Any) -> str:
-    if type(module) is not supported or type(module.base_layer) is not nn.Linear:
+def _peft_problem(module: Any) -> str:
+    base = getattr(module, "base_layer", None)
+    if type(module).__name__ not in _PEFT_LINEARS or not (
+        type(base) is nn.Linear or quantised.describe(base)
+    ):
         return f"{type(module).__qualname__} on {type(module.get_base_layer()).__qualname__}"
     active = module.active_adapters
     if len(active) != 1 or active[0] not in module.lora_A:
@@ -171,7 +206,12 @@ def _peft_problem(module: Any, supported: Any) -> str:
     return ""
 
 
-LINEAR_RULES: tuple[Callable[[str, nn.Module], type[Projection] | None], ...] = (_peft_linear, _plain_linear)
+_PEFT_LINEARS = ("Linear", "Linear8bitLt", "Linear4bit", "TorchaoLoraLinear")  # of peft.tuners.lora
+LINEAR_RULES: tuple[Callable[[str, nn.Module], type[Projection] | None], ...] = (
+    _peft_linear,
+    _quantised_linear,
+    _plain_linear,
+)
 
 
 def projection_class(name: str, module: nn.Module) -> type[Projection]:
@@ -185,7 +225,8 @@ def projection_class(name: str, module: nn.Module) -> type[Projection]:
             return found
     got = type(module)
     raise InputError(
-        f"{name}: expected nn.Linear or peft's lora.Linear, got {got.__module__}.{got.__qualname__}"
+        f"{name}: expected nn.Linear, a quantised one of bitsandbytes or torchao, or PEFT's LoRA on one, "
+        f"got {got.__module__}.{got.__qualname__}"
     )
 
 
@@ -199,7 +240,7 @@ def peft_config(projections: Mapping[str, Any]) -> dict[str, Any]:
     for module in projections.values():
         adapter = module.active_adapters[0]
         r = module.r[adapter]
-        alpha = float(f"{module.scaling[adapter] * r:.12g}")  # rsLoRA scales by another power of r
+        alpha = effective_alpha(module.scaling[adapter], r)  # rsLoRA scales by another power of r
         found.add((r, alpha, getattr(module.lora_dropout[adapter], "p", 0.0)))
     if len(found) != 1:
         raise InputError(

@@ -19,13 +19,15 @@ from rellax.patch.config import CFLoRAConfig
 class Report:
     """What patching did: `patched` and `skipped` (with the reason) name linear layers of the decoder.
 
-    Those in one set of `shared_inputs` read the same tensor and run as one operator.
+    Those in one set of `shared_inputs` read the same tensor and run as one operator. `quantised` says to what
+    the weights of patched layers are, where they are.
     """
 
     model: str
     patched: tuple[str, ...]
     skipped: Mapping[str, str]
     shared_inputs: tuple[tuple[str, ...], ...]
+    quantised: Mapping[str, str]
     lora_parameters: int
     gate_parameters: int
     soft_prompt_parameters: int
@@ -39,7 +41,8 @@ class Report:
             f"{sum(parts):,} new parameters (LoRA {lora}, gates {gates}, soft prompt {soft_prompt}) "
             f"beside {self.base_parameters:,} frozen ones",
         ]
-        rows = [("patched", name, "") for name in self.patched]
+        quantised = {name: f": {kind}" for name, kind in self.quantised.items()}
+        rows = [("patched", name, quantised.get(name, "")) for name in self.patched]
         rows += [("skipped", name, f": {reason}") for name, reason in self.skipped.items()]
         for first, *others in self.shared_inputs:
             rows.append(("sharing", first, " and " + ", ".join(name.rsplit(".", 1)[-1] for name in others)))
@@ -76,6 +79,10 @@ class RellaxState(nn.Module):
         self.projections = dict(projections)
         self.original_requires_grad = dict(original_requires_grad)
 
+    def active_bank(self) -> GateBank | None:
+        """The gate bank that a call of the model takes its gates from."""
+        return self.gate_bank
+
     def set_trainable(
         self, *, lora: bool | None = None, gates: bool | None = None, soft_prompt: bool | None = None
     ) -> None:
@@ -89,7 +96,7 @@ class RellaxState(nn.Module):
                 projection.lora_a.requires_grad_(lora)
                 projection.lora_b.requires_grad_(lora)
         for name, part, wanted in (
-            ("gates", self.gate_bank, gates),
+            ("gates", self.active_bank(), gates),
             ("soft_prompt", self.soft_prompt, soft_prompt),
         ):
             if part is not None and wanted is not None:
