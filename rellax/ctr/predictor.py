@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rellax.ctr.batches import Example
+from rellax.ctr.batches import Collator, Example
 from rellax.ctr.calibration import at_temperature, read_temperature
 from rellax.ctr.config import read_config
 from rellax.ctr.crm import CRM
@@ -70,9 +70,8 @@ class Predictor:
         where = resolve_device(device)
         config = read_config(run)
         dataset = Dataset.load(config.data if data is None else data)
-        self.batch_size = batch_size
+        self.batch_size, self.share_batches = batch_size, share_batches
         self.temperature = read_temperature(run) if calibrated else 1.0
-        self._share_batches = share_batches
         self._requests = Requests(dataset)
         self._task = Task(config, Inputs(dataset), Path(run) / "adapter", device=where)
         self._embeddings = self._crm = None
@@ -145,7 +144,7 @@ class Predictor:
         """Answer the oldest job, and with it those that fit into its batch."""
         jobs = [self._waiting.popleft()]
         size = len(jobs[0].requests)
-        while self._share_batches and self._waiting:
+        while self.share_batches and self._waiting:
             size += len(self._waiting[0].requests)
             if size > self.batch_size:
                 break
@@ -160,29 +159,31 @@ class Predictor:
             job.answers.set_result(list(itertools.islice(answers, len(job.requests))))
 
     def _probabilities(self, requests: Sequence[Request], jobs: Sequence[_Job] = ()) -> list[Answer]:
+        prompts, collator = self._prompts(requests)
+        done = jobs[0].done if len(jobs) == 1 else None
+        examples = [prompt for prompt in prompts if isinstance(prompt, Example)]
+        found = predict_probabilities(
+            self._task.model, collator, examples, batch_size=self.batch_size, done=done
+        )
+        probabilities = iter(at_temperature(found, self.temperature).tolist())
+        return [prompt if isinstance(prompt, InputError) else next(probabilities) for prompt in prompts]
+
+    def _prompts(self, requests: Sequence[Request]) -> tuple[list[Example | InputError], Collator]:
+        """The prompt of each request, or why it has none, and what makes batches of them."""
         data = self._requests.dataset(requests)
-        retrieved = None
+        retrieved = hidden = None
         if self._embeddings is not None:
             retrieved = find_positions(self._embeddings, data, self._task.config.k)
-        embeddings = None if self._crm is None else self._crm.instance_embeddings(data)
-        collator = replace(self._task.collator, instance_embeddings=embeddings)
-        prompts = Examples(
+        if self._crm is not None:
+            hidden = self._crm.instance_embeddings(data)
+        examples = Examples(
             self._task.prompts.of(data),
             Inputs(data, retrieved),
             np.arange(len(requests)),
             np.full(len(requests), retrieved is not None),
         )
-        answers: list[Any] = [_or_error(prompts.__getitem__, row) for row in range(len(requests))]
-        examples = [answer for answer in answers if isinstance(answer, Example)]  # else it is too long
-        done = jobs[0].done if len(jobs) == 1 else None
-        found = predict_probabilities(
-            self._task.model, collator, examples, batch_size=self.batch_size, done=done
-        )
-        for example, probability in zip(
-            examples, at_temperature(found, self.temperature).tolist(), strict=True
-        ):
-            answers[example.sample] = probability
-        return answers
+        prompts = [_or_error(examples.__getitem__, row) for row in range(len(requests))]
+        return prompts, replace(self._task.collator, instance_embeddings=hidden)
 
 
 class _Job:
