@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -215,19 +216,60 @@ def test_requests_that_wait_share_a_batch(
     row = pairs(dataset)[1]
     requests = [[row] * 5] * 3 + [[row]] * 2 + [[row] * 40]
     with ThreadPoolExecutor(8) as pool:
-        with predictor._lock:
-            waiting = []
-            for number, rows in enumerate(requests, start=1):  # one after another: the order decides
-                waiting.append(pool.submit(predictor.predict, rows))
-                while len(predictor._waiting) < number:
-                    time.sleep(0.001)
+        free = threading.Event()
+        predictor._worker.submit(free.wait)
+        waiting = []
+        for number, rows in enumerate(requests, start=1):  # one after another: the order decides
+            waiting.append(pool.submit(predictor.predict, rows))
+            while len(predictor._waiting) < number:
+                time.sleep(0.001)
+        free.set()
         failed, served = waiting[:4], waiting[4:]
         for future in failed:  # 5 + 5 + 5 + 1 rows are one batch, and what breaks it reaches all who asked
             with pytest.raises(RuntimeError, match="out of memory"):
                 future.result()
         assert [len(future.result()) for future in served] == [1, 40]
     assert sizes == [16, 1, 40]
-    assert threading.active_count() < 10
+
+
+def test_what_nobody_waits_for_is_not_computed(
+    predictor: Predictor, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C after the first batch: the others do not follow, and later requests are answered."""
+    seen: list[int] = []
+    result, computed = Future.result, threading.Event()
+
+    def interrupted(future: Any, timeout: float | None = None) -> Any:
+        assert computed.wait(60)
+        raise KeyboardInterrupt
+
+    def done(rows: int) -> None:
+        seen.append(rows)
+        computed.set()
+        time.sleep(0.2)
+
+    rows = pairs(dataset) * 10
+    monkeypatch.setattr(Future, "result", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        predictor.predict(rows, done=done)
+    monkeypatch.setattr(Future, "result", result)
+    assert len(predictor.predict(rows[:1])) == 1
+    assert len(seen) <= 2 < len(rows) / predictor.batch_size
+
+
+def test_the_worker_ends_with_its_predictor(run: Path) -> None:
+    def workers() -> int:
+        gc.collect()
+        return sum(thread.name.startswith("rellax-predictor") for thread in threading.enumerate())
+
+    before = workers()
+    predictor = Predictor(run)
+    assert workers() == before + 1
+    (thread,) = predictor._worker._threads
+    del predictor
+    gc.collect()
+    thread.join(10)
+    assert workers() == before
 
 
 def test_it_is_found_where_one_would_look() -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -33,10 +33,11 @@ class Predictor:
     """Probabilities from a finished run, for any users and items, in any thread.
 
     All that requests share is loaded here, once: the model, the data, the items' soft rows and embeddings,
-    the recommendation model; and the model has run once. Nothing needs to be closed.
+    the recommendation model; and the model has run once.
 
-    Threads may call at the same time. One of them computes at a time, and takes along, up to `batch_size`
-    rows, what the others have asked for meanwhile: a model does more rows a second in a batch.
+    Threads may call at the same time. A thread of the predictor's own computes; what has been asked for
+    meanwhile it takes along, up to `batch_size` rows: a model does more rows a second in a batch. That thread
+    ends with the predictor, nothing needs to be closed. A process that forks loads its own after that.
 
     Args:
         run: folder of `rellax train`.
@@ -80,9 +81,10 @@ class Predictor:
             self._embeddings = load_embeddings(config.retrieved, dataset).to(where)
         if config.crm is not None and config.interaction != "none":
             self._crm = CRM(config.crm, dataset)
-        self._lock = Lock()
         self._waiting: deque[_Job] = deque()
-        self._probabilities([_any_request(dataset)])
+        # Each thread that computes has OpenMP threads of its own: the model runs in this one alone.
+        self._worker = ThreadPoolExecutor(1, "rellax-predictor")
+        self._answers([_any_request(dataset)], None)
 
     def predict(
         self,
@@ -133,37 +135,47 @@ class Predictor:
         job = _Job(good, done)
         if good:
             self._waiting.append(job)
-            while not job.answers.done():
-                with self._lock:
-                    if not job.answers.done():
-                        self._work()
-        answers = iter(job.answers.result() if good else ())
+            self._worker.submit(self._work)
+        try:
+            answers = iter(job.answers.result() if good else ())
+        except BaseException:
+            job.answers.cancel()  # after Ctrl-C nobody waits for the rest
+            raise
         return [request if isinstance(request, InputError) else next(answers) for request in requests]
 
     def _work(self) -> None:
-        """Answer the oldest job, and with it those that fit into its batch."""
-        jobs = [self._waiting.popleft()]
-        size = len(jobs[0].requests)
-        while self.share_batches and self._waiting:
-            size += len(self._waiting[0].requests)
-            if size > self.batch_size:
+        """Answer the oldest job, and with it those that fit into its batch; in the worker's thread."""
+        jobs: list[_Job] = []
+        while self._waiting:
+            rows = sum(len(job.requests) for job in (*jobs, self._waiting[0]))
+            if jobs and (rows > self.batch_size or not self.share_batches):
                 break
             jobs.append(self._waiting.popleft())
+        if not jobs:  # an earlier call has taken along the job that this one was for
+            return
         try:
             answers = iter(self._probabilities([request for job in jobs for request in job.requests], jobs))
         except BaseException as error:
             for job in jobs:
-                job.answers.set_exception(error)
+                with contextlib.suppress(InvalidStateError):  # cancelled
+                    job.answers.set_exception(error)
             return
         for job in jobs:
-            job.answers.set_result(list(itertools.islice(answers, len(job.requests))))
+            found = list(itertools.islice(answers, len(job.requests)))
+            with contextlib.suppress(InvalidStateError):
+                job.answers.set_result(found)
 
-    def _probabilities(self, requests: Sequence[Request], jobs: Sequence[_Job] = ()) -> list[Answer]:
+    def _probabilities(self, requests: Sequence[Request], jobs: Sequence[_Job]) -> list[Answer]:
+        def passed(rows: int) -> None:
+            if all(job.answers.cancelled() for job in jobs):
+                raise CancelledError
+            if len(jobs) == 1 and jobs[0].done is not None:
+                jobs[0].done(rows)
+
         prompts, collator = self._prompts(requests)
-        done = jobs[0].done if len(jobs) == 1 else None
         examples = [prompt for prompt in prompts if isinstance(prompt, Example)]
         found = predict_probabilities(
-            self._task.model, collator, examples, batch_size=self.batch_size, done=done
+            self._task.model, collator, examples, batch_size=self.batch_size, done=passed
         )
         probabilities = iter(at_temperature(found, self.temperature).tolist())
         return [prompt if isinstance(prompt, InputError) else next(probabilities) for prompt in prompts]
