@@ -137,6 +137,7 @@ def test_what_is_not_told_of_a_new_user_is_what_most_have(predictor: Predictor, 
     ("row", "words"),
     [
         ({"item_id": "4"}, "expected a value of user_id, found none"),
+        ("user_id", "expected an object with user_id and item_id, found 'user_id'"),
         ({"user_id": "3", "item_id": ""}, "expected a value of item_id, found none"),
         ({"user_id": True, "item_id": 4}, "expected user_id as text or a whole number, found True"),
         (

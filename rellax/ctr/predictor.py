@@ -82,7 +82,7 @@ class Predictor:
         if config.crm is not None and config.interaction != "none":
             self._crm = CRM(config.crm, dataset)
         self._waiting: deque[_Job] = deque()
-        # Each thread that computes has OpenMP threads of its own: the model runs in this one alone.
+        # First come, first served: where callers took turns with a lock, the slowest waited twice as long.
         self._worker = ThreadPoolExecutor(1, "rellax-predictor")
         self._answers([_any_request(dataset)], None)
 

@@ -57,6 +57,8 @@ class Requests:
             InputError: a value is missing or of the wrong kind, an id is not known, or there is no behaviour
                 to go by.
         """
+        if not isinstance(row, Mapping):
+            raise InputError(f"expected an object with user_id and item_id, found {row!r}")
         given = row.get("history")
         name = _id(row, "user_id", optional=given is not None)
         item_name = _id(row, "item_id")
