@@ -156,15 +156,15 @@ def test_instance_embeddings_of_new_samples(dataset: Dataset, tmp_path: Path) ->
     taken = {name: values[rows] for name, values in vars(dataset.samples).items()}
     taken["label"] = np.full(3, -1, dtype=np.int8)
     new = dataclasses.replace(dataset, samples=dataclasses.replace(dataset.samples, **taken))
-    found = crm.instance_embeddings(tmp_path / "crm", new)
+    found = crm.CRM(tmp_path / "crm", dataset).instance_embeddings(new)
     assert torch.allclose(found, known[rows], atol=1e-6)
     assert not torch.allclose(found[0], found[1], atol=1e-2)
 
     (tmp_path / "crm" / "model.safetensors").write_bytes(b"\x00" * 20)
     with pytest.raises(InputError, match=r"model.safetensors: expected the weights of a CRM"):
-        crm.instance_embeddings(tmp_path / "crm", new)
+        crm.CRM(tmp_path / "crm", dataset)
     with pytest.raises(InputError, match="expected a file of `rellax crm`, found none"):
-        crm.instance_embeddings(tmp_path, new)
+        crm.CRM(tmp_path, dataset)
 
 
 def test_few_shots_and_the_global_generator_left_alone(dataset: Dataset, tmp_path: Path) -> None:

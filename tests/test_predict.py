@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from workspace import GATED, Workspace
 
+from rellax.ctr import predict as predict_module
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.evaluate import evaluate
 from rellax.ctr.predict import predict
@@ -55,24 +62,49 @@ def unique_times(dataset: Dataset) -> np.ndarray:
     return np.array(chosen)
 
 
-@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def write(table: pa.Table, path: Path) -> None:
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+    else:
+        (pa.csv.write_csv if path.suffix == ".csv" else pq.write_table)(table, path)
+
+
+def read(path: Path) -> pa.Table:
+    if path.suffix == ".jsonl":
+        return pa.Table.from_pylist([json.loads(line) for line in path.read_text().splitlines()])
+    return pa.csv.read_csv(path) if path.suffix == ".csv" else pq.read_table(path)
+
+
+@pytest.mark.parametrize("rows", [8192, 3], ids=["one-block", "blocks"])
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
 def test_known_samples_get_what_evaluation_gave(
-    workspace: Workspace, run: Path, tmp_path: Path, suffix: str
+    workspace: Workspace,
+    run: Path,
+    tmp_path: Path,
+    suffix: str,
+    rows: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(predict_module, "_ROWS", rows)
+    monkeypatch.setattr(predict_module, "_BYTES", 40 * rows)
     dataset = Dataset.load(workspace.data)
     chosen = unique_times(dataset)[::-1]
     assert len(chosen) > 5
-    table = raw_rows(dataset, chosen).append_column("note", pa.array([f"n{i}" for i in chosen]))
+    table = raw_rows(dataset, chosen).append_column("note", pa.array([f"0{i}" for i in chosen]))
     path, out = tmp_path / f"new{suffix}", tmp_path / f"out{suffix}"
-    (pa.csv.write_csv if suffix == ".csv" else pq.write_table)(table, path)
+    write(table, path)
     assert predict(run, path, out, progress=False) == len(chosen)
 
-    found = pa.csv.read_csv(out) if suffix == ".csv" else pq.read_table(out)
+    found = read(out)
     assert found.column_names == ["item_id", "user_id", "time", "note", "probability"]
-    assert found["note"].to_pylist() == table["note"].to_pylist()
+    if suffix == ".csv":  # what is passed through stays as it was written
+        assert [f'"0{i}"' for i in chosen] == [row.split(",")[3] for row in out.read_text().splitlines()[1:]]
+    else:
+        assert found.drop_columns("probability").to_pylist() == table.to_pylist()
     known = pq.read_table(run / "test" / "predictions.parquet").to_pylist()
     expected = {row["sample"]: row["probability"] for row in known}
     assert found["probability"].to_pylist() == pytest.approx([expected[i] for i in chosen], abs=2e-6)
+    assert {entry.name for entry in tmp_path.iterdir()} == {path.name, out.name}
 
 
 def test_behaviours_at_and_after_the_time_are_not_used(
@@ -120,7 +152,7 @@ def test_a_time_where_the_data_have_none(workspace: Workspace, run: Path, tmp_pa
     path = tmp_path / "data" / "dataset.json"
     path.write_text(path.read_text().replace('"timed": true', '"timed": false'))
     (tmp_path / "new.csv").write_text("user_id,item_id,time\n3,4,5\n")
-    with pytest.raises(InputError, match=r"new.csv: expected no column 'time', the data in .* have no times"):
+    with pytest.raises(InputError, match=r"new.csv, row 1: expected no time, the data in .* have no times"):
         predict(run, tmp_path / "new.csv", tmp_path / "out.csv", data=tmp_path / "data", progress=False)
 
 
@@ -131,13 +163,30 @@ def test_a_time_where_the_data_have_none(workspace: Workspace, run: Path, tmp_pa
         ("user_id,item_id\n3,x 1\n", r"new.csv, row 1: item_id 'x 1' is not in the data"),
         ("user_id,film\n3,4\n", r"new.csv: expected a column 'item_id', found user_id, film"),
         ("user_id,item_id\n3,\n", r"new.csv, row 1: expected a value of item_id, found none"),
-        ("user_id,item_id,time\n3,4,soon\n", r"new.csv: expected a readable table, but .*soon"),
+        (
+            "user_id,item_id,time\n3,4,soon\n",
+            r"new.csv, row 1: expected time as a whole number, found 'soon'",
+        ),
+        ("user_id,item_id,time\n3,4,1997-01-02\n", r"row 1: expected time as a whole number, found '1997-"),
+        ("user_id,item_id,user_id\n3,4,5\n", r"new.csv: expected each column once"),
         ("user_id,item_id,time\n3,4,5\n", r"row 1: expected a user with behaviours before that time.*'3'"),
         ("user_id,item_id\n", r"new.csv: expected at least one row, found none"),
         ("user_id,item_id\n3,4,5\n", r"new.csv: expected a readable table"),
         ("user_id,item_id,probability\n3,4,0.5\n", r"new.csv: expected no column 'probability'"),
     ],
-    ids=["user", "item", "column", "empty-id", "time", "no-history", "no-rows", "ragged", "twice"],
+    ids=[
+        "user",
+        "item",
+        "column",
+        "empty-id",
+        "time",
+        "date",
+        "column-twice",
+        "no-history",
+        "no-rows",
+        "ragged",
+        "twice",
+    ],
 )
 def test_bad_tables(run: Path, tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "new.csv").write_text(text)
@@ -149,16 +198,132 @@ def test_bad_tables(run: Path, tmp_path: Path, text: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("column", "words"),
     [
-        ({"user_id": [3.5]}, "expected user_id as string, found double"),
-        ({"time": ["1990-01-01"]}, "expected time as int64"),
-        ({"time": [None]}, "row 1: expected a value of time, found none"),
+        ({"user_id": [3.5]}, "row 1: expected user_id as text or a whole number, found 3.5"),
+        ({"time": [True]}, "row 1: expected time as a whole number, found True"),
+        ({"time": [2.0]}, "row 1: expected time as a whole number, found 2.0"),
+        (
+            {"history": [[{"item_id": 4}]]},
+            r"row 1: history\[0\]: expected a rating of the data, .*found None",
+        ),
     ],
-    ids=["float-id", "date", "null"],
+    ids=["float-id", "bool-time", "float-time", "history"],
 )
 def test_bad_parquet(run: Path, tmp_path: Path, column: dict[str, Any], words: str) -> None:
     pq.write_table(pa.table({"user_id": [3], "item_id": [4]} | column), tmp_path / "new.parquet")
     with pytest.raises(InputError, match=words):
         predict(run, tmp_path / "new.parquet", tmp_path / "out.csv", progress=False)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_rows_that_are_wrong_can_be_answered(run: Path, tmp_path: Path, suffix: str) -> None:
+    write(pa.table({"user_id": ["3", "99", "5"], "item_id": ["4", "4", "x"]}), tmp_path / f"new{suffix}")
+    out = tmp_path / f"out{suffix}"
+    assert predict(run, tmp_path / f"new{suffix}", out, errors="answer", progress=False) == 3
+    rows = read(out).to_pylist()
+    assert 0 < rows[0]["probability"] < 1
+    assert not rows[0]["error"]
+    assert [row["probability"] for row in rows[1:]] == [None, None]
+    assert rows[1]["error"].startswith("user_id '99' is not in the data")
+    assert rows[2]["error"].startswith("item_id 'x' is not in the data")
+
+
+def test_names_of_own_data(run: Path, tmp_path: Path) -> None:
+    """A column map's names and delimiter, and a history in a table."""
+    interactions = {"file": "x.csv", "delimiter": ";", "user": "who", "item": "what", "rating": "stars"}
+    column_map = {"name": "a", "item_noun": "b", "interactions": interactions, "items": {}}
+    (tmp_path / "map.json").write_text(json.dumps(column_map))
+    (tmp_path / "a.csv").write_text("what;note;who\n4;a;3\n17;b;5\n")
+    (tmp_path / "b.csv").write_text("user_id,item_id\n3,4\n5,17\n")
+    predict(run, tmp_path / "a.csv", tmp_path / "a.parquet", columns=tmp_path / "map.json", progress=False)
+    predict(run, tmp_path / "b.csv", tmp_path / "b.parquet", progress=False)
+    one, two = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("a", "b"))
+    assert one.column_names == ["what", "note", "who", "probability"]
+    assert one["probability"].to_pylist() == two["probability"].to_pylist()
+
+    history = [[{"item_id": "2", "rating": 5.0, "time": 3}], None]
+    brought = pa.table(
+        {"user_id": ["new", "5"], "item_id": ["4", "17"], "history": history, "user": ["a", "b"]}
+    )
+    write(brought, tmp_path / "c.parquet")
+    predict(run, tmp_path / "c.parquet", tmp_path / "out.csv", progress=False)
+    found = read(tmp_path / "out.csv")
+    assert found.column_names == ["user_id", "item_id", "user", "probability"]
+    assert found["probability"][1].as_py() == pytest.approx(two["probability"][1].as_py(), abs=2e-6)
+
+
+class Streams:
+    """Standard input and output as a service sees them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *blocks: bytes) -> None:
+        self.out, self.flushed, arriving = io.BytesIO(), [], iter(blocks)
+        self.out.flush = lambda: self.flushed.append(self.out.getvalue().count(b"\n"))  # type: ignore[method-assign]
+        source = SimpleNamespace(read1=lambda _: next(arriving, b""))
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=source))
+        monkeypatch.setattr("sys.stdout", SimpleNamespace(buffer=self.out))
+
+    def answers(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.out.getvalue().splitlines()]
+
+
+A, B = b'{"user_id": 3, "item_id": "4", "id": "\xc3\xa9"}\n', b'{"user_id": "5", "item_id": 17}\n'
+
+
+def test_lines_are_answered_as_they_arrive(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = Streams(monkeypatch, A + B, A[:9], A[9:] + b"\n\n" + B + B[:5], B[5:-1])
+    assert predict(run) == 5
+    assert streams.flushed == [2, 4, 5]
+    one, two, three, four, five = streams.answers()
+    assert one.items() >= {"user_id": 3, "item_id": "4", "id": "é"}.items()
+    assert [one["probability"], two["probability"]] * 2 == pytest.approx(
+        [row["probability"] for row in (three, four, one, five)], abs=2e-6
+    )
+    assert abs(one["probability"] - two["probability"]) > 1e-5
+
+
+BAD = [
+    (b"{user_id: 3}", "expected a JSON object, but Expecting property name"),
+    (b"[" * 100_000, "expected a JSON object, but maximum recursion depth exceeded"),
+    (b"\xff\xfe{", "expected a JSON object, but "),
+    (b"[3, 4]", r"expected a JSON object, found \[3, 4\]"),
+    (b'{"user_id": 99, "item_id": 4}', "user_id '99' is not in the data"),
+    (b'{"user_id": 3}', "expected a value of item_id, found none"),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), BAD, ids=["json", "deep", "bytes", "list", "user", "missing"])
+def test_a_line_that_is_wrong(run: Path, monkeypatch: pytest.MonkeyPatch, line: bytes, words: str) -> None:
+    streams = Streams(monkeypatch, b"\n" + A + line + b"\n" + B)
+    with pytest.raises(InputError, match=f"standard input, line 3: {words}"):
+        predict(run)
+    assert [answer["item_id"] for answer in streams.answers()] == ["4"]
+    assert streams.flushed == [1]
+
+    streams = Streams(monkeypatch, b"\n" + A + line + b"\n" + B)
+    assert predict(run, errors="answer") == 3
+    first, wrong, last = streams.answers()
+    assert re.match(words, wrong["error"])
+    assert "probability" not in wrong
+    assert 0 < first["probability"] < 1
+    assert 0 < last["probability"] < 1
+
+
+def test_a_service_in_a_process(run: Path) -> None:
+    """Answers come while the pipe is open, nothing else is printed, a reader that goes away is no error."""
+    command = [sys.executable, "-m", "rellax.ctr.cli", "predict", run.name, "--work", str(run.parent)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in (A, B):
+            process.stdin.write(line)
+            process.stdin.flush()
+            assert 0 < json.loads(process.stdout.readline())["probability"] < 1
+        process.stdout.close()
+        process.stdin.write(A)
+        process.stdin.close()
+        assert "Error" not in process.stderr.read().decode()
+    assert process.returncode == 0
 
 
 def test_bad_paths(run: Path, tmp_path: Path) -> None:
@@ -167,5 +332,16 @@ def test_bad_paths(run: Path, tmp_path: Path) -> None:
         predict(run, tmp_path / "none.csv", tmp_path / "out.csv")
     with pytest.raises(InputError, match=r"out.txt: expected a file that ends in .csv or .parquet"):
         predict(run, tmp_path / "new.csv", tmp_path / "out.txt")
+    with pytest.raises(InputError, match=r"-: expected a file that ends in .csv or .parquet"):
+        predict(run, tmp_path / "new.csv")
+    with pytest.raises(InputError, match=r"out.csv: expected a file that ends in .jsonl, or '-'"):
+        predict(run, "-", tmp_path / "out.csv")
+    with pytest.raises(InputError, match=r"new.txt: .* ends in .csv or .parquet or .jsonl, or '-'"):
+        predict(run, tmp_path / "new.txt", tmp_path / "out.csv")
+    with pytest.raises(InputError, match="errors: expected one of stop, answer, got 'none'"):
+        predict(run, tmp_path / "new.csv", tmp_path / "out.csv", errors="none")
+    (tmp_path / "new.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=r"new.parquet: expected a readable table, but "):
+        predict(run, tmp_path / "new.parquet", tmp_path / "out.csv")
     with pytest.raises(InputError, match=r"config.json: expected a JSON file, found none"):
         predict(tmp_path, tmp_path / "new.csv", tmp_path / "out.csv")

@@ -19,7 +19,7 @@ from rellax._files import write_json
 from rellax.ctr import buckets, dataset, retrieval, stream
 from rellax.ctr.buckets import Buckets
 from rellax.ctr.dataset import Dataset
-from rellax.ctr.retrieval import find_positions, read_positions, retrieve
+from rellax.ctr.retrieval import find_positions, load_embeddings, read_positions, retrieve
 from rellax.errors import InputError
 
 ITEMS, DIM, K = 40, 8, 3
@@ -112,7 +112,7 @@ def test_buckets_give_what_all_users_at_once_give(work: Path, monkeypatch: pytes
     data = Dataset.load(work / "data")
     for k in (K, 1):
         found = read_positions(work / "many", data, k)
-        np.testing.assert_array_equal(found, find_positions(work / "many", data, k))
+        np.testing.assert_array_equal(found, find_positions(load_embeddings(work / "many", data), data, k))
         assert found.dtype == np.int16
     assert table.num_rows == len(data.samples)
     assert table.schema.field("positions").type == pa.list_(pa.uint16())
@@ -204,9 +204,10 @@ def test_new_behaviours_cost_their_own_rows_alone(work: Path, computed: list[int
     assert incremental.drop_columns("scores").equals(whole.drop_columns("scores"))
     one, two = (table["scores"].combine_chunks().flatten().to_numpy() for table in (incremental, whole))
     np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)  # other queries beside it: other rounding
+    data = Dataset.load(work / "data")
     np.testing.assert_array_equal(
-        read_positions(work / "retrieved", Dataset.load(work / "data"), K),
-        find_positions(work / "retrieved", Dataset.load(work / "data"), K),
+        read_positions(work / "retrieved", data, K),
+        find_positions(load_embeddings(work / "retrieved", data), data, K),
     )
 
 

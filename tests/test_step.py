@@ -12,6 +12,7 @@ import torch
 from torch.testing import assert_close
 from workspace import GATED, Workspace
 
+from rellax.ctr.evaluate import predict_probabilities
 from rellax.ctr.llm import load_model
 from rellax.ctr.task import Task, load_inputs
 
@@ -60,6 +61,15 @@ def test_published_step_has_our_loss_and_gradients(workspace: Workspace, loaded:
         for gradient, expected in zip(mine[6:], theirs[6 * layers :], strict=True):
             assert gradient.abs().max() > 1e-5
             assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_published_prediction_has_our_probabilities(workspace: Workspace) -> None:
+    steps, batches = contest(workspace, dropout=0.0)
+    for batch in batches:
+        prompts = replace(steps.collator, packed=False).prompts(batch)
+        found = steps.published_model.probabilities(**prompts, answer_ids=steps.collator.answer_ids)
+        ours = predict_probabilities(steps.model, steps.collator, batch)
+        assert found.numpy() == pytest.approx(ours, abs=2e-6)
 
 
 def test_a_race_of_a_random_llama() -> None:

@@ -46,6 +46,28 @@ class PublishedModel(nn.Module):
         **_: object,
     ) -> Tensor:
         """The loss over the vocabulary, from a padded batch as `rellax.ctr.batches.Collator` makes it."""
+        embeds = self._embeds(input_ids, item_ids, instance_embed)
+        out = self.model(inputs_embeds=embeds, attention_mask=attention_mask, labels=labels, use_cache=False)
+        loss: Tensor = out.loss
+        return loss
+
+    @torch.inference_mode()
+    def probabilities(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        item_ids: Tensor,
+        instance_embed: Tensor,
+        answer_ids: tuple[int, int],
+    ) -> Tensor:
+        """P(Yes) of each prompt of such a batch, from logits of all positions."""
+        embeds = self._embeds(input_ids, item_ids, instance_embed)
+        logits = self.model(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False).logits
+        last = attention_mask.sum(1) - 1
+        answers = logits[torch.arange(len(logits)), last][:, list(answer_ids)]
+        return answers.double().softmax(-1)[:, 1]
+
+    def _embeds(self, input_ids: Tensor, item_ids: Tensor, instance_embed: Tensor) -> Tensor:
         for layer in self.adapted:
             layer.instance_embed = instance_embed
         soft = torch.isin(input_ids, self.placeholder_ids)
@@ -54,9 +76,7 @@ class PublishedModel(nn.Module):
             placeholders = soft[b].nonzero().squeeze(1)
             items = item_ids[b, : len(placeholders)]
             embeds[b, placeholders] = self.projector(self.item_embeddings[items]).to(embeds.dtype)
-        out = self.model(inputs_embeds=embeds, attention_mask=attention_mask, labels=labels, use_cache=False)
-        loss: Tensor = out.loss
-        return loss
+        return embeds
 
 
 class _PublishedLinear(nn.Module):
@@ -102,7 +122,19 @@ class FrozenBody:
         """The gradient of the embeddings for a random one of the hidden states."""
         words = self.model.get_input_embeddings()
         embeds = words(input_ids.clamp(max=words.num_embeddings - 1)).requires_grad_()
-        hidden = self.model.base_model(
+        hidden = self._hidden(embeds, position_ids, cu_seqlens, max_seqlen)
+        (gradient,) = torch.autograd.grad(hidden, embeds, torch.randn_like(hidden))
+        return gradient
+
+    @torch.inference_mode()
+    def forward(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """The hidden states alone."""
+        words = self.model.get_input_embeddings()
+        embeds = words(input_ids.clamp(max=words.num_embeddings - 1))
+        return self._hidden(embeds, position_ids, cu_seqlens, max_seqlen)
+
+    def _hidden(self, embeds: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        hidden: Tensor = self.model.base_model(
             inputs_embeds=embeds,
             attention_mask=cu_seqlens.new_empty(1, 1, 0, 0),  # given one, transformers makes none
             position_ids=position_ids,
@@ -112,5 +144,4 @@ class FrozenBody:
             max_length_q=max_seqlen,
             max_length_k=max_seqlen,
         ).last_hidden_state
-        (gradient,) = torch.autograd.grad(hidden, embeds, torch.randn_like(hidden))
-        return gradient
+        return hidden

@@ -239,15 +239,28 @@ def _evaluate(options: argparse.Namespace) -> None:
         low_high = result.get(f"{key}_interval")
         interval = "" if low_high is None else f"  [{low_high[0]:.4f}, {low_high[1]:.4f}]"
         print(f"{key:9} " + ("-" if result[key] is None else f"{result[key]:.4f}{interval}"))
+    for key, value in result.get("calibrated", {}).items():
+        if not key.endswith("_interval"):
+            print(f"{key if key == 'temperature' else f'calibrated {key}':20} {value:.4f}")
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    from rellax.ctr.evaluate import calibrate
+
+    result = calibrate(options.work / options.name)
+    print(f"temperature {result['temperature']:.4f}, fitted on {result['samples']:,} validation samples:")
+    for key in ("ece", "log_loss"):
+        print(f"{key:9} {result[key]['before']:.4f} -> {result[key]['after']:.4f}")
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from rellax.ctr.predict import predict
+    from rellax.ctr.predict import STREAM, predict
 
-    rows = predict(
-        options.work / options.name, options.table, options.out, data=options.data, device=options.device
-    )
-    print(f"{options.out}: {rows:,} rows")
+    names = ("columns", "errors", "data", "device", "batch_size", "calibrated")
+    chosen = {name: getattr(options, name) for name in names}
+    rows = predict(options.work / options.name, options.table, options.out, **chosen)
+    if options.out != STREAM:
+        print(f"{options.out}: {rows:,} rows")
 
 
 def _export_peft(options: argparse.Namespace) -> None:
@@ -431,17 +444,45 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--seed", type=int, default=0, help="of the chosen samples")
     _add_fields(evaluate, TrainConfig, {name: _TRAIN_HELP[name] for name in _PROMPT_FIELDS}, defaults=False)
 
+    calibrate = _command(
+        commands,
+        "calibrate",
+        _calibrate,
+        "fit a run's temperature on its validation predictions",
+        "rellax calibrate rella",
+    )
+    calibrate.add_argument("name", help="run folder of `rellax train`, in the work folder")
+
     predict = _command(
         commands,
         "predict",
         _predict,
-        "probabilities for a table of users and items",
-        "rellax predict rella new.csv --out scored.parquet",
+        "probabilities for users and items: a table, or JSON lines from standard input",
+        "rellax predict rella new.csv --out scored.parquet\n"
+        """echo '{"user_id": 7, "item_id": 50}' | rellax predict rella""",
     )
     predict.add_argument("name", help="run folder of `rellax train`, in the work folder")
-    predict.add_argument("table", type=Path, help="CSV or Parquet with user_id, item_id and maybe time")
-    predict.add_argument("--out", type=Path, required=True, help="CSV or Parquet to write")
+    predict.add_argument(
+        "table",
+        nargs="?",
+        default="-",
+        help=".csv, .parquet or .jsonl with user_id, item_id, maybe time; -: JSON lines from standard input",
+    )
+    predict.add_argument(
+        "--out", default="-", help=".csv or .parquet for a table, .jsonl for JSON lines; -: standard output"
+    )
+    predict.add_argument("--columns", type=Path, help="column map of your own data, docs/own-data.md")
     predict.add_argument("--data", type=Path, help="folder of `rellax prepare` (default: the run's)")
+    predict.add_argument(
+        "--errors", default="stop", choices=("stop", "answer"), help="what follows from a row that is wrong"
+    )
+    predict.add_argument("--batch-size", type=int, default=16, help="prompts at once, at most")
+    predict.add_argument(
+        "--no-calibration",
+        dest="calibrated",
+        action="store_false",
+        help="without the temperature of `rellax calibrate`",
+    )
 
     export = _command(
         commands,
@@ -465,7 +506,7 @@ def _command(commands: Any, name: str, run: Any, summary: str, examples: str) ->
     )
     parser.set_defaults(run=run)
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    if name not in ("prepare", "export-peft"):
+    if name not in ("prepare", "calibrate", "export-peft"):
         parser.add_argument("--device", default="auto", choices=_CHOICES["device"], help="where models run")
     if name in ("crm", "embed", "retrieve", "train"):
         parser.add_argument("--redo", action="store_true", help="begin anew, in place of an earlier run")

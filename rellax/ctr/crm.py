@@ -195,28 +195,43 @@ def load_crm(folder: str | Path, dataset: Dataset) -> CRMOutputs:
     return outputs
 
 
-def instance_embeddings(folder: str | Path, dataset: Dataset) -> Tensor:
-    """The last hidden layer (S, d_u) of a trained CRM for the samples of `dataset`, which it need not know.
+class CRM:
+    """A trained CRM on the CPU, ready for samples that it need not know.
+
+    Args:
+        folder: of `rellax crm`.
+        dataset: the one it was trained on, or the same with new behaviours.
 
     Raises:
         InputError: a file is missing or damaged, or the CRM was trained on another data set.
     """
-    path = Path(folder) / WEIGHTS
-    if not path.is_file():
-        raise InputError(f"{path}: expected a file of `rellax crm`, found none")
-    values = read_json(Path(folder) / "config.json", maker="rellax crm")
-    config = CRMConfig(**values | {"hidden": tuple(values["hidden"])})
-    device = torch.device("cpu")
-    with torch.random.fork_rng(devices=[]):
-        features = _Features(dataset, config, device)
-        model = _build(features, config, device)
-    try:
-        model.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: expected the weights of a CRM for {dataset.folder} ({reason})") from None
-    every = np.arange(len(dataset.samples))
-    return torch.cat([hidden for hidden, _ in _outputs(model, features, every)])
+
+    def __init__(self, folder: str | Path, dataset: Dataset) -> None:
+        path = Path(folder) / WEIGHTS
+        if not path.is_file():
+            raise InputError(f"{path}: expected a file of `rellax crm`, found none")
+        values = read_json(Path(folder) / "config.json", maker="rellax crm")
+        config = CRMConfig(**values | {"hidden": tuple(values["hidden"])})
+        device = torch.device("cpu")
+        with torch.random.fork_rng(devices=[]):
+            self._features = _Features(dataset, config, device)
+            self._model = _build(self._features, config, device)
+        try:
+            self._model.load_state_dict(load_file(path))
+        except (SafetensorError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"{path}: expected the weights of a CRM for {dataset.folder} ({reason})"
+            ) from None
+
+    def instance_embeddings(self, dataset: Dataset) -> Tensor:
+        """The last hidden layer (S, d_u) for the samples of `dataset`: the same items, and any users.
+
+        Raises:
+            InputError: a user is new and the CRM reads user ids.
+        """
+        blocks = _outputs(self._model, self._features.of(dataset), np.arange(len(dataset.samples)))
+        return torch.cat([hidden for hidden, _ in blocks])
 
 
 def _build(features: _Features, config: CRMConfig, device: torch.device) -> BaseModel:
@@ -328,16 +343,34 @@ class _Features:
     def __init__(self, dataset: Dataset, config: CRMConfig, device: torch.device) -> None:
         self.device = device
         self.max_len = config.max_len
-        names, samples = dataset.meta["features"], dataset.samples
-        scale, ratings = np.unique(dataset.behaviour_ratings, return_inverse=True)
-        self.unknown_rating = len(scale) + 1
-        self.users = {name: self._tensor(_codes(dataset.users[name])) for name in names["user"]}
-        if config.user_id:
-            self.users["user"] = torch.arange(dataset.users.num_rows, device=device)
+        names = dataset.meta["features"]
+        self._scale = np.unique(dataset.behaviour_ratings)
+        self.unknown_rating = len(self._scale) + 1
+        columns = [*names["user"], "user"] if config.user_id else names["user"]
+        self._known = {name: _distinct(dataset.users[name]) for name in columns}
         self.items = {"item": torch.arange(dataset.items.num_rows + 1, device=device)}
         self.items |= {
             name: self._tensor(np.append(0, _codes(dataset.items[name]) + 1)) for name in names["item"]
         }
+        self._read(dataset)
+        self._usual = {name: int(codes.bincount().argmax()) for name, codes in self.users.items()}
+
+    def of(self, dataset: Dataset) -> _Features:
+        """The same codes for other users and samples of the same items.
+
+        What is not known of a user is what most users have.
+
+        Raises:
+            InputError: a user is new, and users' ids are a feature.
+        """
+        other = copy.copy(self)
+        other._read(dataset)
+        return other
+
+    def _read(self, dataset: Dataset) -> None:
+        samples = dataset.samples
+        self.users = {name: self._tensor(self._user_codes(name, dataset.users[name])) for name in self._known}
+        ratings = np.searchsorted(self._scale, dataset.behaviour_ratings)
         self.behaviour_items = self._tensor(dataset.behaviour_items) + 1
         self.behaviour_ratings = self._tensor(ratings) + 1
         self.sample_user = self._tensor(samples.user)
@@ -383,8 +416,20 @@ class _Features:
         rows = [tables[name].weight.detach()[codes[1:]] for name, codes in self.items.items()]
         return torch.cat(rows, dim=1).cpu()
 
+    def _user_codes(self, name: str, column: pa.ChunkedArray) -> np.ndarray:
+        codes = pc.index_in(column, value_set=self._known[name])
+        if codes.null_count and name == "user":
+            raise InputError("user_id: expected users of the data, whose ids the CRM reads, got a new one")
+        return pc.fill_null(codes, self._usual[name] if codes.null_count else 0).to_numpy()
+
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values.astype(np.int64)).to(self.device)
+
+
+def _distinct(column: pa.ChunkedArray) -> pa.Array:
+    """The values of a column, each once, in their order."""
+    values = column.unique()
+    return values.take(pc.array_sort_indices(values))
 
 
 def _codes(column: pa.ChunkedArray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from rellax._files import atomic_file, atomic_folder, read_json, sha256_file, write_json
-from rellax.ctr import metrics, runs
+from rellax.ctr import calibration, metrics, runs
 from rellax.ctr.batches import Collator, Example, on_device, scoring_batches
 from rellax.ctr.config import TrainConfig, read_config
 from rellax.ctr.llm import resolve_device
@@ -31,13 +31,14 @@ def predict_probabilities(
     batch_size: int = 16,
     share: tuple[int, int] = (0, 1),
     progress: bool = False,
+    done: Callable[[int], object] | None = None,
 ) -> np.ndarray:
     """P(Yes) of each prompt by a patched model, (n,) float64: softmax over its [No, Yes] logits.
 
     The model runs on the device it is on, in evaluation mode, and is left in that mode. Which prompts share
     a batch, and so how they are padded, changes a probability by rounding alone. Of several processes each
     runs as many batches of its `share` (process, processes), the same as one process would, and has 0 for
-    all others: the sum is whole.
+    all others: the sum is whole. `done` is told of each batch how many prompts it had.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -55,6 +56,8 @@ def predict_probabilities(
             if start + process < len(batches):
                 probabilities[rows] = logits.double().softmax(dim=-1)[:, 1].cpu().numpy()
             bar.update(len(rows))
+            if done is not None:
+                done(len(rows))
     return probabilities
 
 
@@ -77,6 +80,10 @@ def evaluate(
             probability); None is a folder named after the split in `run`. Where it holds this very result
             already, that is only read.
 
+    Returns:
+        What `metrics.evaluate` does, and `split`. Predictions and metrics are uncalibrated; where the run has
+        a temperature, of `calibrate`, `calibrated` has it with the log loss and ECE that it gives.
+
     Raises:
         InputError: the run is not finished, its data have changed since, or `folder` holds another result.
     """
@@ -84,8 +91,23 @@ def evaluate(
     config = read_config(run)
     if read_json(run / "config.json")["inputs"] != input_hashes(config):
         raise InputError(f"{run}: expected the files it was trained with, but one has changed since")
-    folder = run / split if folder is None else folder
-    return _evaluate(config, run / "adapter", Path(folder), split, samples, seed, device, progress)
+    folder = run / split if folder is None else Path(folder)
+    result = _evaluate(config, run / "adapter", folder, split, samples, seed, device, progress)
+    return _with_calibration(result, folder, calibration.read_temperature(run), seed)
+
+
+def calibrate(run: str | Path) -> dict[str, Any]:
+    """Fit a run's temperature on the validation predictions of its training.
+
+    Returns:
+        The contents of the run's calibration.json, see `calibration.write_calibration`.
+
+    Raises:
+        InputError: the run is not finished, or its validation samples have one label.
+    """
+    run = Path(run)
+    read_config(run)
+    return calibration.write_calibration(run, *read_predictions(run / "predictions.parquet"))
 
 
 def evaluate_zero_shot(
@@ -157,3 +179,15 @@ def _evaluate(
         write_json(part / "environment.json", runs.environment())
         write_json(part / "config.json", request)
     return result
+
+
+def _with_calibration(result: dict[str, Any], folder: Path, temperature: float, seed: int) -> dict[str, Any]:
+    """The result with what a temperature makes of it; metrics.json follows, nothing is scored again."""
+    plain = {key: value for key, value in result.items() if key != "calibrated"}
+    found = plain
+    if temperature != 1.0:
+        predictions = read_predictions(folder / "predictions.parquet")
+        found = plain | {"calibrated": calibration.calibrated_metrics(*predictions, temperature, seed=seed)}
+    if found != result:
+        write_json(folder / "metrics.json", found)
+    return found

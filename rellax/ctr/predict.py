@@ -1,160 +1,277 @@
-"""Probabilities for any (user, item, time): a table in, the same table with one more column out."""
+"""Probabilities for rows of any number: a table in, the same with one more column out, or JSON line by line.
+
+Some rows are in memory at a time. Within these, prompts of like length go through the model together.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import contextlib
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from rellax._files import atomic_file
-from rellax.ctr import crm
-from rellax.ctr.config import TrainConfig, read_config
-from rellax.ctr.dataset import Dataset, Samples
-from rellax.ctr.evaluate import predict_probabilities
-from rellax.ctr.llm import resolve_device
-from rellax.ctr.retrieval import find_positions
-from rellax.ctr.task import Inputs, Task
+from rellax.ctr.predictor import Answer, Predictor
+from rellax.ctr.sources import event_columns
 from rellax.errors import InputError
 
-COLUMN = "probability"
+COLUMN, ERROR = "probability", "error"
+ERRORS = ("stop", "answer")
+STREAM = "-"
+"""In place of a path: standard input, or output."""
+
+_ROWS = 8192
+_BYTES = 1 << 20
+_BROUGHT = {"history": pa.types.is_list, "user": pa.types.is_struct}
+"""What rows may bring beside ids and time, and which type a table's column of that name must then have."""
 
 
 def predict(
     run: str | Path,
-    table: str | Path,
-    out: str | Path,
+    table: str | Path = STREAM,
+    out: str | Path = STREAM,
     *,
+    columns: str | Path | None = None,
+    errors: str = "stop",
     data: str | Path | None = None,
     device: str = "auto",
+    batch_size: int = 16,
+    calibrated: bool = True,
     progress: bool = True,
 ) -> int:
-    """Add the column `probability` to a table of users and items, and return its number of rows.
+    """Answer each row of a table, or each JSON object of a stream, and return how many there were.
 
-    A row's history is what its user did strictly before its time; without a column `time`, all that is known.
+    A row is what `Predictor.predict` takes. Rows come out in their order with their `probability`, without
+    the `history` and `user` that they may have brought. A file appears whole, at the end. To standard output
+    answers go as soon as they are there: whatever lines have arrived are answered together.
 
     Args:
         run: folder of `rellax train`.
-        table: .parquet or .csv with columns user_id and item_id as in the raw data, and maybe time, integers.
-        out: .parquet or .csv to write.
-        data: folder of `rellax prepare`; None is the one of the run.
+        table: .parquet, .csv, or .jsonl (a JSON object a line); "-" is standard input, JSON lines.
+        out: .parquet or .csv for a table; .jsonl, or "-" for standard output, for JSON lines.
+        columns: column map of own data, where rows have its names.
+        errors: what becomes of a row that cannot be answered. "stop" ends with an error that names it; lines
+            before it are answered. "answer" gives it, in place of a probability, a text `error`.
+        data, device, batch_size, calibrated: as for `Predictor`.
 
     Raises:
-        InputError: a file is missing or has other columns, or a row has an unknown id, or a user without
-            behaviours before its time; the row is named.
+        InputError: a file is missing, damaged or of another kind, or a row cannot be answered.
     """
-    where = resolve_device(device)
-    write = pyarrow.csv.write_csv if _suffix(Path(out)) == ".csv" else pq.write_table
-    rows = read_table(table)
-    config = read_config(run)
-    dataset = Dataset.load(config.data if data is None else data)
-    inputs = _inputs(config, dataset, _samples(rows, dataset, Path(table)))
-    task = Task(config, inputs, Path(run) / "adapter", device=where)
-    examples = task.examples(range(rows.num_rows), config.evaluation_prompts)
-    probabilities = predict_probabilities(task.model, task.collator, examples, progress=progress)
-    with atomic_file(out) as part:
-        write(rows.append_column(COLUMN, pa.array(probabilities)), part)
-    return rows.num_rows
+    if errors not in ERRORS:
+        raise InputError(f"errors: expected one of {', '.join(ERRORS)}, got {errors!r}")
+    is_stream = str(table) == STREAM
+    _check_kind(table, (".csv", ".parquet", ".jsonl"), stream=True)
+    if not is_stream and not Path(table).is_file():
+        raise InputError(f"{table}: expected a table, found none")
+    names, delimiter = {name: name for name in ("user_id", "item_id", "time")}, ","
+    if columns is not None:
+        names, delimiter = event_columns(columns)
+
+    def load() -> Predictor:
+        return Predictor(run, data=data, device=device, batch_size=batch_size, calibrated=calibrated)
+
+    if is_stream or Path(table).suffix == ".jsonl":
+        _check_kind(out, (".jsonl",), stream=True)
+        bar = tqdm(desc="predict", unit="row", disable=is_stream or not progress)
+        lines = _Lines("standard input" if is_stream else str(table), names, errors)
+        with bar, _source(table) as source, _sink(out) as sink:
+            lines.answer(source, sink, load(), bar)
+        return lines.count
+    _check_kind(out, (".csv", ".parquet"))
+    return _Table(Path(table), names, delimiter, errors).answer(Path(out), load, progress)
 
 
-def read_table(path: str | Path) -> pa.Table:
-    """A .parquet or .csv table with user_id and item_id as strings, and time as int64 where it has one.
+class _Table:
+    """A .parquet or .csv file, some rows at a time."""
 
-    Raises:
-        InputError: it is missing, damaged or empty, or its columns are wrong.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: expected a table, found none")
-    try:
-        if _suffix(path) == ".csv":
-            types = {"user_id": pa.string(), "item_id": pa.string(), "time": pa.int64()}
-            convert = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=True)
-            table = pa.csv.read_csv(path, convert_options=convert)
-        else:
-            table = pq.read_table(path)
-    except pa.ArrowException as error:
-        raise InputError(f"{path}: expected a readable table, but {error}") from None
-    if not table.num_rows:
-        raise InputError(f"{path}: expected at least one row, found none")
-    if COLUMN in table.column_names:
-        raise InputError(f"{path}: expected no column {COLUMN!r}, it is what is added")
-    for name in ("user_id", "item_id", "time"):
-        if name in table.column_names:
-            table = _typed(table, name, path)
-        elif name != "time":
-            raise InputError(f"{path}: expected a column {name!r}, found {', '.join(table.column_names)}")
-    return table
+    def __init__(self, path: Path, names: Mapping[str, str], delimiter: str, errors: str) -> None:
+        self.path, self.errors = path, errors
+        self.rows: int | None = None  # a CSV file does not say how many it has
+        with self._readable():
+            self.schema = self._open_csv(delimiter) if path.suffix == ".csv" else self._open_parquet()
+        found = self.schema.names
+        if len(set(found)) < len(found):
+            raise InputError(f"{path}: expected each column once, found {', '.join(found)}")
+        for name in (names["user_id"], names["item_id"]):
+            if name not in found:
+                raise InputError(f"{path}: expected a column {name!r}, found {', '.join(found)}")
+        self.added = [COLUMN, ERROR] if errors == "answer" else [COLUMN]
+        for name in self.added:
+            if name in found:
+                raise InputError(f"{path}: expected no column {name!r}, it is what is added")
+        brought = [n for n, is_kind in _BROUGHT.items() if n in found and is_kind(self.schema.field(n).type)]
+        self.names = {ours: theirs for ours, theirs in names.items() if theirs in found}
+        self.names |= {name: name for name in brought}
+        self.shown = [name for name in found if name not in brought]
 
-
-def _typed(table: pa.Table, name: str, path: Path) -> pa.Table:
-    index = table.column_names.index(name)
-    column, wanted = table[name], pa.int64() if name == "time" else pa.string()
-    if column.null_count:
-        row = column.is_null().to_pylist().index(True)
-        raise InputError(f"{path}, row {row + 1}: expected a value of {name}, found none")
-    if not pa.types.is_integer(column.type) and column.type not in (pa.string(), pa.large_string()):
-        raise InputError(f"{path}: expected {name} as {wanted}, found {column.type}")
-    try:
-        return table.set_column(index, name, pc.cast(column, wanted))
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{path}: expected {name} as {wanted} ({error})") from None
-
-
-def _samples(table: pa.Table, dataset: Dataset, path: Path) -> Samples:
-    """The rows as samples, with the label -1."""
-    user = _dense(table, "user", dataset.users, path)
-    item = _dense(table, "item", dataset.items, path)
-    position = np.diff(dataset.offsets)[user]
-    if "time" in table.column_names:
-        if not dataset.meta["timed"]:
-            raise InputError(f"{path}: expected no column 'time', the data in {dataset.folder} have no times")
-        time = table["time"].to_numpy()
-        for row, (start, end) in enumerate(
-            zip(dataset.offsets[user], dataset.offsets[user + 1], strict=True)
+    def answer(self, out: Path, load: Callable[[], Predictor], progress: bool) -> int:
+        """Write the answers; who gives them is loaded once there is a row."""
+        batches = self._batches()
+        first = next(batches, None)
+        if first is None:
+            raise InputError(f"{self.path}: expected at least one row, found none")
+        predictor, count = load(), 0
+        fields = [self.schema.field(name) for name in self.shown]
+        types = {COLUMN: pa.float64(), ERROR: pa.string()}
+        schema = pa.schema(fields + [pa.field(name, types[name]) for name in self.added])
+        writer = pyarrow.csv.CSVWriter if out.suffix == ".csv" else pq.ParquetWriter
+        with (
+            tqdm(total=self.rows, desc="predict", unit="row", disable=not progress) as bar,
+            atomic_file(out) as part,
+            writer(part, schema) as file,
         ):
-            position[row] = np.searchsorted(dataset.behaviour_times[start:end], time[row], side="left")
-    if not position.all():
-        row = int(np.flatnonzero(position == 0)[0])
-        raise InputError(
-            f"{path}, row {row + 1}: expected a user with behaviours before that time, "
-            f"found none of {table['user_id'][row].as_py()!r}"
+            for batch in itertools.chain([first], batches):
+                answers = self._answers(batch, predictor, count, bar)
+                added = {COLUMN: list(map(_probability, answers)), ERROR: list(map(_error, answers))}
+                columns = [batch[name] for name in self.shown]
+                columns += [pa.array(added[name], types[name]) for name in self.added]
+                file.write_table(pa.Table.from_arrays(columns, schema=schema))
+                count += batch.num_rows
+        return count
+
+    def _answers(self, batch: pa.RecordBatch, predictor: Predictor, start: int, bar: tqdm) -> list[Answer]:
+        asked = pa.Table.from_arrays([batch[name] for name in self.names.values()], list(self.names))
+        rows = asked.to_pylist()
+        if self.errors == "answer":
+            return predictor.predict_each(rows, done=bar.update)
+        probabilities = predictor.predict(
+            rows, place=lambda row: f"{self.path}, row {start + row + 1}", done=bar.update
         )
-    return Samples(
-        user=user.astype(np.int32),
-        item=item.astype(np.int32),
-        position=position.astype(np.int32),
-        label=np.full(len(user), -1, dtype=np.int8),
-        split=np.full(len(user), -1, dtype=np.int8),
-    )
+        return list(probabilities.tolist())
+
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        with self._readable():
+            for batch in self._reader:
+                for start in range(0, batch.num_rows, _ROWS):
+                    yield batch.slice(start, _ROWS)
+
+    def _open_parquet(self) -> pa.Schema:
+        file = pq.ParquetFile(self.path, pre_buffer=False)  # or it holds the columns whole
+        self.rows = file.metadata.num_rows
+        self._reader: Iterator[pa.RecordBatch] = file.iter_batches(_ROWS)
+        return file.schema_arrow
+
+    def _open_csv(self, delimiter: str) -> pa.Schema:
+        """All columns as text, so that what is passed through stays as it is."""
+        options: dict[str, Any] = {
+            "read_options": pa.csv.ReadOptions(block_size=_BYTES),
+            "parse_options": pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        }
+        with pa.csv.open_csv(self.path, **options) as file:
+            types = dict.fromkeys(file.schema.names, pa.string())
+        convert = pa.csv.ConvertOptions(
+            column_types=types,
+            null_values=[""],
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=False,
+        )
+        reader = pa.csv.open_csv(self.path, convert_options=convert, **options)
+        self._reader = iter(reader)
+        return reader.schema
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except pa.ArrowException as error:
+            raise InputError(f"{self.path}: expected a readable table, but {error}") from None
 
 
-def _dense(table: pa.Table, kind: str, known: pa.Table, path: Path) -> np.ndarray:
-    raw = table[f"{kind}_id"]
-    dense = pc.fill_null(pc.index_in(raw, value_set=known[f"{kind}_id"].combine_chunks()), -1).to_numpy()
-    if (dense < 0).any():
-        row = int(np.flatnonzero(dense < 0)[0])
-        raise InputError(f"{path}, row {row + 1}: {kind}_id {raw[row].as_py()!r} is not in the data")
-    return dense
+class _Lines:
+    """JSON objects, a line each."""
+
+    def __init__(self, place: str, names: Mapping[str, str], errors: str) -> None:
+        self.place, self.names, self.errors, self.count = place, names, errors, 0
+
+    def answer(self, source: BinaryIO, sink: BinaryIO, predictor: Predictor, bar: tqdm) -> None:
+        """Answer each line as soon as those are that have arrived with it; empty lines are passed over."""
+        number = 0
+        for lines in _arriving(source):
+            asked = []
+            for line in lines:
+                number += 1
+                if line.strip():
+                    asked.append((number, _object(line)))
+            rows = [self._ours(found) for _, found in asked if not isinstance(found, InputError)]
+            answers = iter(predictor.predict_each(rows, done=bar.update))
+            for line_number, found in asked:
+                answer = found if isinstance(found, InputError) else next(answers)
+                if isinstance(answer, InputError) and self.errors == "stop":
+                    sink.flush()
+                    raise InputError(f"{self.place}, line {line_number}: {answer}")
+                sink.write(_answered({} if isinstance(found, InputError) else found, answer))
+            sink.flush()
+            self.count += len(asked)
+
+    def _ours(self, row: dict[str, Any]) -> dict[str, Any]:
+        return row | {ours: row.get(theirs) for ours, theirs in self.names.items()}
 
 
-def _inputs(config: TrainConfig, dataset: Dataset, samples: Samples) -> Inputs:
-    """What the run's prompts and gates need, computed for new samples."""
-    new = replace(dataset, samples=samples)
-    retrieved = instance_embeddings = None
-    if config.evaluation_prompts == "retrieved":
-        assert config.retrieved is not None, "TrainConfig asks for it with these prompts"
-        retrieved = find_positions(config.retrieved, new, config.k)
-    if config.crm is not None and config.interaction != "none":
-        instance_embeddings = crm.instance_embeddings(config.crm, new)
-    return Inputs(new, retrieved, instance_embeddings=instance_embeddings)
+def _arriving(source: BinaryIO) -> Iterator[list[bytes]]:
+    """Whole lines, as soon as there are any: all that have arrived, up to a bound."""
+    rest = b""
+    while block := source.read1(_BYTES):  # type: ignore[attr-defined]
+        *lines, rest = (rest + block).split(b"\n")
+        if lines:
+            yield lines
+    if rest:
+        yield [rest]
 
 
-def _suffix(path: Path) -> str:
-    if path.suffix not in (".csv", ".parquet"):
-        raise InputError(f"{path}: expected a file that ends in .csv or .parquet")
-    return path.suffix
+def _object(line: bytes) -> dict[str, Any] | InputError:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return InputError(f"expected a JSON object, but {error}")
+    return found if isinstance(found, dict) else InputError(f"expected a JSON object, found {found!r}")
+
+
+def _answered(row: Mapping[str, Any], answer: Answer) -> bytes:
+    shown = {name: value for name, value in row.items() if name not in _BROUGHT}
+    shown |= {ERROR: _error(answer)} if isinstance(answer, InputError) else {COLUMN: answer}
+    return json.dumps(shown, ensure_ascii=False).encode() + b"\n"
+
+
+def _probability(answer: Answer) -> float | None:
+    return None if isinstance(answer, InputError) else answer
+
+
+def _error(answer: Answer) -> str | None:
+    return str(answer) if isinstance(answer, InputError) else None
+
+
+@contextlib.contextmanager
+def _source(path: str | Path) -> Iterator[BinaryIO]:
+    if str(path) == STREAM:
+        yield sys.stdin.buffer
+        return
+    with Path(path).open("rb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _sink(path: str | Path) -> Iterator[BinaryIO]:
+    """A file that appears whole, or standard output, whose reader may go away."""
+    if str(path) != STREAM:
+        with atomic_file(path) as part, part.open("wb") as file:
+            yield file
+        return
+    try:
+        yield sys.stdout.buffer
+    except BrokenPipeError:  # or Python complains once more when it closes the stream
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _check_kind(path: str | Path, endings: tuple[str, ...], *, stream: bool = False) -> None:
+    if Path(path).suffix not in endings and not (stream and str(path) == STREAM):
+        wanted = "a file that ends in " + " or ".join(endings)
+        raise InputError(f"{path}: expected {wanted}" + (f", or {STREAM!r}" if stream else ""))

@@ -92,6 +92,7 @@ def prepare(
         "odd": source.odd,
         "min_history": min_history,
         "timed": timed,
+        "dates": source.dates,
         "positive_above": source.positive_above,
         "rating_scale": list(source.rating_scale),
         "unrated": source.unrated,

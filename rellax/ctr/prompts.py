@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
 import re
@@ -134,7 +135,6 @@ class PromptBuilder:
         placeholder: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.dataset = dataset
         self.k = k
         self.max_tokens = max_tokens
         self.placeholder = placeholder
@@ -146,6 +146,16 @@ class PromptBuilder:
         self._head_of = functools.lru_cache(_CACHED)(self._head)
         self._behaviour_of = functools.lru_cache(_CACHED)(self._behaviour)
         self._target_of = functools.lru_cache(_CACHED)(self._target)
+        self._read(dataset)
+
+    def of(self, dataset: Dataset) -> PromptBuilder:
+        """The same builder for other users and samples of the same items; it shares the tokenised parts."""
+        other = copy.copy(self)
+        other._read(dataset)
+        return other
+
+    def _read(self, dataset: Dataset) -> None:
+        self.dataset = dataset
         self._ratings = np.unique(dataset.behaviour_ratings)
         # Tokens of an item's line by rating, of it as a target, of a user's head; 0 is not known yet.
         self._behaviour_tokens = np.zeros((dataset.items.num_rows, len(self._ratings)), dtype=np.int32)

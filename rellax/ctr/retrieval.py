@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
+from torch import Tensor
 from tqdm import tqdm
 
 from rellax import subr
@@ -193,10 +194,18 @@ def read_positions(folder: str | Path, dataset: Dataset, k: int, *, progress: bo
     return positions
 
 
-def find_positions(folder: str | Path, dataset: Dataset, k: int) -> np.ndarray:
-    """As `read_positions`, computed for any samples with the embeddings that `folder` was made with."""
+def load_embeddings(folder: str | Path, dataset: Dataset) -> Tensor:
+    """The embeddings (N, D) of the items of `dataset` that a folder of `rellax retrieve` was made with.
+
+    Raises:
+        InputError: a file is missing or damaged, or the embeddings are of other items.
+    """
     config = read_json(Path(folder) / "config.json", maker="rellax retrieve")
-    embeddings = subr.load_embeddings(config["embeddings"], dataset.items["item_id"].to_pylist())
+    return subr.load_embeddings(config["embeddings"], dataset.items["item_id"].to_pylist())
+
+
+def find_positions(embeddings: Tensor, dataset: Dataset, k: int) -> np.ndarray:
+    """As `read_positions`, computed for any samples."""
     samples = dataset.samples
     return subr.retrieve(
         embeddings,

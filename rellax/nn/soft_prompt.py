@@ -91,9 +91,11 @@ class SoftPrompt(nn.Module):
     def cache_table(self) -> None:
         """Project all N items once; forward reads this table (N, d) while gradients are off.
 
-        It is dropped when training resumes and when a weight or an item embedding changes. ``torch.compile``
-        makes no use of it.
+        It is dropped when training resumes and when a weight or an item embedding changes; until then another
+        call does nothing. ``torch.compile`` makes no use of it.
         """
+        if self._cached_table() is not None:
+            return
         self._table = self._rows(self.item_embeddings)
         self._table_of = self._versions()
 

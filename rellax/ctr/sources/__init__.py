@@ -7,10 +7,19 @@ from pathlib import Path
 
 from rellax.ctr.sources.bookcrossing import read_bookcrossing
 from rellax.ctr.sources.movielens import read_ml_1m, read_ml_25m, read_ml_100k
-from rellax.ctr.sources.own import read_own
+from rellax.ctr.sources.own import event_columns, read_own
 from rellax.ctr.sources.source import Source
 
-__all__ = ["READERS", "Source", "read_bookcrossing", "read_ml_1m", "read_ml_25m", "read_ml_100k", "read_own"]
+__all__ = [
+    "READERS",
+    "Source",
+    "event_columns",
+    "read_bookcrossing",
+    "read_ml_1m",
+    "read_ml_25m",
+    "read_ml_100k",
+    "read_own",
+]
 
 READERS: dict[str, Callable[[str | Path], Source]] = {
     "ml-100k": read_ml_100k,

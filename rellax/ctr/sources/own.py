@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from rellax._files import read_json
 from rellax.ctr.sources.source import Source
@@ -125,7 +126,21 @@ def read_own(column_map: str | Path, folder: str | Path | None = None) -> Source
         answers=_answers(path, entries) if labelled else None,
         question=entries.get("question"),
         drop_unknown=_drops_unknown(path, entries),
+        dates="time" in events and _has_dates(folder / events["file"], events),
     )
+
+
+def event_columns(column_map: str | Path) -> tuple[dict[str, str], str]:
+    """What a column map calls `user_id`, `item_id` and maybe `time`, and the delimiter of its interactions.
+
+    Raises:
+        InputError: as :func:`read_own`, but no table is looked at.
+    """
+    path = Path(column_map)
+    entries = _checked(path, "", read_json(path), _TOP)
+    events = _checked(path, "interactions", entries["interactions"], _INTERACTIONS)
+    names = {"user_id": events["user"], "item_id": events["item"]}
+    return names | ({"time": events["time"]} if "time" in events else {}), events.get("delimiter", ",")
 
 
 def _is_labelled(path: Path, events: Mapping[str, Any]) -> bool:
@@ -174,6 +189,12 @@ def _interactions(folder: Path, events: Mapping[str, Any], labelled: bool) -> pa
     if "time" in columns and columns["time"].type == MOMENT:
         columns["time"] = milliseconds(columns["time"])
     return pa.table(columns)
+
+
+def _has_dates(path: Path, events: Mapping[str, Any]) -> bool:
+    if path.suffix == ".parquet":
+        return bool(pa.types.is_temporal(pq.read_schema(path).field(events["time"]).type))
+    return _time_type(path, events) == MOMENT
 
 
 def _time_type(path: Path, events: Mapping[str, Any]) -> pa.DataType:

@@ -31,6 +31,7 @@ class Source:
         unrated: the rating that stands for an interaction without one, off the scale and labelled 0.
         answers: what ratings 0 and 1 are called in a prompt, where they are labels.
         question: the prompt's question, where the usual one does not fit.
+        dates: times were dates, and are milliseconds since 1970.
         drop_unknown: interactions with an id in no table are left out, and counted; else they are an error.
     """
 
@@ -53,6 +54,7 @@ class Source:
     answers: tuple[str, str] | None = None
     question: str | None = None
     drop_unknown: bool = False
+    dates: bool = False
 
     def line(self, row: int) -> str:
         """File and line of an interaction."""

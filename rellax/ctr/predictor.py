@@ -1,0 +1,225 @@
+"""A finished run, loaded once, that answers requests: what a service holds."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, InvalidStateError, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rellax.ctr.batches import Collator, Example
+from rellax.ctr.calibration import at_temperature, read_temperature
+from rellax.ctr.config import read_config
+from rellax.ctr.crm import CRM
+from rellax.ctr.dataset import Dataset
+from rellax.ctr.evaluate import predict_probabilities
+from rellax.ctr.llm import resolve_device
+from rellax.ctr.requests import Request, Requests
+from rellax.ctr.retrieval import find_positions, load_embeddings
+from rellax.ctr.task import Examples, Inputs, Task
+from rellax.errors import InputError
+
+Row = Mapping[str, Any]
+Answer = float | InputError  # what is wrong with the row
+
+
+class Predictor:
+    """Probabilities from a finished run, for any users and items, in any thread.
+
+    All that requests share is loaded here, once: the model, the data, the items' soft rows and embeddings,
+    the recommendation model; and the model has run once.
+
+    Threads may call at the same time. A thread of the predictor's own computes; what has been asked for
+    meanwhile it takes along, up to `batch_size` rows: a model does more rows a second in a batch. That thread
+    ends with the predictor, nothing needs to be closed. A process that forks loads its own after that.
+
+    Args:
+        run: folder of `rellax train`.
+        data: folder of `rellax prepare`; None is the one of the run. It may have newer behaviours and users,
+            but must have the same items.
+        device: "auto", "cpu" or "cuda".
+        batch_size: prompts that go through the model at once.
+        calibrated: use the temperature of `rellax calibrate`, where the run has one.
+        share_batches: whether the rows of several threads go through the model together. It changes their
+            probabilities by rounding alone; without it they are the same bits, whatever other threads do.
+
+    Attributes:
+        temperature: what logits are divided by; 1 is uncalibrated.
+
+    Raises:
+        InputError: the run is not finished, or a file of it is missing, damaged, or of other data.
+    """
+
+    def __init__(
+        self,
+        run: str | Path,
+        *,
+        data: str | Path | None = None,
+        device: str = "auto",
+        batch_size: int = 16,
+        calibrated: bool = True,
+        share_batches: bool = True,
+    ) -> None:
+        if batch_size < 1:
+            raise InputError(f"batch_size: expected a positive number, got {batch_size}")
+        where = resolve_device(device)
+        config = read_config(run)
+        dataset = Dataset.load(config.data if data is None else data)
+        self.batch_size, self.share_batches = batch_size, share_batches
+        self.temperature = read_temperature(run) if calibrated else 1.0
+        self._requests = Requests(dataset)
+        self._task = Task(config, Inputs(dataset), Path(run) / "adapter", device=where)
+        self._embeddings = self._crm = None
+        if config.evaluation_prompts == "retrieved":
+            assert config.retrieved is not None, "TrainConfig asks for it with these prompts"
+            self._embeddings = load_embeddings(config.retrieved, dataset).to(where)
+        if config.crm is not None and config.interaction != "none":
+            self._crm = CRM(config.crm, dataset)
+        self._waiting: deque[_Job] = deque()
+        # First come, first served: where callers took turns with a lock, the slowest waited twice as long.
+        self._worker = ThreadPoolExecutor(1, "rellax-predictor")
+        self._answers([_any_request(dataset)], None)
+
+    def predict(
+        self,
+        rows: Iterable[Row],
+        *,
+        place: Callable[[int], str] = "rows[{}]".format,
+        done: Callable[[int], object] | None = None,
+    ) -> np.ndarray:
+        """The probability of each row, (n,) float64.
+
+        A row has `item_id` and `user_id`, as in the raw data, and may have `time`: its history is then what
+        the user did strictly before, else all that is known. Times are whole numbers in the unit of the raw
+        data, or where these were dates, dates.
+
+        A row may bring a `history`, a list of behaviours with `item_id`, `rating` and, where the data have
+        times, `time`. They are added to what is known of the user, who may also be new, or without an id; in
+        data without times they are the latest, oldest first. What is known already counts once, behaviours
+        of unknown items do not count. Of a new user `user` may tell the `profile`, as prompts put it, and the
+        features of the data; for a feature that is not told the CRM reads what most users have.
+
+        Args:
+            rows: of mixed users.
+            place: what an error calls the row of that number.
+            done: told of each batch of rows that is through, how many they were.
+
+        Raises:
+            InputError: a row cannot be answered; the first such row is named.
+        """
+        requests = self._read(rows)
+        _raise_first(requests, place)
+        answers = self._answers(requests, done)
+        _raise_first(answers, place)
+        return np.array(answers, dtype=np.float64)
+
+    def predict_each(
+        self, rows: Iterable[Row], *, done: Callable[[int], object] | None = None
+    ) -> list[Answer]:
+        """As `predict`, but a row that cannot be answered gets what is wrong with it for a probability."""
+        return self._answers(self._read(rows), done)
+
+    def _read(self, rows: Iterable[Row]) -> list[Request | InputError]:
+        return [_or_error(self._requests.read, row) for row in rows]
+
+    def _answers(
+        self, requests: Sequence[Request | InputError], done: Callable[[int], object] | None
+    ) -> list[Answer]:
+        good = [request for request in requests if not isinstance(request, InputError)]
+        job = _Job(good, done)
+        if good:
+            self._waiting.append(job)
+            self._worker.submit(self._work)
+        try:
+            answers = iter(job.answers.result() if good else ())
+        except BaseException:
+            job.answers.cancel()  # after Ctrl-C nobody waits for the rest
+            raise
+        return [request if isinstance(request, InputError) else next(answers) for request in requests]
+
+    def _work(self) -> None:
+        """Answer the oldest job, and with it those that fit into its batch; in the worker's thread."""
+        jobs: list[_Job] = []
+        while self._waiting:
+            rows = sum(len(job.requests) for job in (*jobs, self._waiting[0]))
+            if jobs and (rows > self.batch_size or not self.share_batches):
+                break
+            jobs.append(self._waiting.popleft())
+        if not jobs:  # an earlier call has taken along the job that this one was for
+            return
+        try:
+            answers = iter(self._probabilities([request for job in jobs for request in job.requests], jobs))
+        except BaseException as error:
+            for job in jobs:
+                with contextlib.suppress(InvalidStateError):  # cancelled
+                    job.answers.set_exception(error)
+            return
+        for job in jobs:
+            found = list(itertools.islice(answers, len(job.requests)))
+            with contextlib.suppress(InvalidStateError):
+                job.answers.set_result(found)
+
+    def _probabilities(self, requests: Sequence[Request], jobs: Sequence[_Job]) -> list[Answer]:
+        def passed(rows: int) -> None:
+            if all(job.answers.cancelled() for job in jobs):
+                raise CancelledError
+            if len(jobs) == 1 and jobs[0].done is not None:
+                jobs[0].done(rows)
+
+        prompts, collator = self._prompts(requests)
+        examples = [prompt for prompt in prompts if isinstance(prompt, Example)]
+        found = predict_probabilities(
+            self._task.model, collator, examples, batch_size=self.batch_size, done=passed
+        )
+        probabilities = iter(at_temperature(found, self.temperature).tolist())
+        return [prompt if isinstance(prompt, InputError) else next(probabilities) for prompt in prompts]
+
+    def _prompts(self, requests: Sequence[Request]) -> tuple[list[Example | InputError], Collator]:
+        """The prompt of each request, or why it has none, and what makes batches of them."""
+        data = self._requests.dataset(requests)
+        retrieved = hidden = None
+        if self._embeddings is not None:
+            retrieved = find_positions(self._embeddings, data, self._task.config.k)
+        if self._crm is not None:
+            hidden = self._crm.instance_embeddings(data)
+        examples = Examples(
+            self._task.prompts.of(data),
+            Inputs(data, retrieved),
+            np.arange(len(requests)),
+            np.full(len(requests), retrieved is not None),
+        )
+        prompts = [_or_error(examples.__getitem__, row) for row in range(len(requests))]
+        return prompts, replace(self._task.collator, instance_embeddings=hidden)
+
+
+class _Job:
+    """Requests of one call, and what becomes of them."""
+
+    def __init__(self, requests: Sequence[Request], done: Callable[[int], object] | None) -> None:
+        self.requests, self.done = requests, done
+        self.answers: Future[list[Answer]] = Future()
+
+
+def _any_request(dataset: Dataset) -> Request:
+    """One that can be answered: the data's first sample."""
+    samples = dataset.samples
+    return Request(int(samples.user[0]), int(samples.item[0]), int(samples.position[0]))
+
+
+def _or_error(function: Callable[[Any], Any], argument: Any) -> Any:
+    try:
+        return function(argument)
+    except InputError as error:
+        return error
+
+
+def _raise_first(found: Sequence[object], place: Callable[[int], str]) -> None:
+    for number, value in enumerate(found):
+        if isinstance(value, InputError):
+            raise InputError(f"{place(number)}: {value}")

@@ -1,0 +1,162 @@
+"""Temperature scaling: the minimum of the likelihood, on validation alone, and what uses it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from scipy.special import expit, logit
+from sklearn.metrics import log_loss, roc_auc_score
+from workspace import Workspace
+
+from rellax.ctr import cli
+from rellax.ctr import evaluate as evaluate_module
+from rellax.ctr.calibration import LIMITS, at_temperature, fit_temperature
+from rellax.ctr.dataset import Dataset
+from rellax.ctr.evaluate import calibrate, evaluate, read_predictions
+from rellax.ctr.predictor import Predictor
+from rellax.ctr.train import train
+from rellax.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def trained(workspace: Workspace) -> Path:
+    folder = workspace.root / "uncalibrated"
+    train(workspace.config(epochs=1), folder, progress=False)
+    evaluate(folder, progress=False)
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def sample(temperature: float, n: int = 20_000) -> tuple[np.ndarray, np.ndarray]:
+    """Labels, and probabilities whose logits are `temperature` times too large."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 1.5, n)
+    return (rng.random(n) < expit(logits)).astype(np.int8), expit(temperature * logits)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
+def test_it_finds_what_logits_were_multiplied_by(temperature: float) -> None:
+    labels, probabilities = sample(temperature)
+    found = fit_temperature(labels, probabilities)
+    assert found == pytest.approx(temperature, rel=0.05)
+
+    def loss(t: float) -> float:
+        return float(log_loss(labels, at_temperature(probabilities, t)))
+
+    grid = found * np.exp(np.linspace(-0.5, 0.5, 21))
+    assert min(map(loss, grid)) >= loss(found) - 1e-12
+    assert loss(found) <= loss(1.0)
+    assert loss(found * 1.1) > loss(found) < loss(found / 1.1)
+
+
+def test_the_order_of_predictions_stays() -> None:
+    labels, probabilities = sample(1.0)
+    for temperature in (0.5, 1.0, 7.0):
+        changed = at_temperature(probabilities, temperature)
+        assert roc_auc_score(labels, changed) == roc_auc_score(labels, probabilities)
+        assert np.array_equal(changed >= 0.5, probabilities >= 0.5)
+        assert changed == pytest.approx(expit(logit(probabilities) / temperature), abs=1e-15)
+    assert at_temperature(probabilities, 1.0) is probabilities
+    assert at_temperature(np.array([0.0, 0.5, 1.0]), 2.0).tolist() == [0.0, 0.5, 1.0]
+
+
+def test_it_stays_within_limits() -> None:
+    labels = np.array([0, 0, 1, 1])
+    assert fit_temperature(labels, np.array([0.3, 0.4, 0.6, 0.8])) == pytest.approx(LIMITS[0], rel=1e-3)
+    assert fit_temperature(labels, np.array([0.8, 0.6, 0.4, 0.3])) == pytest.approx(LIMITS[1], rel=1e-3)
+    assert math.isfinite(fit_temperature(labels, np.array([0.0, 1.0, 1.0, 1.0])))
+    with pytest.raises(InputError, match=r"labels: expected both 0 and 1 .* got 3 of one"):
+        fit_temperature(np.ones(3), np.full(3, 0.4))
+
+
+def test_a_run_is_calibrated_on_validation_samples(
+    workspace: Workspace, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (run / "test" / "predictions.parquet").read_bytes()
+    plain = json.loads((run / "test" / "metrics.json").read_text())
+    assert "calibrated" not in plain
+    shutil.rmtree(run / "test")  # fitting needs none of it
+    result = calibrate(run)
+    shutil.copytree(workspace.root / "uncalibrated" / "test", run / "test")
+
+    used = pq.read_table(run / "predictions.parquet")["sample"].to_numpy()
+    assert (Dataset.load(workspace.data).samples.split[used] == 1).all()
+    labels, probabilities = read_predictions(run / "predictions.parquet")
+    assert result["temperature"] == fit_temperature(labels, probabilities)
+    assert (result["samples"], result["split"]) == (len(used), "valid")
+    assert result["log_loss"]["after"] <= result["log_loss"]["before"]
+    assert result == json.loads((run / "calibration.json").read_text())
+
+    # Evaluation adds what it changes, and scores nothing again.
+    monkeypatch.setattr(evaluate_module, "predict_probabilities", None)
+    for _ in range(2):
+        found = evaluate(run, progress=False)
+        assert found == json.loads((run / "test" / "metrics.json").read_text())
+    assert {key: found[key] for key in plain} == plain
+    assert found.keys() - plain.keys() == {"calibrated"}
+    labels, probabilities = read_predictions(run / "test" / "predictions.parquet")
+    changed = at_temperature(probabilities, result["temperature"])
+    assert found["calibrated"]["temperature"] == result["temperature"]
+    assert found["calibrated"]["log_loss"] == pytest.approx(log_loss(labels, changed), abs=1e-12)
+    assert found["calibrated"]["ece"] != found["ece"]
+    assert roc_auc_score(labels, changed) == found["auc"]
+    assert (run / "test" / "predictions.parquet").read_bytes() == before
+    (run / "calibration.json").unlink()
+    assert evaluate(run, progress=False) == plain
+
+
+def test_prediction_uses_it_unless_told_not_to(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "new.csv").write_text("user_id,item_id\n3,4\n5,17\n")
+    rows = [{"user_id": 3, "item_id": 4}, {"user_id": 5, "item_id": 17}]
+    plain = Predictor(run).predict(rows)
+    temperature = calibrate(run)["temperature"]
+    assert abs(temperature - 1) > 1e-3
+    calibrated = Predictor(run)
+    assert calibrated.temperature == temperature
+    assert calibrated.predict(rows) == pytest.approx(at_temperature(plain, temperature), abs=1e-12)
+    assert Predictor(run, calibrated=False).predict(rows).tolist() == plain.tolist()
+    for switch, expected in (([], calibrated.predict(rows)), (["--no-calibration"], plain)):
+        command = ["predict", run.name, str(tmp_path / "new.csv"), "--out", str(tmp_path / "out.parquet")]
+        assert cli.main([*command, "--work", str(run.parent), *switch]) == 0
+        found = pq.read_table(tmp_path / "out.parquet")["probability"].to_pylist()
+        assert found == pytest.approx(expected, abs=2e-6)
+
+
+def test_the_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    work = ["--work", str(run.parent)]
+    assert cli.main(["calibrate", run.name, *work]) == 0
+    result = json.loads((run / "calibration.json").read_text())
+    first, ece, loss = capsys.readouterr().out.splitlines()
+    assert first == f"temperature {result['temperature']:.4f}, fitted on 12 validation samples:"
+    assert ece == f"ece       {result['ece']['before']:.4f} -> {result['ece']['after']:.4f}"
+    assert loss.startswith("log_loss  ")
+    assert cli.main(["evaluate", run.name, *work]) == 0
+    shown = capsys.readouterr().out
+    assert f"temperature          {result['temperature']:.4f}\ncalibrated log_loss  0." in shown
+
+
+def test_another_adapters_calibration(run: Path) -> None:
+    calibrate(run)
+    path = run / "calibration.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"adapter": "0"}))
+    for use in (Predictor, evaluate):
+        with pytest.raises(
+            InputError, match=r"calibration.json: expected the calibration of this run's adapter"
+        ):
+            use(run)
+    path.write_text(json.dumps(values | {"temperature": -1}))
+    with pytest.raises(InputError, match=r"calibration.json: expected a positive temperature, got -1"):
+        Predictor(run)
+    with pytest.raises(InputError, match=r"config.json: expected a JSON file, found none"):
+        calibrate(run / "none")

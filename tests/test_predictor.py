@@ -1,0 +1,325 @@
+"""The predictor of a service: mixed users, histories in the request, threads that share batches."""
+
+from __future__ import annotations
+
+import gc
+import json
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from workspace import GATED, Workspace
+
+import rellax.ctr
+from rellax.ctr import predictor as module
+from rellax.ctr.dataset import Dataset
+from rellax.ctr.predictor import Predictor
+from rellax.ctr.prepare import prepare
+from rellax.ctr.requests import Requests
+from rellax.ctr.sources import read_own
+from rellax.ctr.train import train
+from rellax.errors import InputError
+
+ROUNDING = 2e-6  # of fp32, where other rows share the batch
+
+
+@pytest.fixture(scope="module")
+def run(workspace: Workspace) -> Path:
+    folder = workspace.root / "served"
+    train(workspace.config(stage="joint", epochs=1, **GATED), folder, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def predictor(run: Path) -> Predictor:
+    return Predictor(run)
+
+
+@pytest.fixture(scope="module")
+def dataset(workspace: Workspace) -> Dataset:
+    return Dataset.load(workspace.data)
+
+
+def pairs(dataset: Dataset) -> list[dict[str, Any]]:
+    """A row for each user, with differing items."""
+    users, items = (dataset.users["user_id"].to_pylist(), dataset.items["item_id"].to_pylist())
+    return [{"user_id": user, "item_id": items[3 * n % len(items)]} for n, user in enumerate(users)]
+
+
+def history(dataset: Dataset, user: int, *, until: int | None = None) -> list[dict[str, Any]]:
+    rows = range(*dataset.offsets[user : user + 2].tolist())
+    items = dataset.items["item_id"].to_pylist()
+    found = [
+        {
+            "item_id": items[dataset.behaviour_items[row]],
+            "rating": float(dataset.behaviour_ratings[row]),
+            "time": int(dataset.behaviour_times[row]),
+        }
+        for row in rows
+    ]
+    return found[:until]
+
+
+def person(dataset: Dataset, user: int) -> dict[str, str]:
+    names = ("profile", *dataset.meta["features"]["user"])
+    return {name: dataset.users[name][user].as_py() for name in names}
+
+
+def test_a_batch_of_mixed_users(predictor: Predictor, dataset: Dataset) -> None:
+    rows = pairs(dataset)
+    found = predictor.predict(rows)
+    assert found.shape == (len(rows),)
+    assert found.dtype == np.float64
+    assert found.std() > 1e-3
+    alone = [predictor.predict([row])[0] for row in rows]
+    assert found == pytest.approx(alone, abs=ROUNDING)
+    assert predictor.predict(rows[::-1])[::-1] == pytest.approx(found, abs=ROUNDING)
+    assert len(predictor.predict([])) == 0
+    # As numbers, in any mapping, and several items of one user: the history is read once.
+    numbers = [{"user_id": int(rows[2]["user_id"]), "item_id": int(row["item_id"])} for row in rows]
+    assert predictor.predict(iter(numbers))[2] == pytest.approx(found[2], abs=ROUNDING)
+    assert len(predictor._requests.dataset([predictor._requests.read(row) for row in numbers]).offsets) == 2
+
+
+def test_a_new_user_with_a_known_ones_history_gets_their_probability(
+    predictor: Predictor, dataset: Dataset
+) -> None:
+    rows = pairs(dataset)
+    new = [
+        {"item_id": row["item_id"], "history": history(dataset, user)[::-1], "user": person(dataset, user)}
+        for user, row in enumerate(rows)
+    ]
+    expected = predictor.predict(rows)
+    assert predictor.predict(new) == pytest.approx(expected, abs=ROUNDING)
+    named = [row | {"user_id": f"new {n}"} for n, row in enumerate(new)]
+    mixed = predictor.predict([*rows, *named])
+    assert mixed == pytest.approx([*expected, *expected], abs=ROUNDING)
+    # Only what is before a time counts.
+    moment = new[3]["history"][7]["time"]
+    one, two = predictor.predict([rows[3] | {"time": moment}, named[3] | {"time": moment}])
+    assert one == pytest.approx(two, abs=ROUNDING)
+    assert abs(one - expected[3]) > 1e-5
+
+
+def test_behaviours_in_a_request_are_added_to_what_is_known(predictor: Predictor, dataset: Dataset) -> None:
+    row = pairs(dataset)[3]
+    (known,) = predictor.predict([row])
+    again = row | {"history": history(dataset, 3)[3:9]}
+    assert predictor.predict([again]) == pytest.approx([known], abs=ROUNDING)
+    newer = {"item_id": row["item_id"], "rating": 1, "time": 10**9}  # the nearest there can be
+    (changed,) = predictor.predict([row | {"history": [newer]}])
+    assert abs(changed - known) > 1e-5
+    whole = {"item_id": row["item_id"], "history": [newer, *history(dataset, 3)], "user": person(dataset, 3)}
+    assert predictor.predict([whole]) == pytest.approx([changed], abs=ROUNDING)
+    early = row | {"history": [newer], "time": 10**9}
+    assert predictor.predict([early]) == pytest.approx([known], abs=ROUNDING)
+    # Items that the data do not know cannot be read by anything, and do not count.
+    strange = row | {"history": [{"item_id": "none such", "rating": 1, "time": 10**9}]}
+    assert predictor.predict([strange]) == pytest.approx([known], abs=ROUNDING)
+
+
+def test_what_is_not_told_of_a_new_user_is_what_most_have(predictor: Predictor, dataset: Dataset) -> None:
+    row = {"item_id": "4", "history": history(dataset, 2)}
+    names = dataset.meta["features"]["user"]
+    usual = {
+        name: max(sorted(set(values := dataset.users[name].to_pylist())), key=values.count) for name in names
+    }
+    some = predictor.predict([row, row | {"user": usual}, row | {"user": {names[0]: "none such"}}])
+    assert some == pytest.approx([some[0]] * 3, abs=ROUNDING)
+    assert abs(predictor.predict([row | {"user": {"profile": "woman, 99"}}])[0] - some[0]) > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"item_id": "4"}, "expected a value of user_id, found none"),
+        ("user_id", "expected an object with user_id and item_id, found 'user_id'"),
+        ({"user_id": "3", "item_id": ""}, "expected a value of item_id, found none"),
+        ({"user_id": True, "item_id": 4}, "expected user_id as text or a whole number, found True"),
+        (
+            {"user_id": "99", "item_id": "4"},
+            "user_id '99' is not in the data, expected one that is, or a history",
+        ),
+        ({"user_id": "3", "item_id": "x"}, "item_id 'x' is not in the data"),
+        ({"user_id": "3", "item_id": "4", "time": "now"}, "expected time as a whole number, found 'now'"),
+        (
+            {"user_id": "3", "item_id": "4", "time": 2**63},
+            "expected time as a whole number, found 9223372036",
+        ),
+        (
+            {"user_id": "3", "item_id": "4", "time": 0},
+            "expected a user with behaviours before that time.*'3'",
+        ),
+        ({"item_id": "4", "history": []}, "expected a user with behaviours before that time"),
+        ({"item_id": "4", "history": "4"}, "expected history as a list of behaviours, found '4'"),
+        ({"item_id": "4", "history": [4]}, r"history\[0\]: expected an object, found 4"),
+        ({"item_id": "4", "history": [{}]}, r"history\[0\]: expected a value of item_id, found none"),
+        (
+            {"item_id": "4", "history": [{"item_id": 2, "rating": 7, "time": 1}]},
+            r"history\[0\]: expected a rating of the data, 1, 2, 3, 4, 5, found 7",
+        ),
+        (
+            {"item_id": "4", "history": [{"item_id": 2, "rating": 1}]},
+            r"history\[0\]: expected a value of time, found none",
+        ),
+        (
+            {"item_id": "4", "history": [{"item_id": 2, "rating": 1, "time": 1}], "user": {"shoe": 44}},
+            "expected user as an object of profile, .*, found {'shoe': 44}",
+        ),
+    ],
+)
+def test_rows_that_cannot_be_answered(predictor: Predictor, row: dict[str, Any], words: str) -> None:
+    good = {"user_id": 3, "item_id": 4}
+    with pytest.raises(InputError, match=rf"^rows\[1\]: {words}"):
+        predictor.predict([good, row, row])
+    one, two, three = predictor.predict_each([good, row, good])
+    assert one == pytest.approx(three, abs=ROUNDING)
+    assert isinstance(two, InputError)
+
+
+def test_a_prompt_that_is_too_long(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predictor._task.prompts, "max_tokens", 5)
+    (answer,) = predictor.predict_each([{"user_id": 3, "item_id": 4}])
+    assert "max_tokens: " in str(answer)
+    with pytest.raises(InputError, match=r"rows\[0\]: max_tokens: "):
+        predictor.predict([{"user_id": 3, "item_id": 4}])
+
+
+def test_threads_get_what_they_would_get_alone(run: Path, predictor: Predictor, dataset: Dataset) -> None:
+    """Each on its own the same bits; where batches are shared, all but rounding."""
+    requests = [pairs(dataset)[n : n + 1 + n % 3] for n in range(10)] * 4
+    serial = [predictor.predict(rows) for rows in requests]
+    exact = Predictor(run, share_batches=False)
+    with ThreadPoolExecutor(8) as pool:
+        for found, expected in zip(pool.map(exact.predict, requests), serial, strict=True):
+            assert found.tolist() == expected.tolist()
+        for found, expected in zip(pool.map(predictor.predict, requests), serial, strict=True):
+            assert found == pytest.approx(expected, abs=ROUNDING)
+
+
+def test_requests_that_wait_share_a_batch(
+    predictor: Predictor, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    score = module.predict_probabilities
+
+    def scored(model: Any, collator: Any, examples: Any, **options: Any) -> np.ndarray:
+        sizes.append(len(examples))
+        if sizes == [16]:
+            raise RuntimeError("out of memory")
+        return score(model, collator, examples, **options)
+
+    monkeypatch.setattr(module, "predict_probabilities", scored)
+    row = pairs(dataset)[1]
+    requests = [[row] * 5] * 3 + [[row]] * 2 + [[row] * 40]
+    with ThreadPoolExecutor(8) as pool:
+        free = threading.Event()
+        predictor._worker.submit(free.wait)
+        waiting = []
+        for number, rows in enumerate(requests, start=1):  # one after another: the order decides
+            waiting.append(pool.submit(predictor.predict, rows))
+            while len(predictor._waiting) < number:
+                time.sleep(0.001)
+        free.set()
+        failed, served = waiting[:4], waiting[4:]
+        for future in failed:  # 5 + 5 + 5 + 1 rows are one batch, and what breaks it reaches all who asked
+            with pytest.raises(RuntimeError, match="out of memory"):
+                future.result()
+        assert [len(future.result()) for future in served] == [1, 40]
+    assert sizes == [16, 1, 40]
+
+
+def test_what_nobody_waits_for_is_not_computed(
+    predictor: Predictor, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C after the first batch: the others do not follow, and later requests are answered."""
+    seen: list[int] = []
+    result, computed = Future.result, threading.Event()
+
+    def interrupted(future: Any, timeout: float | None = None) -> Any:
+        assert computed.wait(60)
+        raise KeyboardInterrupt
+
+    def done(rows: int) -> None:
+        seen.append(rows)
+        computed.set()
+        time.sleep(0.2)
+
+    rows = pairs(dataset) * 10
+    monkeypatch.setattr(Future, "result", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        predictor.predict(rows, done=done)
+    monkeypatch.setattr(Future, "result", result)
+    assert len(predictor.predict(rows[:1])) == 1
+    assert len(seen) <= 2 < len(rows) / predictor.batch_size
+
+
+def test_the_worker_ends_with_its_predictor(run: Path) -> None:
+    def workers() -> int:
+        gc.collect()
+        return sum(thread.name.startswith("rellax-predictor") for thread in threading.enumerate())
+
+    before = workers()
+    predictor = Predictor(run)
+    assert workers() == before + 1
+    (thread,) = predictor._worker._threads
+    del predictor
+    gc.collect()
+    thread.join(10)
+    assert workers() == before
+
+
+def test_it_is_found_where_one_would_look() -> None:
+    assert rellax.ctr.Predictor is Predictor
+    with pytest.raises(AttributeError, match="no attribute 'Predicter'"):
+        _ = rellax.ctr.Predicter
+    with pytest.raises(InputError, match="batch_size: expected a positive number, got 0"):
+        Predictor("x", batch_size=0)
+
+
+def test_dates_and_missing_times(tmp_path: Path) -> None:
+    """In the unit that preparing made of own data's dates; without times, histories have their own order."""
+    events = [(u, i, i % 2, f"2026-01-{i + 1:02}T0{u}:00:00") for u in range(3) for i in range(8)]
+    lines = ["who,what,bought,moment", *(f"{u},{i},{bought},{moment}" for u, i, bought, moment in events)]
+    (tmp_path / "clicks.csv").write_text("\n".join(lines) + "\n")
+    interactions = {"file": "clicks.csv", "user": "who", "item": "what", "label": "bought", "time": "moment"}
+    column_map = {
+        "name": "clicks",
+        "item_noun": "article",
+        "interactions": interactions,
+        "items": {"item": "what", "title": "what"},
+    }
+
+    def requests(name: str, **changes: Any) -> Requests:
+        write_map = column_map | {"interactions": {**interactions, **changes}}
+        if changes:
+            del write_map["interactions"]["time"]  # type: ignore[attr-defined]
+        (tmp_path / "map.json").write_text(json.dumps(write_map))
+        prepare(read_own(tmp_path / "map.json"), tmp_path / name, split=(1, 1, 1))
+        return Requests(Dataset.load(tmp_path / name))
+
+    dated = requests("dated")
+    for moment in ("2026-01-04T01:00:00", "2026-01-04T02:00:00+01:00", "2026-01-04 01:00:00Z", 1767488400000):
+        assert dated.read({"user_id": 1, "item_id": 5, "time": moment}).position == 3
+    assert dated.read({"user_id": 1, "item_id": 5, "time": "2026-01-04"}).position == 3
+    with pytest.raises(InputError, match="expected time as a date, or milliseconds since 1970, found 'May'"):
+        dated.read({"user_id": 1, "item_id": 5, "time": "May"})
+    added = dated.read(
+        {"user_id": 1, "item_id": 5, "history": [{"item_id": 7, "rating": 1, "time": "2026-01-01"}]}
+    )
+    assert added.history is not None
+    assert added.history[0].tolist() == [7, 0, 1, 2, 3, 4, 5, 6, 7]
+
+    timeless = requests("timeless", delimiter=",")
+    added = timeless.read(
+        {"user_id": 1, "item_id": 5, "history": [{"item_id": n, "rating": 0} for n in (4, 2)]}
+    )
+    assert added.history is not None
+    assert added.history[0].tolist()[-2:] == [4, 2]
+    assert len(added.history[0]) == 10
+    with pytest.raises(InputError, match=r"expected no time, the data in .* have no times"):
+        timeless.read({"user_id": 1, "item_id": 5, "time": 4})
