@@ -51,8 +51,9 @@ TITLES = {
 
 
 def demo(config: DemoConfig, out: str | Path, *, device: str = "auto", progress: bool = True) -> str:
-    """Run everything and return the table as Markdown; `out` also gets report.md, auc.png and metrics.json.
+    """Run everything and return the table as Markdown.
 
+    `out` also gets report.md, report.html, auc.png and metrics.json.
     Steps that are finished in `out` are not repeated, so a demo that was stopped goes on where it was.
 
     Raises:
@@ -210,4 +211,7 @@ class _Demo:
             variants.append(report.Variant(name, title, labels, probabilities, result))
         write_json(self.out / "metrics.json", {variant.name: variant.metrics for variant in variants})
         report.write(self.out, variants, asdict(self.config), dataset.meta, self.times)
+        report.report(
+            self.out, list(TITLES), self.out / "report.html", seed=self.config.seed, progress=self.progress
+        )
         return report.table(variants)

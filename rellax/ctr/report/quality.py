@@ -262,7 +262,7 @@ def by_history(material: Material) -> list[Element]:
         return nothing(material)
     lengths = material.lengths(material.scored[0][1])
     edges = _history_edges(np.concatenate([material.lengths(scores) for _, scores in material.scored]))
-    names = [f"{low:,} to {high - 1:,}" for low, high in itertools.pairwise(edges)]
+    names = [f"{low:,}{NONE}{high - 1:,}" for low, high in itertools.pairwise(edges)]
     found = {run.name: _by_bin(material, scores, edges) for run, scores in material.scored}
     bounds = [bound for bins in found.values() for one in bins for bound in (one["auc_interval"] or ())]
     x, y = Axis.of_names("earlier behaviours", names), Axis.over("AUC", [*bounds, 0.5])

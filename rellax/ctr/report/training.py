@@ -105,32 +105,29 @@ def _mark(plot: Plot, run: Run) -> None:
 
 
 def settings(material: Material) -> list[Element]:
-    """What the runs were asked for where they differ, and the machines they ran on."""
-    names = [run.name for run in material.runs]
-    fields = list(dict.fromkeys(field for run in material.runs for field in run.config if field != "inputs"))
-    values = {field: [_shown(run.config.get(field)) for run in material.runs] for field in fields}
-    differing = {field: row for field, row in values.items() if len(set(row)) > 1}
-    same = {field: row for field, row in values.items() if field not in differing}
-    machines = [_machine(run, material.split) for run in material.runs]
-    sentence: list[Child] = [
-        f"{len(names)} runs, which differ in {len(differing)} of {len(fields)} settings."
+    """What the runs were asked for, first where they differ, and the machines they ran on."""
+    machines = [[run.name, _machine(run, material.split)] for run in material.runs]
+    language = [run for run in material.runs if run.kind != "crm"]
+    classical = [run for run in material.runs if run.kind == "crm"]
+    return [
+        says(["What was asked for, from each run's config.json, and where it ran."]),
+        *_settings("Language models", language),
+        *_settings("Classical models", classical),
+        details("Machines", table("What the runs ran on", ["run", "machine"], machines)),
     ]
-    if len(names) == 1:
-        sentence = [f"{len(fields)} settings, from config.json."]
-    folded = []
+
+
+def _settings(title: str, runs: Sequence[Run]) -> list[Element]:
+    fields = dict.fromkeys(field for run in runs for field in run.config if field != "inputs")
+    values = {field: [_shown(run.config.get(field)) for run in runs] for field in fields}
+    differing = [[field, *row] for field, row in values.items() if len(set(row)) > 1]
+    common = [[field, row[0]] for field, row in values.items() if len(set(row)) == 1]
+    tables = []
     if differing:
-        head = ["setting", *names]
-        folded.append(details("Settings that differ", table("Settings that differ", head, _rows(differing))))
-    rows = [[field, row[0]] for field, row in same.items()]
-    if rows:
-        folded.append(details("Settings in common", table("Settings in common", ["setting", "value"], rows)))
-    machine_rows = [[run, machine] for run, machine in zip(names, machines, strict=True)]
-    folded.append(details("Machines", table("What the runs ran on", ["run", "machine"], machine_rows)))
-    return [says(sentence), *folded]
-
-
-def _rows(values: dict[str, list[str]]) -> list[list[Child]]:
-    return [[field, *row] for field, row in values.items()]
+        tables.append(table("Where they differ", ["setting", *(run.name for run in runs)], differing))
+    if common:
+        tables.append(table("In common", ["setting", "value"], common))
+    return [details(f"{title}: {len(runs)}", tables)] if tables else []
 
 
 def _shown(value: Any) -> str:
