@@ -90,7 +90,8 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Returns 0, 1 where `doctor` found a fault, 2 for bad input or a disk that is full or locked, 130 after Ctrl-C.
+    Returns 0; 1 where `doctor` found a fault, 2 for bad input or a disk that is full or locked, 130 after
+    Ctrl-C.
     """
     options = _parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")

@@ -39,6 +39,7 @@ GIVES = {
     "tensorboard": "curves while training runs",
 }
 _CORE = ("rellax", "torch", "transformers", "safetensors", "numpy")
+_CTR = ("accelerate", "fuxictr", "matplotlib", "pyarrow", "scikit-learn")
 _VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "HF_HUB_OFFLINE", "RAY_ADDRESS")
 _TIMEOUT = 20  # seconds for nvidia-smi
 
@@ -59,11 +60,9 @@ def examine(*, progress: bool = False) -> dict[str, Any]:
     failed: dict[str, str] = {}
     found: dict[str, Any] = {}
     for name, probe in _PROBES.items():
-        try:
-            found[name] = probe()
-        except Exception as error:  # a machine may be broken in any way, and that is to be reported
-            found[name] = None
-            failed[name] = f"{type(error).__name__}: {_first_line(error)}"
+        found[name], error = _tried(probe)
+        if error:
+            failed[name] = error
     devices = ["cpu", "cuda"] if (found["gpus"] or {}).get("usable") else ["cpu"]
     found["self-test"] = [asdict(result) for result in _tested(devices, progress)]
     found["failed"] = failed
@@ -71,6 +70,15 @@ def examine(*, progress: bool = False) -> dict[str, Any]:
     broken = any(result["failure"] for result in found["self-test"])
     found["ok"] = not (broken or failed)
     return found
+
+
+def _tried(probe: Callable[[], Any]) -> tuple[Any, str]:
+    """What a probe finds, or None and why it finds nothing."""
+    try:
+        return probe(), ""
+    except Exception as error:  # a machine may be broken in any way, and that is to be reported
+        lines = str(error).strip().splitlines() or [""]
+        return None, f"{type(error).__name__}: {lines[0]}"
 
 
 def _tested(devices: list[str], progress: bool) -> Iterator[selftest.Result]:
@@ -196,8 +204,8 @@ def _advice(found: dict[str, Any]) -> Iterator[str]:
         yield f"{name} could not be examined ({error}); please report it with this output"
     if extension.get("built") is False:
         yield (
-            "the C++ extension is not built, so operators run as plain PyTorch on the CPU: `pip install -e .` "
-            "in the checkout builds it, with a C++ compiler"
+            "the C++ extension is not built, so operators run as plain PyTorch on the CPU: "
+            "`pip install -e .` in the checkout builds it, with a C++ compiler"
         )
     isas = extension.get("isas") or []
     if isas and extension["isa"] != isas[-1]:
@@ -206,33 +214,38 @@ def _advice(found: dict[str, Any]) -> Iterator[str]:
         yield f"RELLAX_BACKEND={variables['RELLAX_BACKEND']} decides for all operators: unset it for the best"
     if machine.get("threads") == 1 and (machine.get("cores") or 1) > 1:
         yield (
-            f"PyTorch uses 1 of {machine['cores']} cores: unset OMP_NUM_THREADS, or give the commands --threads"
+            f"PyTorch uses 1 of {machine['cores']} cores: unset OMP_NUM_THREADS, or give the commands "
+            "--threads"
         )
     if machine.get("bfloat16") is False:
-        yield "no bfloat16 in hardware, so models run in float32, at twice the memory: a smaller --model is quicker"
+        yield (
+            "no bfloat16 in hardware, so models run in float32, at twice the memory: a smaller --model is "
+            "quicker"
+        )
     yield from _gpu_advice(gpus, packages)
     for name in _CORE[1:]:
         if name in packages and packages[name] is None:
             yield f"{name} is not installed: `pip install {name}`"
     for line in found["outdated"] or ():
         yield f"{line}: `pip install --upgrade {line.split()[0]}`"
-    extras = [name for name in ("fuxictr", "accelerate", "pyarrow", "scikit-learn", "matplotlib") if
-              name in packages and packages[name] is None]  # fmt: skip
-    if extras:
+    if extras := [name for name in _CTR if name in packages and packages[name] is None]:
         yield f"{', '.join(extras)} missing for the pipeline's commands: `pip install 'rellax[ctr]'`"
     failures = [result for result in found["self-test"] if result["failure"]]
     if failures:
         names = ", ".join(dict.fromkeys(f"{one['operator']} on {one['device']}" for one in failures))
-        yield f"the self-test failed for {names}: RELLAX_BACKEND=reference does without kernels until it is mended"
+        yield (
+            f"the self-test failed for {names}: RELLAX_BACKEND=reference does without kernels until it is "
+            "mended"
+        )
 
 
 def _gpu_advice(gpus: dict[str, Any], packages: dict[str, str | None]) -> Iterator[str]:
     if gpus.get("usable"):
         if "triton" in packages and packages["triton"] is None:
-            yield "Triton is not installed, so operators run as plain PyTorch on the GPU: `pip install triton`"
+            yield "Triton is not installed, so operators on the GPU are plain PyTorch: `pip install triton`"
         old = [one for one in gpus["devices"] if float(one["capability"]) < 8]
         if old:
-            yield f"{old[0]['name']} has no bfloat16 (capability {old[0]['capability']}): give --dtype float32"
+            yield f"{old[0]['name']}, of capability {old[0]['capability']}, has no bfloat16: --dtype float32"
     elif gpus.get("driver"):
         if gpus["torch_cuda"] is None:
             yield (
@@ -317,7 +330,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
