@@ -20,7 +20,7 @@ import rellax
 from rellax.ctr import cli
 from rellax.ctr.dataset import Dataset
 
-COMMANDS = ("demo", "prepare", "crm", "embed", "retrieve", "train", "evaluate", "predict")
+COMMANDS = ("demo", "prepare", "crm", "embed", "retrieve", "train", "evaluate", "predict", "report", "doctor")
 SMALL = ["--k", "2", "--dtype", "float32"]
 TRAINED = [*SMALL, "--shots", "6", "--validation-samples", "12", "--batch-size", "4", "--r", "2"]
 
