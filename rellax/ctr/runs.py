@@ -105,7 +105,7 @@ class Log:
 
     def __init__(self, path: str | Path, *, up_to_step: int) -> None:
         self.path = Path(path)
-        self.entries = [entry for entry in read_log(self.path) if entry["step"] <= up_to_step]
+        self.entries = [entry for entry in _whole_lines(self.path) if entry["step"] <= up_to_step]
         with atomic_file(self.path) as part:
             part.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries), encoding="utf-8")
 
@@ -135,8 +135,7 @@ def plot_curves(path: str | Path, curves: Sequence[tuple[str, Sequence[float], S
         figure.savefig(part, format="png", dpi=120)
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The entries of a `Log`; none where there is no file, and no line that a killed run left unfinished."""
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,10 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rellax._files import read_json
+from rellax._files import read_json, sha256_file
 from rellax.ctr import metrics
 from rellax.ctr.dataset import Dataset
-from rellax.ctr.runs import read_log
 from rellax.errors import InputError
 
 _DRAWS = 20_000_000  # resampled values of a bootstrap, at most, beyond its 100 resamplings
@@ -163,13 +163,27 @@ def _read(folder: Path, name: str, split: str, dataset: Dataset) -> Run:
         what=_what(kind, config),
         scores=scores,
         result=_json(folder / "metrics.json"),
-        log=read_log(folder / "log.jsonl"),
-        calibration=_json(folder / "calibration.json"),
+        log=_log(folder / "log.jsonl"),
+        calibration=_calibration(folder),
     )
 
 
 def _json(path: Path) -> dict[str, Any]:
     return dict(read_json(path)) if path.exists() else {}
+
+
+def _log(path: Path) -> list[dict[str, Any]]:
+    """The entries of a training's log; a killed run may have left a line unfinished."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _calibration(folder: Path) -> dict[str, Any]:
+    """The calibration.json of a run; none where it is of an adapter that the run no longer has."""
+    found, adapter = _json(folder / "calibration.json"), folder / "adapter" / "adapter.safetensors"
+    if "adapter" in found and (not adapter.exists() or sha256_file(adapter) != found["adapter"]):
+        return {}
+    return found
 
 
 def _predictions(path: Path, dataset: Dataset, split: str) -> Scores | None:

@@ -19,6 +19,7 @@ from rellax.ctr.report.words import (
     bold,
     code,
     missing,
+    note,
     nothing,
     number,
     percent,
@@ -181,12 +182,16 @@ def calibration(material: Material) -> list[Element]:
             bold(worst[1].name),
             f" are farthest: {worst[0]:.3f}, on average {_off(worst[2])}",
         ]
-    lacking = [run.name for run, _ in material.scored if not run.calibration and run.kind == "train"]
-    note = []
-    if lacking:
-        names = ", ".join(lacking)
-        note = [node("p", f"No temperature was fitted for {names} (calibration.json).", class_="missing")]
-    return [says([*sentence, "."]), node("div", cards, class_="grid"), *note]
+    notes = [
+        note(
+            f"{run.name} has no temperature: ",
+            code(f"rellax calibrate {run.name} --work {material.work}"),
+            " fits it.",
+        )
+        for run, _ in material.scored
+        if run.kind == "train" and not run.calibration
+    ]
+    return [says([*sentence, "."]), node("div", cards, class_="grid"), *notes]
 
 
 def _off(bias: float) -> str:
@@ -210,15 +215,15 @@ def _reliability(material: Material, run: Run, scores: Scores) -> Element:
             predicted, share, class_, title=f"{count:,} samples: predicted {predicted:.2f}, Yes {share:.2f}"
         )
     chance = _ece_by_chance(scores.probability, material.seed)
-    note: list[Child] = [f"ECE {scores.metrics['ece']:.3f}"]
+    remark: list[Child] = [f"ECE {scores.metrics['ece']:.3f}"]
     if temperature := run.calibration.get("temperature"):
         after = _at_temperature(scores.probability, float(temperature))
         values = evaluate(scores.label, after, bootstrap=0)
         after_bins = _bins(scores.label, after)
         plot.line([one[3] for one in after_bins], [one[4] for one in after_bins], f"{class_} after")
-        note.append(f"; at its temperature of {float(temperature):.2f} (thin line) {values['ece']:.3f}")
-    note.append(f". On {len(scores.label):,} samples even perfect probabilities show about {chance:.3f}.")
-    return figure(run.name, plot.svg, node("p", note))
+        remark.append(f"; at its temperature of {float(temperature):.2f} (thin line) {values['ece']:.3f}")
+    remark.append(f". On {len(scores.label):,} samples even perfect probabilities show about {chance:.3f}.")
+    return figure(run.name, plot.svg, node("p", remark))
 
 
 def _bins(label: np.ndarray, probability: np.ndarray) -> list[tuple[float, float, int, float, float]]:
