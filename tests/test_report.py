@@ -318,6 +318,7 @@ def test_segments_of_values() -> None:
 def test_axes_have_round_ticks() -> None:
     assert [label for _, label in Axis.between("", 0, 1).ticks] == ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]
     assert [label for _, label in Axis.between("", 3, 1234).ticks] == ["500", "1,000"]
+    assert Axis.counting("", 0, 2).ticks == ((0, "0"), (1, "1"), (2, "2"))
     assert Axis.over("", [0.5, 0.5]).low < 0.5 < Axis.over("", [0.5, 0.5]).high
     assert Axis.over("", [float("nan")]).low < Axis.over("", [float("nan")]).high
 

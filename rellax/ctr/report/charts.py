@@ -44,6 +44,13 @@ class Axis:
         return cls(label, low, high, tuple((value, f"{value + 0.0:,.{digits}f}") for value in values))
 
     @classmethod
+    def counting(cls, label: str, first: int, last: int) -> Axis:
+        """An axis of whole numbers."""
+        axis = cls.between(label, first, max(last, first + 1))
+        ticks = tuple((value, f"{value:,.0f}") for value, _ in axis.ticks if abs(value - round(value)) < 1e-9)
+        return cls(label, axis.low, axis.high, ticks)
+
+    @classmethod
     def of_names(cls, label: str, names: Sequence[str]) -> Axis:
         """A place for each name: 0, 1, …"""
         return cls(label, -0.5, len(names) - 0.5, tuple(enumerate(names)))
@@ -137,7 +144,6 @@ def heat_maps(alt: str, maps: np.ndarray, names: Sequence[str], scale: float, *,
     """Matrices (n, r, r) as small multiples; full colour at `scale`, red above zero, blue below."""
     n, r, _ = maps.shape
     cell, gap, label = 48 / r, 12, 14
-    columns = min(columns, n)
     rows = -(-n // columns)
     width, height = columns * (48 + gap), rows * (48 + gap + label)
     svg = node("svg", viewBox=f"0 0 {width} {height}", role="img", aria_label=alt, class_="heat")

@@ -76,8 +76,7 @@ def _sentence(
 def _layers(run: Run, found: Gates) -> Element:
     layers = [layer for layer, _ in found.projections]
     values = np.concatenate([found.shared, found.personal])
-    x = Axis.between("layer", min(layers), max(*layers, min(layers) + 1))
-    x = Axis(x.label, x.low, x.high, tuple(tick for tick in x.ticks if float(tick[0]).is_integer()))
+    x = Axis.counting("layer", min(layers), max(layers))
     plot = Plot(
         f"Gates of {run.name} by layer", x, Axis.over("distance, 1 is the identity's norm", [*values, 0.0])
     )

@@ -94,9 +94,7 @@ def _validated(material: Material, run: Run, validation: Sequence[tuple[int, flo
 
 
 def _steps(steps: Sequence[int]) -> Axis:
-    axis = Axis.between("step", 0, max(*steps, 1))
-    ticks = tuple((tick, label) for tick, label in axis.ticks if float(tick).is_integer())
-    return Axis("step", 0, axis.high, ticks)
+    return Axis.counting("step", 0, max(steps))
 
 
 def _mark(plot: Plot, run: Run) -> None:
