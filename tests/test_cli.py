@@ -32,6 +32,8 @@ COMMANDS = (
     "calibrate",
     "predict",
     "export-peft",
+    "report",
+    "doctor",
 )
 SMALL = ["--k", "2", "--dtype", "float32"]
 TRAINED = [*SMALL, "--shots", "6", "--validation-samples", "12", "--batch-size", "4", "--r", "2"]

@@ -119,14 +119,18 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns 0, 2 for bad input or a disk that is full or locked, 130 after Ctrl-C."""
+    """Run one command.
+
+    Returns 0; 1 where `doctor` found a fault, 2 for bad input or a disk that is full or locked, 130 after
+    Ctrl-C.
+    """
     options = _parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("rellax").setLevel(logging.INFO)
     try:
         if options.threads is not None:
             _set_threads(options.threads)
-        options.run(options)
+        return options.run(options) or 0
     except InputError as error:
         print(f"rellax: error: {error}", file=sys.stderr)
         return 2
@@ -138,7 +142,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nrellax: stopped; the same command goes on from where it was", file=sys.stderr)
         return 130
-    return 0
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -270,6 +273,20 @@ def _export_peft(options: argparse.Namespace) -> None:
     run = options.work / options.name
     export_peft(run / "adapter", options.out, base_model=read_config(run).model)
     print(options.out)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from rellax.ctr.report import report
+
+    out = options.work / "report.html" if options.out is None else options.out
+    report(options.work, options.runs, out, split=options.split, baseline=options.baseline, seed=options.seed)
+    print(out)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from rellax.ctr.doctor import doctor
+
+    return doctor(as_json=options.json)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -493,6 +510,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("name", help="run folder of `rellax train`, in the work folder")
     export.add_argument("out", type=Path, help="folder to write")
+
+    report = _command(
+        commands,
+        "report",
+        _report,
+        "a page about runs to look at and pass on: one HTML file",
+        "rellax report rella rellax crm\nrellax report rella rellax --baseline rella --out rellax.html",
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run folders, in the work folder")
+    report.add_argument("--out", type=Path, help="file to write (default: report.html in the work folder)")
+    report.add_argument("--split", default="test", choices=["train", "valid", "test"], help="what is scored")
+    report.add_argument(
+        "--baseline", metavar="RUN", help="run that others are compared with (default: first)"
+    )
+    report.add_argument(
+        "--seed", type=int, default=0, help="of resamplings and of the samples that are shown"
+    )
+
+    doctor = _command(
+        commands,
+        "doctor",
+        _doctor,
+        "what this machine has, which backend each operator uses, and a self-test",
+        "rellax doctor\nrellax doctor --json > machine.json",
+    )
+    doctor.add_argument("--json", action="store_true", help="for programs")
     return parser
 
 
@@ -506,14 +549,14 @@ def _command(commands: Any, name: str, run: Any, summary: str, examples: str) ->
     )
     parser.set_defaults(run=run)
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    if name not in ("prepare", "calibrate", "export-peft"):
+    if name not in ("prepare", "calibrate", "export-peft", "report", "doctor"):
         parser.add_argument("--device", default="auto", choices=_CHOICES["device"], help="where models run")
     if name in ("crm", "embed", "retrieve", "train"):
         parser.add_argument("--redo", action="store_true", help="begin anew, in place of an earlier run")
     if name in ("embed", "retrieve"):
         parser.add_argument("--ray", action="store_true", help="on the cluster of Ray that RAY_ADDRESS names")
         parser.add_argument("--workers", type=int, help="with --ray (default: one for each GPU, or node)")
-    if name not in ("demo", "reproduce"):
+    if name not in ("demo", "reproduce", "doctor"):
         parser.add_argument("--work", type=Path, default=_WORK, help="work folder, where all folders are")
     if name in ("embed", "train", "evaluate"):
         parser.add_argument("--model", help="folder or hub name (default: SmolLM2-135M-Instruct, fetched)")

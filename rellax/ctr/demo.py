@@ -35,8 +35,9 @@ TITLES = {name: METHODS[name].title for name in VARIANTS} | {
 
 
 def demo(config: DemoConfig, out: str | Path, *, device: str = "auto", progress: bool = True) -> str:
-    """Run everything and return the table as Markdown; `out` also gets report.md, auc.png and metrics.json.
+    """Run everything and return the table as Markdown.
 
+    `out` also gets report.md, report.html, auc.png and metrics.json.
     Steps that are finished in `out` are not repeated, so a demo that was stopped goes on where it was.
 
     Raises:
@@ -45,7 +46,9 @@ def demo(config: DemoConfig, out: str | Path, *, device: str = "auto", progress:
     out = Path(out)
     lab = Lab(config, out, k=config.k, device=device, progress=progress)
     run_steps(_steps(config, lab), out / "steps.json")
-    return _report(config, out)
+    table = _report(config, out)
+    report.report(out, list(TITLES), out / "report.html", seed=config.seed, progress=progress)
+    return table
 
 
 def _steps(config: DemoConfig, lab: Lab) -> list[Step]:

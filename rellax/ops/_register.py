@@ -67,6 +67,14 @@ def triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+_operators: dict[str, Backends] = {}
+
+
+def backend_of(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """The backend that the operator ``rellax::<name>`` runs on: :meth:`Backends.backend`."""
+    return _operators[name].backend(device, dtype)
+
+
 class Backends:
     """The implementations of one operator, all with the same signature.
 
@@ -167,7 +175,7 @@ def operator(
     The operator's first argument, a tensor or a list of tensors, decides where it runs. Autocast is off
     inside, on every backend alike: which dtype a product runs in is part of the operator's contract.
     """
-    backends = Backends(
+    backends = _operators[name] = Backends(
         name, reference, cpp=cpp, cpp_dtypes=cpp_dtypes, triton=triton, triton_dtypes=triton_dtypes
     )
 
