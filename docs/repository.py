@@ -21,4 +21,6 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links between docs/ and the rest of the repository, as links within the site, whose root is docs/."""
-    return markdown.replace("](../", "](").replace("](docs/", "](") if "/" not in page.file.src_uri else markdown
+    return (
+        markdown.replace("](../", "](").replace("](docs/", "](") if "/" not in page.file.src_uri else markdown
+    )
