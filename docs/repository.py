@@ -1,4 +1,4 @@
-"""Lets mkdocs show files of the repository that lie outside of docs/, where people look for them, as pages."""
+"""Lets mkdocs show files outside of docs/, where people look for them in the repository, as pages."""
 
 from __future__ import annotations
 

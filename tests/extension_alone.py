@@ -1,4 +1,4 @@
-"""Runs a kernel of an installed wheel without PyTorch: `python extension_alone.py`. cibuildwheel's test of each wheel."""
+"""cibuildwheel's test of each wheel, `python extension_alone.py`: runs a kernel of it without PyTorch."""
 
 from __future__ import annotations
 

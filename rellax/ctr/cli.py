@@ -261,8 +261,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rellax",
         description="Click-through-rate prediction with language models on long user histories.",
+        epilog=_examples(
+            "rellax demo\nrellax prepare --dataset ml-1m --work runs/ml-1m\nrellax train rella --shots 256"
+        ),
+        formatter_class=_Formatter,
     )
-    parser.add_argument("--version", action="version", version=f"rellax {__version__}")
+    parser.add_argument(
+        "--version", action="version", version=f"rellax {__version__}", help="show it and exit"
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     demo = _command(
@@ -355,7 +361,7 @@ def _command(commands: Any, name: str, run: Any, summary: str, examples: str) ->
         name,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
-        epilog="examples:\n  " + examples.replace("\n", "\n  "),
+        epilog=_examples(examples),
         formatter_class=_Formatter,
     )
     parser.set_defaults(run=run)
@@ -372,6 +378,10 @@ def _command(commands: Any, name: str, run: Any, summary: str, examples: str) ->
     if name in ("embed", "train", "evaluate"):
         parser.add_argument("--model", help="folder or hub name (default: SmolLM2-135M-Instruct, fetched)")
     return parser
+
+
+def _examples(lines: str) -> str:
+    return "examples:\n  " + lines.replace("\n", "\n  ")
 
 
 def _add_fields(
