@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import json
 import shlex
 import shutil
@@ -153,6 +154,18 @@ def test_other_errors_of_the_system_keep_their_traceback(monkeypatch: pytest.Mon
     monkeypatch.setattr(cli, "_train", lose)
     with pytest.raises(FileNotFoundError):
         cli.main(["train", "x"])
+
+
+def test_a_package_that_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lack(_: object) -> None:
+        importlib.import_module("no_such_package.part")
+
+    monkeypatch.setattr(cli, "_crm", lack)
+    assert fails(capsys, ["crm"]).startswith(
+        "no_such_package: expected this package, found none; `pip install"
+    )
 
 
 def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

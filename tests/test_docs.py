@@ -91,7 +91,6 @@ def test_links_lead_somewhere(page: str) -> None:
 
 
 def test_the_site_is_built_without_warnings_and_needs_no_other(tmp_path: Path) -> None:
-    pytest.importorskip("mkdocs")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

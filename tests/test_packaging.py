@@ -49,7 +49,6 @@ class Built:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """An sdist of the checkout, and a wheel of that sdist."""
     out = tmp_path_factory.mktemp("dist")
-    pytest.importorskip("build")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=out)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -88,7 +88,10 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns 0, 2 for bad input or a disk that is full or locked, 130 after Ctrl-C."""
+    """Run one command.
+
+    Returns 0; 130 after Ctrl-C; 2 for bad input, a disk that is full or locked, or a package that is missing.
+    """
     options = _parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("rellax").setLevel(logging.INFO)
@@ -98,6 +101,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
     except InputError as error:
         print(f"rellax: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("rellax"):
+            raise
+        print(
+            f"rellax: error: {error.name}: expected this package, found none; "
+            "`pip install 'rellax[ctr]'` brings what the commands need",
+            file=sys.stderr,
+        )
         return 2
     except OSError as error:
         if error.errno not in _MACHINE_SAYS_NO:

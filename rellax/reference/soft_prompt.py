@@ -1,6 +1,6 @@
 """The soft prompt in plain PyTorch: the specification of ``rellax::soft_prompt``.
 
-    y_t = soft_rows[soft_index_t] where soft_index_t >= 0, else word_scale · word_embeddings[input_ids_t]
+y_t = soft_rows[soft_index_t] where soft_index_t >= 0, else word_scale · word_embeddings[input_ids_t]
 """
 
 from __future__ import annotations
