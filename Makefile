@@ -13,10 +13,10 @@ DEMO   ?=
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.rellax-installed
 
-.PHONY: help setup demo test lint bench gpu kernels clean
+.PHONY: help setup demo test lint bench gpu kernels docs clean
 
 help:
-	@echo "make setup | demo | test | lint | bench | gpu | kernels | clean"
+	@echo "make setup | demo | test | lint | bench | gpu | kernels | docs | clean"
 
 setup: $(STAMP)
 
@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/kern
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable ".[ctr,dev,bench]"
+	$(BIN)/python -m pip install --quiet --editable ".[ctr,dev,docs,bench]"
 	touch $(STAMP)
 
 demo: setup
@@ -55,6 +55,10 @@ gpu:
 # What every Triton kernel compiles to, for GPUs that need not be here (minutes).
 kernels: setup
 	env -u TRITON_INTERPRET $(BIN)/python -m rellax.testing.aot table docs/kernels.md
+
+# The site, in build/site: needs no network, and warnings are errors.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache $(STAMP)

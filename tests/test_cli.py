@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
+import importlib
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,21 +23,6 @@ import rellax
 from rellax.ctr import cli
 from rellax.ctr.dataset import Dataset
 
-COMMANDS = (
-    "demo",
-    "reproduce",
-    "prepare",
-    "crm",
-    "embed",
-    "retrieve",
-    "train",
-    "evaluate",
-    "calibrate",
-    "predict",
-    "export-peft",
-    "report",
-    "doctor",
-)
 SMALL = ["--k", "2", "--dtype", "float32"]
 TRAINED = [*SMALL, "--shots", "6", "--validation-samples", "12", "--batch-size", "4", "--r", "2"]
 
@@ -102,16 +90,43 @@ def test_the_whole_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert not [path for path in files(tmp_path) if path.name.startswith(".")]
 
 
+def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(commands.choices)
+
+
+def examples(parser: argparse.ArgumentParser) -> list[str]:
+    """The command lines that a help text ends with."""
+    assert parser.epilog is not None
+    title, *lines = parser.epilog.splitlines()
+    assert title == "examples:"
+    return [line.strip() for line in lines]
+
+
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in COMMANDS:
+    for command in ([], *([name] for name in subparsers(cli._parser()))):
         with pytest.raises(SystemExit, match="0"):
-            cli.main([command, "--help"])
+            cli.main([*command, "--help"])
         shown = capsys.readouterr().out
-        assert f"examples:\n  rellax {command}" in shown
+        assert f"examples:\n  {' '.join(['rellax', *command])}" in shown
         assert "(default: None)" not in shown
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--version"])
     assert capsys.readouterr().out == f"rellax {rellax.__version__}\n"
+
+
+def test_every_option_is_explained_and_every_example_is_a_command() -> None:
+    parser = cli._parser()
+    commands = subparsers(parser)
+    assert {"demo", "prepare", "crm", "embed", "retrieve", "train", "evaluate", "predict"} <= set(commands)
+    for name, command in commands.items():
+        unexplained = [action.dest for action in command._actions if not action.help]
+        assert not unexplained, name
+        assert examples(command), name
+    for line in (line for one in (parser, *commands.values()) for line in examples(one)):
+        words = shlex.split(line, comments=True)
+        assert words[0] == "rellax"
+        parser.parse_args(words[1:])
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -139,6 +154,18 @@ def test_other_errors_of_the_system_keep_their_traceback(monkeypatch: pytest.Mon
     monkeypatch.setattr(cli, "_train", lose)
     with pytest.raises(FileNotFoundError):
         cli.main(["train", "x"])
+
+
+def test_a_package_that_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lack(_: object) -> None:
+        importlib.import_module("no_such_package.part")
+
+    monkeypatch.setattr(cli, "_crm", lack)
+    assert fails(capsys, ["crm"]).startswith(
+        "no_such_package: expected this package, found none; `pip install"
+    )
 
 
 def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

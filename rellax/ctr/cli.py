@@ -121,8 +121,8 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Returns 0; 1 where `doctor` found a fault, 2 for bad input or a disk that is full or locked, 130 after
-    Ctrl-C.
+    Returns 0; 1 where `doctor` found a fault; 2 for bad input, a disk that is full or locked, or a package
+    that is missing; 130 after Ctrl-C.
     """
     options = _parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
@@ -133,6 +133,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options) or 0
     except InputError as error:
         print(f"rellax: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("rellax"):
+            raise
+        print(
+            f"rellax: error: {error.name}: expected this package, found none; "
+            "`pip install 'rellax[ctr]'` brings what the commands need",
+            file=sys.stderr,
+        )
         return 2
     except OSError as error:
         if error.errno not in _MACHINE_SAYS_NO:
@@ -354,8 +363,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rellax",
         description="Click-through-rate prediction with language models on long user histories.",
+        epilog=_examples(
+            "rellax demo\nrellax prepare --dataset ml-1m --work runs/ml-1m\nrellax train rella --shots 256"
+        ),
+        formatter_class=_Formatter,
     )
-    parser.add_argument("--version", action="version", version=f"rellax {__version__}")
+    parser.add_argument(
+        "--version", action="version", version=f"rellax {__version__}", help="show it and exit"
+    )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     demo = _command(
@@ -544,7 +559,7 @@ def _command(commands: Any, name: str, run: Any, summary: str, examples: str) ->
         name,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
-        epilog="examples:\n  " + examples.replace("\n", "\n  "),
+        epilog=_examples(examples),
         formatter_class=_Formatter,
     )
     parser.set_defaults(run=run)
@@ -561,6 +576,10 @@ def _command(commands: Any, name: str, run: Any, summary: str, examples: str) ->
     if name in ("embed", "train", "evaluate"):
         parser.add_argument("--model", help="folder or hub name (default: SmolLM2-135M-Instruct, fetched)")
     return parser
+
+
+def _examples(lines: str) -> str:
+    return "examples:\n  " + lines.replace("\n", "\n  ")
 
 
 def _add_fields(

@@ -145,9 +145,10 @@ def cflora_update(
 ) -> Tensor:
     """base + scale · (drop(x) Aᵀ G_b) Bᵀ: CFLoRA on a layer whose weights are out of reach, as if quantised.
 
+    The arguments are those of `cflora_linear`; under autocast x is cast to base's dtype.
+
     Args:
         base: (B, L, d_out) or (T, d_out), the layer's own output for x.
-        The others are those of `cflora_linear`; under autocast x is cast to base's dtype.
 
     Returns:
         A new tensor like base. Its gradient goes to base as it is, and to x through the update.

@@ -1,6 +1,8 @@
 """The soft prompt in plain PyTorch: the specification of ``rellax::soft_prompt``.
 
-y_t = soft_rows[soft_index_t] where soft_index_t >= 0, else word_scale · word_embeddings[input_ids_t]
+    y_t = soft_rows[soft_index_t] where soft_index_t >= 0, else word_scale · word_embeddings[input_ids_t]
+
+y is in the dtype of the word table, to which soft rows and the scale are rounded.
 """
 
 from __future__ import annotations
