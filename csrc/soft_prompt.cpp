@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t kPieceBytes = int64_t{512} << 10;  // that a thread takes at once
 constexpr int64_t kHugePage = int64_t{2} << 20;
-constexpr int64_t kThreadBytes = int64_t{1} << 20;  // for which a further thread is worth its waking
+constexpr int64_t kThreadBytes = int64_t{1} << 19;  // for which a further thread is worth its waking
 constexpr int64_t kPrefetched = 2048;               // bytes of a row: the hardware fetches what follows them
 
 int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
