@@ -37,7 +37,8 @@ struct RowSums {
     void* out;
 };
 
-constexpr int64_t kSumColumns = 1024;  // of one call of the kernel, at most
+constexpr int64_t kSumColumns = 1024;                // of one call of the kernel, at most
+constexpr int64_t kBytesAhead = int64_t{16} << 10;  // of rows are on their way from memory while one is worked on
 
 // target (d,) = factor · source (d,).
 using ConvertKernel = void(Dtype from, const void* source, float factor, Dtype to, void* target, int64_t d);

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import pytest
 import tiny_models as tiny
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import flex_attention
 from torch.testing import assert_close
 from transformers import masking_utils
+from transformers.integrations import flex_attention as integration
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rellax.errors import InputError
 from rellax.patch import answer_logits, attention, packing_pays, unpatch_model
@@ -161,7 +165,7 @@ def test_the_first_layer_hands_no_gradient_to_frozen_embeddings() -> None:
 
 
 def test_packed_equals_padded_with_flex_attention() -> None:
-    """On a CPU it has no backward pass."""
+    """As it runs on a CPU, compiled: it has no backward pass there."""
     base = tiny.base_model(dtype=torch.float32)
     base.set_attn_implementation("flex_attention")
     model = tiny.patched(base).eval()
@@ -171,6 +175,63 @@ def test_packed_equals_padded_with_flex_attention() -> None:
     assert_close(
         (packed.loss, packed.answer_logits), (padded.loss, padded.answer_logits), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_gives_packed_and_padded_the_same_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By flex attention's unfused formulation, which has a backward pass that torch offers to GPUs alone."""
+
+    def unfused(*inputs: Tensor, training: bool = False, **options: Any) -> Any:
+        return flex_attention.flex_attention(*inputs, **options)
+
+    monkeypatch.setattr(integration, "compile_friendly_flex_attention", unfused)
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+    results = []
+    for implementation, layout in (
+        ("eager", "right"),
+        ("flex_attention", "right"),
+        ("flex_attention", "packed"),
+    ):
+        base = tiny.base_model(dtype=torch.float32)
+        base.set_attn_implementation(implementation)
+        model = tiny.patched(base)
+        out = model(**tiny.batch(tiny.instances(), layout))
+        results.append((out.loss, out.answer_logits, tiny.gradients(model, out.loss)))
+    for result in results[1:]:
+        assert_close(result, results[0], rtol=1e-3, atol=1e-4)
+
+
+def test_flash_attention_of_transformers_gets_the_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for its kernels, which no CPU has, takes offsets and longest instance at their word."""
+    made, calls = tiny.instances(), []
+
+    def varlen(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, None]:
+        assert mask is None
+        assert options["cu_seq_lens_q"] is options["cu_seq_lens_k"]
+        assert options["max_length_q"] == options["max_length_k"] == max(tiny.LENGTHS)
+        assert options.get("is_causal", module.is_causal)
+        ends = options["cu_seq_lens_q"]
+        assert ends.tolist() == [0, *accumulate(tiny.LENGTHS)]
+        calls.append(module)
+        lengths = ends.diff().tolist()
+        return attention._each_segment(query, key, value, lengths, 0.0, options["scaling"], None), None
+
+    model = patched("sdpa")
+    batch = tiny.batch(made, "packed")
+    expected = model(**batch)
+    gradients = tiny.gradients(model, expected.loss)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", varlen)
+    model.config._attn_implementation = "flash_attention_2"
+    for given in ({"max_seqlen": max(tiny.LENGTHS)}, {}):
+        out = model(**batch | given)
+        assert_close((out.loss, out.answer_logits), (expected.loss, expected.answer_logits))
+        assert_close(tiny.gradients(model, out.loss), gradients)
+    assert len(calls) == 2 * len(model.model.layers)
+    assert packing_pays(model)
 
 
 def test_segments_need_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import tiny_models as tiny
 import torch
 import torch.nn.functional as F
 from tiny_models import FAMILIES, LAYOUTS, NO, YES, Truth
+from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,8 +20,12 @@ from transformers import GenerationMixin, GPT2Config, GPT2LMHeadModel, LlamaForC
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from rellax.errors import InputError
+from rellax.kernels import _tiles
+from rellax.kernels import cflora as kernels
+from rellax.ops import cflora as operators
 from rellax.patch import CFLoRAConfig, answer_logits, checkpoint, patch_model, unpatch_model
-from rellax.patch.forward import Handed
+from rellax.patch import forward as patched_forward
+from rellax.patch.forward import ForwardContext, Handed
 
 CHECKPOINTS = ("none", "non-reentrant", "reentrant")
 
@@ -540,6 +545,40 @@ def test_layers_that_read_one_tensor_run_as_one(layout: str) -> None:
             assert projection.ready is None
             projection.sharing = ()
     assert_close(*results)
+
+
+class OnGPU(Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+class GPUContext(ForwardContext):
+    """What a forward pass hands to its layers on a GPU, here on a CPU for Triton's interpreter."""
+
+    def __init__(self, gates: Any, cu_seqlens: Any, tokens: int) -> None:
+        super().__init__(gates, cu_seqlens.as_subclass(OnGPU), tokens)
+        self.cu_seqlens, self.tiles = cu_seqlens, self.tiles.as_subclass(Tensor)
+
+
+@pytest.mark.parametrize("kind", ["none", "non-reentrant"])
+def test_all_layers_and_both_passes_share_one_table_of_tiles(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.patched(tiny.base_model(dtype=torch.float32), target_modules=("q_proj", "v_proj"))
+    set_checkpointing(model, kind)
+    batch = tiny.batch(tiny.instances(), "packed")
+    expected = model(**batch).loss
+    gradients = tiny.gradients(model, expected)
+    monkeypatch.setenv("RELLAX_BACKEND", "triton")
+    monkeypatch.setattr(patched_forward, "ForwardContext", GPUContext)
+    made = []
+    for module in (operators, kernels):
+        monkeypatch.setattr(module, "tile_table", lambda *args: made.append(args) or _tiles.tile_table(*args))
+    loss = model(**batch).loss
+    assert len(made) == 1
+    close((loss, tiny.gradients(model, loss)), (expected, gradients))
+    assert len(made) == 1
 
 
 def test_a_shared_output_is_for_the_tensor_it_was_computed_from() -> None:

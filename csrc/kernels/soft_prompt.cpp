@@ -55,12 +55,20 @@ void row_sums(const RowSums& task, const int64_t* start, const int64_t* token, i
         with_type(task.dtype, [&](auto to_type) {
             const auto* rows = static_cast<const decltype(from_type)*>(task.rows.data) + first_column;
             auto* out = static_cast<decltype(to_type)*>(task.out) + first_column;
+            const auto row_of = [&](int64_t i) { return rows + token[i] * task.rows.stride; };
+            const int64_t in_line = kBytesAhead / (columns * int64_t{sizeof *rows});
+            const int64_t ahead = in_line > 1 ? in_line : 1;
             for (int64_t row = first_row; row < last_row; ++row) {
-                float sums[kSumColumns] = {};
-                for (int64_t i = start[row]; i < start[row + 1]; ++i) {
-                    if (i + 1 < start[last_row]) prefetch_row(rows + token[i + 1] * task.rows.stride, columns);
-                    add_row(rows + token[i] * task.rows.stride, columns, sums);
+                const int64_t first = start[row], last = start[row + 1];
+                for (int64_t i = first; i < last; ++i) {
+                    if (i + ahead < start[last_row]) prefetch_row(row_of(i + ahead), columns);
                 }
+                if (last - first == 1) {
+                    convert_row(row_of(first), task.factor, out + row * task.d, columns);
+                    continue;
+                }
+                float sums[kSumColumns] = {};
+                for (int64_t i = first; i < last; ++i) add_row(row_of(i), columns, sums);
                 convert_row(sums, task.factor, out + row * task.d, columns);
             }
         });
