@@ -137,13 +137,14 @@ public:
     // Places [first, last) of the task's order.
     void run(int64_t first, int64_t last) {
         longest_ = end(last - 1);
-        const bool few = last - first < kFewHistoryQueries || longest_ <= kShortHistory;
-        if (task_.k <= kLargestK && (few || task_.pairs != nullptr)) {
-            for (; first < last; first += kPanelRows) search_strips(first, smaller(kPanelRows, last - first));
-            return;
+        const bool all = last - first < kFewHistoryQueries || task_.pairs != nullptr;
+        while (first < last && task_.k <= kLargestK) {
+            const int64_t count = smaller(kPanelRows, last - first);
+            if (!all && end(first + count - 1) > kShortHistory) break;
+            search_strips(first, count);
+            first += count;
         }
-        const int64_t step = longest_ <= task_.block ? kPanelRows : kGroupQueries;
-        for (; first < last; first += step) search(first, smaller(step, last - first));
+        for (; first < last; first += kGroupQueries) search(first, smaller(kGroupQueries, last - first));
     }
 
 private:
@@ -195,7 +196,7 @@ private:
     }
 
     void fill_strip(int64_t first, int64_t count, int64_t from, int64_t to) {
-        const bool sketched = task_.sketch != nullptr && longest_ > kShortHistory;
+        const bool sketched = task_.sketch != nullptr && end(first + count - 1) > kShortHistory;
         if (task_.pairs == nullptr && !sketched) direct_strip(first, count, from, to);
         for (int64_t row = 0; row < count; ++row) {
             Row& of = scratch_.rows[row];
@@ -219,9 +220,20 @@ private:
             const T* rows[kExactRows];
             for (int64_t i = 0; i < kExactRows; ++i) rows[i] = embedding(history_[smaller(at + i, to - 1)]);
             prefetch(history_ + at + kExactRows, smaller(kExactRows, to - at - kExactRows));
-            for (int64_t row = count - 1; row >= 0 && end(first + row) > at; --row) {
-                const float* const target = scratch_.wide_targets + row * padded(task_.dim);
-                exact_scores(target, rows, task_.dim, scratch_.strip + row * kStripStride + (at - from));
+            int64_t row = 0;
+            while (end(first + row) <= at) ++row;
+            const float* target = scratch_.wide_targets + row * padded(task_.dim);
+            float* scores = scratch_.strip + row * kStripStride + (at - from);
+            for (; row < count; row += kExactTargets) {
+                if (row + kExactTargets <= count) {
+                    exact_scores<kExactTargets>(target, rows, task_.dim, scores, kStripStride);
+                } else {
+                    for (int64_t rest = 0; rest < count - row; ++rest) {
+                        exact_scores(target + rest * padded(task_.dim), rows, task_.dim, scores + rest * kStripStride);
+                    }
+                }
+                target += kExactTargets * padded(task_.dim);
+                scores += kExactTargets * kStripStride;
             }
         }
     }
@@ -379,7 +391,7 @@ private:
 
     // A panel of queries whose candidates are loaded: part by part, so that all of them find its rows in the cache.
     void finish_cached(int64_t first, int64_t count) {
-        if (task_.k <= kLargestK && end(first + count - 1) > 0) rescore_panel(first, count);
+        if (task_.k <= kLargestK && end(first + count - 1) > 0) rescore_group(first, count);
         for (int64_t row = 0; row < count; ++row) {
             Row& of = scratch_.rows[row];
             if (of.certified && task_.k <= kLargestK) {
@@ -390,16 +402,22 @@ private:
         }
     }
 
-    void rescore_panel(int64_t first, int64_t count) {
+    const float* wide_target(int64_t place) const {
+        const int64_t position = end(place);
+        if (position < loaded_to_ && history_[position] == target(place)) return wide(position);
+        widen(embedding(target(place)), task_.dim, scratch_.wide_targets);
+        return scratch_.wide_targets;
+    }
+
+    void rescore_group(int64_t first, int64_t count) {
         const int64_t longest = end(first + count - 1), stride = padded(task_.dim);
-        const float* const targets = target_panel(first, count).wide;
         for (int64_t row = 0; row < count; ++row) scratch_.rows[row].certified = settle(first + row, scratch_.rows[row]);
         const int64_t row_bytes = stride * static_cast<int64_t>(sizeof(float));
         const int64_t part = row_bytes < kCachedBytes ? kCachedBytes / row_bytes : 1;
         for (int64_t from = 0; from < longest; from += part) {
             for (int64_t row = 0; row < count; ++row) {
                 Row& of = scratch_.rows[row];
-                if (of.certified) rescore(of, from + part, targets + row * stride, [&](int64_t at) { return wide(at); });
+                if (of.certified) rescore(of, from + part, wide_target(first + row), [&](int64_t at) { return wide(at); });
             }
         }
     }
