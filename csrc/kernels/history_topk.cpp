@@ -22,6 +22,7 @@ constexpr int64_t kStrip = 1024;     // candidates whose scores with a panel of 
 constexpr int64_t kMostKept = 1024;  // candidates of a query that are kept from strip to strip
 constexpr int64_t kLargestK = kMostKept / 2;
 constexpr int64_t kMostRanked = 128;  // what ranking each against each pays for
+constexpr int64_t kFewMore = 4;       // candidates beyond k that cost less than to find a better bound
 constexpr int64_t kSlack = 16;        // a vector may be written past the last element
 constexpr int64_t kStripStride = kStrip + kSlack;
 constexpr int64_t kKeptStride = kMostKept + kStrip + kSlack;
@@ -134,8 +135,9 @@ public:
           length_(task.offsets[user + 1] - begin_),
           history_(task.items + begin_) {}
 
-    // Places [first, last) of the task's order.
-    void run(int64_t first, int64_t last) {
+    // Places [first, last) of the task's order; those before `later` are next.
+    void run(int64_t first, int64_t last, int64_t later) {
+        later_ = later;
         longest_ = end(last - 1);
         const bool all = last - first < kFewHistoryQueries || task_.pairs != nullptr;
         while (first < last && task_.k <= kLargestK) {
@@ -183,6 +185,7 @@ private:
             start_row(row);
             if (task_.pairs == nullptr) widen(embedding(target(first + row)), task_.dim, scratch_.wide_targets + row * stride);
         }
+        if (task_.pairs == nullptr) prefetch_targets(first + count, smaller(kPanelRows, later_ - first - count));
         for (int64_t from = 0; from < longest; from += kStrip) fill_strip(first, count, from, smaller(longest, from + kStrip));
         for (int64_t row = 0; row < count; ++row) {
             Row& of = scratch_.rows[row];
@@ -275,6 +278,12 @@ private:
             Bound* const bounds = scratch_.candidate_bounds + (from - block);
             load_panel(history_ + from, smaller(kPanelRows, loaded_to_ - from), wide(from), candidate_panel(from), bounds);
             for (int64_t row = 0; row < smaller(kPanelRows, longest_ - from); ++row) worst_ = worse(worst_, bounds[row]);
+        }
+    }
+
+    void prefetch_targets(int64_t first, int64_t count) const {
+        for (int64_t place = first; place < first + count; ++place) {
+            prefetch_bytes(embedding(target(place)), task_.dim * static_cast<int64_t>(sizeof(T)));
         }
     }
 
@@ -381,7 +390,7 @@ private:
         const int64_t count = end(place);
         if (task_.k > kLargestK || !row.certified) return false;
         if (count > task_.k) {
-            tighten(row);
+            if (row.kept.size > task_.k + kFewMore) tighten(row);
         } else if (!row.exact) {
             for (int64_t position = 0; position < count; ++position) row.kept.positions[position] = position;
             row.kept.size = count;
@@ -499,7 +508,7 @@ private:
     const Scratch& scratch_;
     const int64_t begin_, length_;
     const int64_t* const history_;
-    int64_t longest_ = 0;
+    int64_t longest_ = 0, later_ = 0;
     int64_t loaded_from_ = -1, loaded_to_ = -1;
     Bound worst_{};  // of the packed candidates
 };
@@ -524,7 +533,7 @@ void run(const HistoryTopk& task, int64_t first, int64_t last, const Scratch& sc
         int64_t next = first + 1;
         if (task.user == nullptr) next = smaller(task.offsets[user + 1], last);
         while (task.user != nullptr && next < last && user_of(next) == user) ++next;
-        UserSearch<T>(task, scratch, user).run(first, next);
+        UserSearch<T>(task, scratch, user).run(first, next, last);
         first = next;
     }
 }
