@@ -561,16 +561,20 @@ Bound make_sketch(const HistoryTopk& task, int64_t first, int64_t last, BFloat16
 template <class T>
 void make_pairs(const HistoryTopk& task, int64_t first, int64_t last, float* pairs, float* wide) {
     const T* const table = static_cast<const T*>(task.embeddings);
-    for (int64_t item = first; item < last; item += kExactRows) {
-        const T* rows[kExactRows];
-        for (int64_t i = 0; i < kExactRows; ++i) rows[i] = table + smaller(item + i, last - 1) * task.dim;
-        for (int64_t other = 0; other < smaller(item + kExactRows, last); ++other) {
-            float scores[kExactRows];
-            widen(table + other * task.dim, task.dim, wide);
-            exact_scores(wide, rows, task.dim, scores);
-            for (int64_t i = 0; i < smaller(kExactRows, last - item); ++i) {
-                pairs[(item + i) * task.count + other] = scores[i];
-                pairs[other * task.count + item + i] = scores[i];
+    for (int64_t other = 0; other < last; other += kExactTargets) {
+        for (int64_t i = 0; i < kExactTargets; ++i) {
+            widen(table + smaller(other + i, last - 1) * task.dim, task.dim, wide + i * padded(task.dim));
+        }
+        for (int64_t item = other < first ? first : other; item < last; item += kExactRows) {
+            const T* rows[kExactRows];
+            float scores[kExactTargets * kExactRows];
+            for (int64_t i = 0; i < kExactRows; ++i) rows[i] = table + smaller(item + i, last - 1) * task.dim;
+            exact_scores<kExactTargets>(wide, rows, task.dim, scores, kExactRows);
+            for (int64_t i = 0; i < smaller(kExactTargets, last - other); ++i) {
+                for (int64_t j = 0; j < smaller(kExactRows, last - item); ++j) {
+                    pairs[(item + j) * task.count + other + i] = scores[i * kExactRows + j];
+                    pairs[(other + i) * task.count + item + j] = scores[i * kExactRows + j];
+                }
             }
         }
     }
