@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "pages.h"
 #include "parallel.h"
 
 namespace rellax {
@@ -18,6 +19,7 @@ namespace {
 // nobody waiting.
 constexpr int64_t kLeastWork = int64_t{1} << 22;
 constexpr int64_t kMostWork = int64_t{1} << 31;
+constexpr int64_t kLargeWork = int64_t{1} << 30;  // multiplications that large pages pay for
 constexpr int64_t kPackedBytes = int64_t{1} << 26;  // of all threads
 constexpr int64_t kTableBytes = int64_t{1} << 27;  // of the scores of all pairs, or of a sketch
 constexpr int64_t kPairCost = 4;
@@ -125,10 +127,12 @@ int64_t packed_block(const HistoryTopk& task, int threads) {
     return std::max<int64_t>(blocks, 1) * kHistoryBlock;
 }
 
-// Memory without a constructor's pass over it.
+// Memory without a constructor's pass over it; in large pages where it is used for long enough to pay for them.
 class Memory {
 public:
-    explicit Memory(int64_t bytes) : data_(::operator new(bytes, kAlignment)) {}
+    explicit Memory(int64_t bytes, bool large = true) : data_(::operator new(bytes, kAlignment)) {
+        if (large) advise_large_pages(data_, bytes);
+    }
     ~Memory() { ::operator delete(data_, kAlignment); }
     Memory(const Memory&) = delete;
     void* data() const { return data_; }
@@ -186,9 +190,14 @@ void history_topk(HistoryTopk task, int threads) {
         sketch = sketch_of(task, threads);
     }
     const int64_t scratch_bytes = level().history_topk_scratch(task);
+    const bool large = plan.candidates * task.dim >= kLargeWork;
+    if (large) {
+        advise_large_pages(task.positions, task.queries * task.k * static_cast<int64_t>(sizeof(int64_t)));
+        advise_large_pages(task.scores, task.queries * task.k * static_cast<int64_t>(sizeof(float)));
+    }
     std::atomic<size_t> next{0};
     parallel_for(workers, workers, [&](int64_t) {
-        const Memory scratch(scratch_bytes);
+        const Memory scratch(scratch_bytes, large);
         for (size_t index; (index = next.fetch_add(1)) < plan.pieces.size();) {
             level().history_topk(task, plan.pieces[index].first, plan.pieces[index].last, scratch.data());
         }

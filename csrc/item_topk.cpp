@@ -1,14 +1,12 @@
 #include "item_topk.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <limits>
 #include <memory>
-#include <new>
 #include <vector>
 
 #include "dispatch.h"
+#include "pages.h"
 #include "parallel.h"
 
 namespace rellax {
@@ -21,28 +19,6 @@ constexpr int64_t kSettled = int64_t{1} << 15;  // queries that one step settles
 
 constexpr int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t whole_panels(int64_t rows) { return divided_up(rows, kPanelRows) * kPanelRows; }
-
-// Memory that is read here and there: in large pages where there are such, as looking up a page takes its time too.
-class Pages {
-public:
-    explicit Pages(int64_t bytes) {
-        const size_t size = divided_up(std::max<int64_t>(bytes, 1), kLarge) * kLarge;
-        memory_.reset(operator new(size, std::align_val_t{kLarge}));
-#ifdef MADV_HUGEPAGE
-        madvise(memory_.get(), size, MADV_HUGEPAGE);
-#endif
-    }
-
-    void* get() const { return memory_.get(); }
-
-private:
-    static constexpr size_t kLarge = size_t{1} << 21;
-    struct Free {
-        void operator()(void* memory) const { operator delete(memory, std::align_val_t{kLarge}); }
-    };
-
-    std::unique_ptr<void, Free> memory_;
-};
 
 // Room for `rows` packed rows.
 class Packing {

@@ -22,6 +22,7 @@ constexpr int64_t kStrip = 1024;     // candidates whose scores with a panel of 
 constexpr int64_t kMostKept = 1024;  // candidates of a query that are kept from strip to strip
 constexpr int64_t kLargestK = kMostKept / 2;
 constexpr int64_t kMostRanked = 128;  // what ranking each against each pays for
+constexpr int64_t kFewMore = 4;       // candidates beyond k that cost less than to find a better bound
 constexpr int64_t kSlack = 16;        // a vector may be written past the last element
 constexpr int64_t kStripStride = kStrip + kSlack;
 constexpr int64_t kKeptStride = kMostKept + kStrip + kSlack;
@@ -134,16 +135,18 @@ public:
           length_(task.offsets[user + 1] - begin_),
           history_(task.items + begin_) {}
 
-    // Places [first, last) of the task's order.
-    void run(int64_t first, int64_t last) {
+    // Places [first, last) of the task's order; those before `later` are next.
+    void run(int64_t first, int64_t last, int64_t later) {
+        later_ = later;
         longest_ = end(last - 1);
-        const bool few = last - first < kFewHistoryQueries || longest_ <= kShortHistory;
-        if (task_.k <= kLargestK && (few || task_.pairs != nullptr)) {
-            for (; first < last; first += kPanelRows) search_strips(first, smaller(kPanelRows, last - first));
-            return;
+        const bool all = last - first < kFewHistoryQueries || task_.pairs != nullptr;
+        while (first < last && task_.k <= kLargestK) {
+            const int64_t count = smaller(kPanelRows, last - first);
+            if (!all && end(first + count - 1) > kShortHistory) break;
+            search_strips(first, count);
+            first += count;
         }
-        const int64_t step = longest_ <= task_.block ? kPanelRows : kGroupQueries;
-        for (; first < last; first += step) search(first, smaller(step, last - first));
+        for (; first < last; first += kGroupQueries) search(first, smaller(kGroupQueries, last - first));
     }
 
 private:
@@ -182,6 +185,7 @@ private:
             start_row(row);
             if (task_.pairs == nullptr) widen(embedding(target(first + row)), task_.dim, scratch_.wide_targets + row * stride);
         }
+        if (task_.pairs == nullptr) prefetch_targets(first + count, smaller(kPanelRows, later_ - first - count));
         for (int64_t from = 0; from < longest; from += kStrip) fill_strip(first, count, from, smaller(longest, from + kStrip));
         for (int64_t row = 0; row < count; ++row) {
             Row& of = scratch_.rows[row];
@@ -195,7 +199,7 @@ private:
     }
 
     void fill_strip(int64_t first, int64_t count, int64_t from, int64_t to) {
-        const bool sketched = task_.sketch != nullptr && longest_ > kShortHistory;
+        const bool sketched = task_.sketch != nullptr && end(first + count - 1) > kShortHistory;
         if (task_.pairs == nullptr && !sketched) direct_strip(first, count, from, to);
         for (int64_t row = 0; row < count; ++row) {
             Row& of = scratch_.rows[row];
@@ -219,9 +223,20 @@ private:
             const T* rows[kExactRows];
             for (int64_t i = 0; i < kExactRows; ++i) rows[i] = embedding(history_[smaller(at + i, to - 1)]);
             prefetch(history_ + at + kExactRows, smaller(kExactRows, to - at - kExactRows));
-            for (int64_t row = count - 1; row >= 0 && end(first + row) > at; --row) {
-                const float* const target = scratch_.wide_targets + row * padded(task_.dim);
-                exact_scores(target, rows, task_.dim, scratch_.strip + row * kStripStride + (at - from));
+            int64_t row = 0;
+            while (end(first + row) <= at) ++row;
+            const float* target = scratch_.wide_targets + row * padded(task_.dim);
+            float* scores = scratch_.strip + row * kStripStride + (at - from);
+            for (; row < count; row += kExactTargets) {
+                if (row + kExactTargets <= count) {
+                    exact_scores<kExactTargets>(target, rows, task_.dim, scores, kStripStride);
+                } else {
+                    for (int64_t rest = 0; rest < count - row; ++rest) {
+                        exact_scores(target + rest * padded(task_.dim), rows, task_.dim, scores + rest * kStripStride);
+                    }
+                }
+                target += kExactTargets * padded(task_.dim);
+                scores += kExactTargets * kStripStride;
             }
         }
     }
@@ -263,6 +278,12 @@ private:
             Bound* const bounds = scratch_.candidate_bounds + (from - block);
             load_panel(history_ + from, smaller(kPanelRows, loaded_to_ - from), wide(from), candidate_panel(from), bounds);
             for (int64_t row = 0; row < smaller(kPanelRows, longest_ - from); ++row) worst_ = worse(worst_, bounds[row]);
+        }
+    }
+
+    void prefetch_targets(int64_t first, int64_t count) const {
+        for (int64_t place = first; place < first + count; ++place) {
+            prefetch_bytes(embedding(target(place)), task_.dim * static_cast<int64_t>(sizeof(T)));
         }
     }
 
@@ -369,7 +390,7 @@ private:
         const int64_t count = end(place);
         if (task_.k > kLargestK || !row.certified) return false;
         if (count > task_.k) {
-            tighten(row);
+            if (row.kept.size > task_.k + kFewMore) tighten(row);
         } else if (!row.exact) {
             for (int64_t position = 0; position < count; ++position) row.kept.positions[position] = position;
             row.kept.size = count;
@@ -379,7 +400,7 @@ private:
 
     // A panel of queries whose candidates are loaded: part by part, so that all of them find its rows in the cache.
     void finish_cached(int64_t first, int64_t count) {
-        if (task_.k <= kLargestK && end(first + count - 1) > 0) rescore_panel(first, count);
+        if (task_.k <= kLargestK && end(first + count - 1) > 0) rescore_group(first, count);
         for (int64_t row = 0; row < count; ++row) {
             Row& of = scratch_.rows[row];
             if (of.certified && task_.k <= kLargestK) {
@@ -390,16 +411,22 @@ private:
         }
     }
 
-    void rescore_panel(int64_t first, int64_t count) {
+    const float* wide_target(int64_t place) const {
+        const int64_t position = end(place);
+        if (position < loaded_to_ && history_[position] == target(place)) return wide(position);
+        widen(embedding(target(place)), task_.dim, scratch_.wide_targets);
+        return scratch_.wide_targets;
+    }
+
+    void rescore_group(int64_t first, int64_t count) {
         const int64_t longest = end(first + count - 1), stride = padded(task_.dim);
-        const float* const targets = target_panel(first, count).wide;
         for (int64_t row = 0; row < count; ++row) scratch_.rows[row].certified = settle(first + row, scratch_.rows[row]);
         const int64_t row_bytes = stride * static_cast<int64_t>(sizeof(float));
         const int64_t part = row_bytes < kCachedBytes ? kCachedBytes / row_bytes : 1;
         for (int64_t from = 0; from < longest; from += part) {
             for (int64_t row = 0; row < count; ++row) {
                 Row& of = scratch_.rows[row];
-                if (of.certified) rescore(of, from + part, targets + row * stride, [&](int64_t at) { return wide(at); });
+                if (of.certified) rescore(of, from + part, wide_target(first + row), [&](int64_t at) { return wide(at); });
             }
         }
     }
@@ -481,7 +508,7 @@ private:
     const Scratch& scratch_;
     const int64_t begin_, length_;
     const int64_t* const history_;
-    int64_t longest_ = 0;
+    int64_t longest_ = 0, later_ = 0;
     int64_t loaded_from_ = -1, loaded_to_ = -1;
     Bound worst_{};  // of the packed candidates
 };
@@ -506,7 +533,7 @@ void run(const HistoryTopk& task, int64_t first, int64_t last, const Scratch& sc
         int64_t next = first + 1;
         if (task.user == nullptr) next = smaller(task.offsets[user + 1], last);
         while (task.user != nullptr && next < last && user_of(next) == user) ++next;
-        UserSearch<T>(task, scratch, user).run(first, next);
+        UserSearch<T>(task, scratch, user).run(first, next, last);
         first = next;
     }
 }
@@ -534,16 +561,20 @@ Bound make_sketch(const HistoryTopk& task, int64_t first, int64_t last, BFloat16
 template <class T>
 void make_pairs(const HistoryTopk& task, int64_t first, int64_t last, float* pairs, float* wide) {
     const T* const table = static_cast<const T*>(task.embeddings);
-    for (int64_t item = first; item < last; item += kExactRows) {
-        const T* rows[kExactRows];
-        for (int64_t i = 0; i < kExactRows; ++i) rows[i] = table + smaller(item + i, last - 1) * task.dim;
-        for (int64_t other = 0; other < smaller(item + kExactRows, last); ++other) {
-            float scores[kExactRows];
-            widen(table + other * task.dim, task.dim, wide);
-            exact_scores(wide, rows, task.dim, scores);
-            for (int64_t i = 0; i < smaller(kExactRows, last - item); ++i) {
-                pairs[(item + i) * task.count + other] = scores[i];
-                pairs[other * task.count + item + i] = scores[i];
+    for (int64_t other = 0; other < last; other += kExactTargets) {
+        for (int64_t i = 0; i < kExactTargets; ++i) {
+            widen(table + smaller(other + i, last - 1) * task.dim, task.dim, wide + i * padded(task.dim));
+        }
+        for (int64_t item = other < first ? first : other; item < last; item += kExactRows) {
+            const T* rows[kExactRows];
+            float scores[kExactTargets * kExactRows];
+            for (int64_t i = 0; i < kExactRows; ++i) rows[i] = table + smaller(item + i, last - 1) * task.dim;
+            exact_scores<kExactTargets>(wide, rows, task.dim, scores, kExactRows);
+            for (int64_t i = 0; i < smaller(kExactTargets, last - other); ++i) {
+                for (int64_t j = 0; j < smaller(kExactRows, last - item); ++j) {
+                    pairs[(item + j) * task.count + other + i] = scores[i * kExactRows + j];
+                    pairs[(other + i) * task.count + item + j] = scores[i * kExactRows + j];
+                }
             }
         }
     }

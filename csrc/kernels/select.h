@@ -76,6 +76,9 @@ inline Range range_of(const float* scores, int64_t count) {
         low = (values < low) & (values >= -__FLT_MAX__) ? values : low;
         high = larger(values, high);
     }
+#if defined(__AVX512F__)
+    return {_mm512_reduce_min_ps((__m512)low), _mm512_reduce_max_ps((__m512)high)};
+#else
     float lows[kWidth], highs[kWidth];
     store(lows, low);
     store(highs, high);
@@ -86,6 +89,7 @@ inline Range range_of(const float* scores, int64_t count) {
         }
     }
     return {lows[0], highs[0]};
+#endif
 }
 
 // A value that at least k of the padded scores reach, close below the k-th best of them, given one such or -inf.
@@ -105,10 +109,16 @@ inline float bisect_kth(const float* scores, int64_t count, int64_t k, float kno
 inline float kth_lower_bound(const float* scores, int64_t count, int64_t k) {
     constexpr int64_t kClasses = 64;
     if (k > kClasses / 2 || count <= 2 * kClasses) return bisect_kth(scores, count, k);
+    constexpr int kVectors = kClasses / kWidth;
+    Floats best[kVectors];
+    for (int i = 0; i < kVectors; ++i) best[i] = load(scores + i * kWidth);
+    int64_t i = kClasses;
+    for (; i + kClasses <= count; i += kClasses) {
+        for (int j = 0; j < kVectors; ++j) best[j] = larger(load(scores + i + j * kWidth), best[j]);
+    }
     float maxima[kClasses];
-    __builtin_memcpy(maxima, scores, sizeof maxima);
-    for (int64_t i = kClasses; i < count; i += kWidth) {
-        float* const maximum = maxima + i % kClasses;
+    for (int j = 0; j < kVectors; ++j) store(maxima + j * kWidth, best[j]);
+    for (float* maximum = maxima; i < count; i += kWidth, maximum += kWidth) {
         store(maximum, larger(load(scores + i), load(maximum)));
     }
     return bisect_kth(maxima, kClasses, k);
@@ -140,16 +150,19 @@ struct Kept {
     void append(const float* row, int64_t count, int64_t first, float threshold) {
         const Floats bound = above_padding(threshold);
         Integers places = count_up() + static_cast<int32_t>(first);
-        for (int64_t i = 0; i < count; i += kWidth, places += kWidth) append(load(row + i), places, bound);
+        Kept kept = *this;  // in registers
+        for (int64_t i = 0; i < count; i += kWidth, places += kWidth) kept.append(load(row + i), places, bound);
+        size = kept.size;
     }
 
     // Drops those below `threshold`.
     void tighten(float threshold) {
         const int64_t count = size;
         pad_scores(scores, count);
-        size = 0;
         const Floats bound = above_padding(threshold);
-        for (int64_t i = 0; i < count; i += kWidth) append(load(scores + i), load_places(positions + i), bound);
+        Kept kept{scores, positions, 0};  // in registers
+        for (int64_t i = 0; i < count; i += kWidth) kept.append(load(scores + i), load_places(positions + i), bound);
+        size = kept.size;
     }
 
 private:

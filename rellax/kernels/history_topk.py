@@ -85,12 +85,20 @@ def _search_kernel(
 
 
 def history_topk(
-    embeddings: Tensor, items: Tensor, offsets: Tensor, target: Tensor, user: Tensor, end: Tensor, k: int
+    embeddings: Tensor,
+    items: Tensor,
+    offsets: Tensor,
+    target: Tensor | None,
+    user: Tensor | None,
+    end: Tensor | None,
+    k: int,
 ) -> tuple[Tensor, Tensor]:
     """As ``rellax.reference.history_topk.history_topk``, for fp32, bf16 and fp16.
 
     A query whose user does not exist, or whose end is not in its history, has NaN as its first score too.
     """
+    if target is None or user is None or end is None:
+        target, user, end = _every_behaviour(items, offsets)
     queries, users = len(target), len(offsets) - 1
     positions = target.new_full((queries, k), -1)
     scores = embeddings.new_full((queries, k), float("nan"), dtype=torch.float32)
@@ -129,6 +137,13 @@ def history_topk(
             )
             ceiling = last
     return positions, scores
+
+
+def _every_behaviour(items: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(target, user, end) of the queries where every behaviour is the target once."""
+    users = torch.arange(len(offsets) - 1, device=offsets.device)
+    user = users.repeat_interleave(offsets.diff(), output_size=len(items))
+    return items, user, torch.arange(len(items), device=items.device) - offsets[user]
 
 
 def _work(

@@ -13,12 +13,20 @@ from rellax.reference import history_topk as reference
 
 
 def _cpp(
-    embeddings: Tensor, items: Tensor, offsets: Tensor, target: Tensor, user: Tensor, end: Tensor, k: int
+    embeddings: Tensor,
+    items: Tensor,
+    offsets: Tensor,
+    target: Tensor | None,
+    user: Tensor | None,
+    end: Tensor | None,
+    k: int,
 ) -> tuple[Tensor, Tensor]:
     embeddings, items, offsets = embeddings.contiguous(), items.contiguous(), offsets.contiguous()
-    target, user, end = target.contiguous(), user.contiguous(), end.contiguous()
-    positions = torch.empty((len(target), k), dtype=torch.int64)
-    scores = torch.empty((len(target), k), dtype=torch.float32)
+    queries = [None if index is None else index.contiguous() for index in (target, user, end)]
+    addresses = [0 if index is None else index.data_ptr() for index in queries]
+    rows = len(items if target is None else target)
+    positions = torch.empty((rows, k), dtype=torch.int64)
+    scores = torch.empty((rows, k), dtype=torch.float32)
     extension().history_topk(
         embeddings=embeddings.data_ptr(),
         dtype=str(embeddings.dtype).removeprefix("torch."),
@@ -27,10 +35,8 @@ def _cpp(
         items=items.data_ptr(),
         offsets=offsets.data_ptr(),
         users=len(offsets) - 1,
-        target=target.data_ptr(),
-        user=user.data_ptr(),
-        end=end.data_ptr(),
-        queries=len(target),
+        **dict(zip(_QUERY, addresses, strict=True)),
+        queries=rows,
         k=k,
         positions=positions.data_ptr(),
         scores=scores.data_ptr(),
@@ -38,6 +44,8 @@ def _cpp(
     )
     return positions, scores
 
+
+_QUERY = ("target", "user", "end")
 
 _forward = operator(
     "history_topk", reference.history_topk, cpp=_cpp, triton="rellax.kernels.history_topk:history_topk"
@@ -82,36 +90,25 @@ def history_topk(
             to M, or a score is not finite.
     """
     _check_history(embeddings, items, offsets, k)
-    if target is None and user is None and end is None:
-        target, user, end = _every_behaviour(items, offsets)
-    elif target is None or user is None or end is None:
+    if target is not None and user is not None and end is not None:
+        _check_queries(embeddings, offsets, target, user, end)
+        target, user, end = target.long(), user.long(), end.long()
+    elif not (target is None and user is None and end is None):
         given = [name for name, index in zip(_QUERY, (target, user, end), strict=True) if index is not None]
         raise bad(", ".join(_QUERY), "all three or none", f"only {' and '.join(given)}")
-    else:
-        _check_queries(embeddings, offsets, target, user, end)
-    positions, scores = _forward(
-        embeddings.detach(), items.long(), offsets.long(), target.long(), user.long(), end.long(), k
-    )
+    positions, scores = _forward(embeddings.detach(), items.long(), offsets.long(), target, user, end, k)
     if can_read(scores) and (damaged := scores[:, 0].isnan()).any():
         raise bad("embeddings", _FINITE, f"a score that is not, in query {int(damaged.nonzero()[0, 0])}")
     return positions, scores
 
 
-_QUERY = ("target", "user", "end")
 _FINITE = "rows whose dot products are finite in fp32"
 
 
 @_forward.register_fake
-def _fake(embeddings: Tensor, _items: Tensor, _offsets: Tensor, target: Tensor, *rest: Any) -> Any:
-    shape = (target.shape[0], rest[-1])
-    return target.new_empty(shape), embeddings.new_empty(shape, dtype=torch.float32)
-
-
-def _every_behaviour(items: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(target, user, end) of the queries where every behaviour is the target once."""
-    users = torch.arange(offsets.shape[0] - 1, device=offsets.device)
-    user = users.repeat_interleave(offsets.diff(), output_size=items.shape[0])
-    return items, user, torch.arange(items.shape[0], device=items.device) - offsets[user]
+def _fake(embeddings: Tensor, items: Tensor, _offsets: Tensor, target: Tensor | None, *rest: Any) -> Any:
+    shape = ((items if target is None else target).shape[0], rest[-1])
+    return items.new_empty(shape), embeddings.new_empty(shape, dtype=torch.float32)
 
 
 def _check_history(embeddings: Tensor, items: Tensor, offsets: Tensor, k: int) -> None:
