@@ -70,8 +70,12 @@ def read_json(path: str | Path, *, maker: str | None = None) -> Any:
     except FileNotFoundError:
         hint = f"; `{maker}` makes it" if maker else ""
         raise InputError(f"{path}: expected a JSON file, found none{hint}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: expected JSON, but it is damaged ({error})") from None
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: bad JSON or UTF-8, an endless number
+        raise InputError(f"{path}: expected JSON, but it is damaged ({_one_line(error)})") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def cache_folder() -> Path:

@@ -1,7 +1,7 @@
 """The C++ kernels of every ISA level under AddressSanitizer and UBSan, their threads under ThreadSanitizer.
 
-tests/sanitizers/driver.cpp runs them over odd sizes, in heap blocks without a byte to spare. It knows nothing of
-Python: neither its allocator nor PyTorch's hides an access beside an array.
+tests/sanitizers/driver.cpp runs them over odd sizes, in heap blocks without a byte to spare. It knows
+nothing of Python: neither its allocator nor PyTorch's hides an access beside an array.
 """
 
 from __future__ import annotations

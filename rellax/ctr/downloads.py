@@ -27,6 +27,7 @@ from rellax.errors import InputError
 logger = logging.getLogger(__name__)
 
 _BLOCK = 1 << 20
+_LARGEST = 4 << 30  # bytes of an unpacked member: six times the largest that is known
 _TIMEOUT = 60  # seconds without a byte
 
 
@@ -112,7 +113,11 @@ def extract(archive: Path, members: tuple[str, ...], folder: Path) -> None:
     """Copy `members` of an archive into `folder` under their last names; none of its paths is followed."""
     with zipfile.ZipFile(archive) as file:
         for member in members:
-            with file.open(member) as source, (folder / Path(member).name).open("wb") as target:
+            entry = file.getinfo(member)
+            if entry.file_size > _LARGEST:
+                raise InputError(f"{archive}: expected {member} of at most {_LARGEST:,} bytes, found more")
+            # No more than the size that the archive gives is ever read, whatever its data unpack to.
+            with file.open(entry) as source, (folder / Path(member).name).open("wb") as target:
                 shutil.copyfileobj(source, target)
 
 
