@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rellax.errors import InputError
+from rellax.errors import InputError, one_line
 
 
 @contextlib.contextmanager
@@ -71,11 +71,7 @@ def read_json(path: str | Path, *, maker: str | None = None) -> Any:
         hint = f"; `{maker}` makes it" if maker else ""
         raise InputError(f"{path}: expected a JSON file, found none{hint}") from None
     except (OSError, ValueError, RecursionError) as error:  # ValueError: bad JSON or UTF-8, an endless number
-        raise InputError(f"{path}: expected JSON, but it is damaged ({_one_line(error)})") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: expected JSON, but it is damaged ({one_line(error)})") from None
 
 
 def cache_folder() -> Path:

@@ -39,3 +39,13 @@ def one_sentence(*names: str) -> Iterator[None]:
     assert "\n" not in message
     assert len(message) < 1000
     assert not names or message.split(":")[0] in names, message
+
+
+@contextmanager
+def at_most_one_sentence() -> Iterator[None]:
+    """Within: nothing wrong, or an `InputError` of one line, which ends here."""
+    try:
+        yield
+    except InputError as error:
+        if "\n" in str(error):
+            raise AssertionError(f"more than one line: {error}") from error

@@ -19,7 +19,7 @@ from rellax.ctr.evaluate import predict_probabilities
 from rellax.ctr.llm import resolve_device
 from rellax.ctr.retrieval import find_positions
 from rellax.ctr.task import Inputs, Task
-from rellax.errors import InputError
+from rellax.errors import InputError, one_line
 
 COLUMN = "probability"
 
@@ -77,13 +77,15 @@ def read_table(path: str | Path) -> pa.Table:
             table = pa.csv.read_csv(path, convert_options=convert)
         else:
             table = pq.read_table(path)
-    except pa.ArrowException as error:
-        raise InputError(f"{path}: expected a readable table, but {error}") from None
+    except (pa.ArrowException, OSError, UnicodeError) as error:
+        raise InputError(f"{path}: expected a readable table, but {one_line(error)}") from None
     if not table.num_rows:
         raise InputError(f"{path}: expected at least one row, found none")
     if COLUMN in table.column_names:
         raise InputError(f"{path}: expected no column {COLUMN!r}, it is what is added")
     for name in ("user_id", "item_id", "time"):
+        if table.column_names.count(name) > 1:
+            raise InputError(f"{path}: expected one column {name!r}, found several")
         if name in table.column_names:
             table = _typed(table, name, path)
         elif name != "time":
@@ -102,7 +104,7 @@ def _typed(table: pa.Table, name: str, path: Path) -> pa.Table:
     try:
         return table.set_column(index, name, pc.cast(column, wanted))
     except pa.ArrowInvalid as error:
-        raise InputError(f"{path}: expected {name} as {wanted} ({error})") from None
+        raise InputError(f"{path}: expected {name} as {wanted} ({one_line(error)})") from None
 
 
 def _samples(table: pa.Table, dataset: Dataset, path: Path) -> Samples:

@@ -22,7 +22,7 @@ from rellax.ctr.dataset import SPLITS
 from rellax.ctr.evaluate import predict_probabilities, read_predictions, write_predictions
 from rellax.ctr.llm import resolve_device
 from rellax.ctr.task import Task, input_hashes, load_inputs
-from rellax.errors import InputError
+from rellax.errors import InputError, one_line
 from rellax.patch import load_adapter, save_adapter
 
 if TYPE_CHECKING:
@@ -245,9 +245,11 @@ class _Trainer:
             return
         try:
             state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            if not isinstance(state, dict) or not {"step", "best", "parameters", "optimiser"} <= state.keys():
+                raise EOFError("it lacks a part")
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
             raise InputError(
-                f"{path}: expected a checkpoint, but it is damaged ({error}); begin anew with --redo"
+                f"{path}: expected a checkpoint, but it is damaged ({one_line(error)}); begin with --redo"
             ) from None
         self.step, self.best = state["step"], state["best"]
         self.optimiser.load_state_dict(state["optimiser"])

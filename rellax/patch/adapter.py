@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rellax._files import atomic_folder, read_json, sha256_file, write_json
-from rellax.errors import InputError
+from rellax.errors import InputError, one_line
 from rellax.patch.config import CFLoRAConfig, SoftPromptConfig
 from rellax.patch.engine import hf_model, patch_model, unpatch_model
 from rellax.patch.forward import CausalLM
@@ -143,7 +143,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ValueError,
         RuntimeError,
     ) as error:  # KeyError: a dtype of a later version
-        raise InputError(f"{file}: expected safetensors, but it is damaged ({error})") from None
+        raise InputError(f"{file}: expected safetensors, but it is damaged ({one_line(error)})") from None
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
             raise InputError(
