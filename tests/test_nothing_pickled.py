@@ -27,7 +27,7 @@ def complaints(source: str) -> list[str]:
     found = []
     for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
         name, options = ast.unparse(call.func), {k.arg: k.value for k in call.keywords}
-        given = {key: value.value for key, value in options.items() if isinstance(value, ast.Constant)}
+        given = {key: getattr(value, "value", value) for key, value in options.items()}
         wrong = (
             name in FORBIDDEN
             or (name == "torch.load" and given.get("weights_only") is not True)

@@ -8,6 +8,7 @@ are needed leave it, under their last names, so none can land anywhere else.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import http.client
@@ -96,7 +97,11 @@ def published(name: str) -> Path:
             with atomic_folder(folder) as part:
                 try:
                     extract(path, archive.members, part)
-                except _BROKEN as error:
+                except (*_BROKEN, OSError) as error:  # EINVAL: of a place before the file
+                    if (
+                        isinstance(error, OSError) and error.errno != errno.EINVAL
+                    ):  # of a place before the file
+                        raise
                     raise InputError(
                         f"{path}: expected {', '.join(archive.members)} in it ({error})"
                     ) from None

@@ -77,6 +77,7 @@ def read_table(path: str | Path) -> pa.Table:
             table = pa.csv.read_csv(path, convert_options=convert)
         else:
             table = pq.read_table(path)
+        names = table.column_names  # decoded here
     except (pa.ArrowException, OSError, UnicodeError) as error:
         raise InputError(f"{path}: expected a readable table, but {one_line(error)}") from None
     if not table.num_rows:
@@ -84,7 +85,7 @@ def read_table(path: str | Path) -> pa.Table:
     if COLUMN in table.column_names:
         raise InputError(f"{path}: expected no column {COLUMN!r}, it is what is added")
     for name in ("user_id", "item_id", "time"):
-        if table.column_names.count(name) > 1:
+        if names.count(name) > 1:
             raise InputError(f"{path}: expected one column {name!r}, found several")
         if name in table.column_names:
             table = _typed(table, name, path)

@@ -76,10 +76,10 @@ def load_adapter(model: Model, folder: str | Path, *, partial: bool = False) -> 
         raise InputError(f"adapter: expected one of {own}, got one of {description['base_model']}")
     config = CFLoRAConfig.from_dict(description["config"])
     placeholder_ids = description["placeholder_ids"]
+    _check_sizes(config, tensors)
     if isinstance(inner, CausalLM):
         _load(inner, config, placeholder_ids, tensors, partial)
         return model
-    _check_sizes(config, tensors)
     soft_prompt = None
     if placeholder_ids is not None:
         soft_prompt = SoftPromptConfig(tensors[_TABLE], placeholder_ids)
