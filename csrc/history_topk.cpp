@@ -178,6 +178,7 @@ Buffer sketch_of(HistoryTopk& task, int threads) {
 }  // namespace
 
 void history_topk(HistoryTopk task, int threads) {
+    if (task.queries == 0) return;  // their arrays, empty, may be at null, which elsewhere asks for every behaviour
     const std::vector<int64_t> order = order_of(task);
     task.order = order.empty() ? nullptr : order.data();
     const Plan plan = plan_of(task);

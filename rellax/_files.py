@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from rellax.errors import InputError
+from rellax.errors import InputError, one_line
 
 _SCRATCH = 1 << 28  # bytes from which on an array is large
 
@@ -76,8 +76,8 @@ def read_json(path: str | Path, *, maker: str | None = None) -> Any:
     except FileNotFoundError:
         hint = f"; `{maker}` makes it" if maker else ""
         raise InputError(f"{path}: expected a JSON file, found none{hint}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: expected JSON, but it is damaged ({error})") from None
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: bad JSON or UTF-8, an endless number
+        raise InputError(f"{path}: expected JSON, but it is damaged ({one_line(error)})") from None
 
 
 def scratch_array(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:

@@ -6,3 +6,8 @@ class InputError(ValueError):
 
     The command line prints it without a traceback and ends with exit code 2.
     """
+
+
+def one_line(error: Exception) -> str:
+    """What an exception of a library says, as part of a sentence."""
+    return " ".join(str(error).split())[:200]

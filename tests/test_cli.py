@@ -325,3 +325,19 @@ def drop(path: Path, column: str) -> None:
 def keep_rows(path: Path, rows: int) -> None:
     table: pa.Table = pq.read_table(path)
     pq.write_table(table.slice(0, rows), path)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/tmp/elsewhere", "a/../../b", ".", ""])
+def test_a_run_stays_in_the_work_folder(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = ["--work", str(tmp_path / "work")]
+    for command in (
+        ["train", name, "--redo"],
+        ["evaluate", name],
+        ["crm", name],
+        ["train", "a", "--from", name],
+    ):
+        assert cli.main([*command, *work]) == 2
+        assert "expected the name of a run in the work folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import shutil
+import stat
 import zipfile
 from pathlib import Path
 
 import pytest
+from fuzzing import examples
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rellax._files import sha256_file
 from rellax.ctr import downloads
@@ -132,3 +138,81 @@ def test_what_is_known_of_the_archives_is_well_formed() -> None:
         assert archive.md5 is None or len(bytes.fromhex(archive.md5)) == 16
         assert archive.filename.endswith(".zip")
     assert downloads.cache_folder().is_absolute()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../evil.dat", "/tmp/evil.dat", "ml/../../evil.dat", "C:\\evil.dat", "ml\\..\\..\\evil.dat", "ml/.."],
+)
+def test_no_member_leaves_its_folder(tmp_path: Path, name: str) -> None:
+    path, folder = tmp_path / "a.zip", tmp_path / "in" / "out"
+    folder.mkdir(parents=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(name, "x")
+    before = {*tmp_path.rglob("*")}
+    with contextlib.suppress(InputError):
+        downloads.extract(path, (name,), folder)
+    assert all(file.parent == folder for file in {*tmp_path.rglob("*")} - before)
+    assert not Path("/tmp/evil.dat").exists()
+
+
+def test_a_link_in_an_archive_is_no_link(tmp_path: Path) -> None:
+    path, secret = tmp_path / "a.zip", tmp_path / "secret"
+    secret.write_text("secret")
+    with zipfile.ZipFile(path, "w") as archive:
+        entry = zipfile.ZipInfo("ml/ratings.dat")
+        entry.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(entry, str(secret))
+    downloads.extract(path, ("ml/ratings.dat",), tmp_path)
+    assert not (tmp_path / "ratings.dat").is_symlink()
+    assert (tmp_path / "ratings.dat").read_text() == str(secret)
+
+
+def test_what_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb", bytes(1 << 20))
+    monkeypatch.setattr(downloads, "_LARGEST", 1 << 19)
+    with pytest.raises(InputError, match=r"a.zip: expected bomb of at most 524,288 bytes, found more"):
+        downloads.extract(path, ("bomb",), tmp_path)
+    assert not (tmp_path / "bomb").exists()
+
+
+def test_a_size_that_lies_unpacks_to_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb", bytes(1 << 20))
+    content = path.read_bytes()
+    path.write_bytes(content.replace((1 << 20).to_bytes(4, "little"), (1 << 10).to_bytes(4, "little")))
+    with pytest.raises((InputError, zipfile.BadZipFile)):
+        downloads.extract(path, ("bomb",), tmp_path)
+    assert not (tmp_path / "bomb").exists() or (tmp_path / "bomb").stat().st_size <= 1 << 10
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_of_two_members_of_a_name_one_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("ml/ratings.dat", "first")
+        archive.writestr("ml/ratings.dat", "second")
+    downloads.extract(path, ("ml/ratings.dat",), tmp_path)
+    assert (tmp_path / "ratings.dat").read_text() == "second"
+
+
+def test_damaged_archives_are_a_sentence(cache: Path, zipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = bytearray(zipped.read_bytes())
+
+    @examples(40)
+    @given(st.integers(0, len(content) - 1), st.integers(1, 255))
+    def check(at: int, flip: int) -> None:
+        damaged = bytearray(content)
+        damaged[at] ^= flip
+        zipped.write_bytes(damaged)
+        serve(monkeypatch, zipped)
+        shutil.rmtree(cache, ignore_errors=True)
+        try:
+            published("ml-1m")
+        except InputError:
+            assert not (cache / "ml-1m").exists()
+
+    check()

@@ -392,3 +392,9 @@ def test_no_gradient_is_taken() -> None:
 
 def test_the_extension_is_built() -> None:
     assert extension_built()
+
+
+def test_no_queries_are_none_and_not_every_behaviour(backend: str) -> None:
+    items, offsets = histories([170], 5)
+    positions, scores = history_topk(torch.ones(5, 3), items, offsets, 2, **random_queries(offsets, 5, 0))
+    assert positions.shape == scores.shape == (0, 2)

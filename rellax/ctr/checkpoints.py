@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from rellax._files import atomic_folder, read_json, sha256_file, write_json
-from rellax.errors import InputError
+from rellax.errors import InputError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +73,19 @@ class Checkpoints:
     def _read(self, step: int) -> dict[str, Any]:
         path = self._path(step)
         record, file = read_json(path / _RECORD), path / _STATE
+        if not isinstance(record, dict) or not {"best_step", "sha256"} <= record.keys():
+            raise InputError(f"{path / _RECORD}: expected a checkpoint's record, but it is damaged")
         if not file.is_file() or sha256_file(file) != record["sha256"]:
             raise InputError(f"{file}: expected a checkpoint, but it is damaged")
         best = record["best_step"]
         if best is not None and not (self.best(best) / "adapter").is_dir():
             raise InputError(f"{self.best(best)}: expected the adapter that {path.name} names, found none")
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:  # whole, but not of this program
+            raise InputError(
+                f"{file}: expected a checkpoint, found something else ({one_line(error)})"
+            ) from None
         return state
 
     def _remove_older(self) -> None:

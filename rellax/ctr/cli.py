@@ -130,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.threads is not None:
             _set_threads(options.threads)
+        _check_run_names(options)
         return options.run(options) or 0
     except InputError as error:
         print(f"rellax: error: {error}", file=sys.stderr)
@@ -349,6 +350,16 @@ def _cluster(options: argparse.Namespace) -> Cluster | None:
             raise InputError("workers: only with --ray, one process does without")
         return None
     return Cluster(options.workers, gpu=options.device != "cpu")
+
+
+def _check_run_names(options: argparse.Namespace) -> None:
+    """Runs are folders in the work folder: --redo clears them, so none may lie elsewhere."""
+    for option in ("name", "start", "crm"):
+        name = getattr(options, option, None)
+        if name is not None and (
+            Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).parts
+        ):
+            raise InputError(f"{option}: expected the name of a run in the work folder, got {name!r}")
 
 
 def _set_threads(threads: int) -> None:

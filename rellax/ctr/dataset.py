@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import DTypeLike
 
 from rellax._files import read_json
-from rellax.errors import InputError
+from rellax.errors import InputError, one_line
 
 SPLITS = ("train", "valid", "test")
 COLUMNS = {
@@ -79,12 +79,17 @@ class Dataset:
         """
         folder = Path(folder)
         meta = read_json(folder / "dataset.json", maker="rellax prepare")
+        if not isinstance(meta, dict):
+            raise InputError(
+                f"{folder / 'dataset.json'}: expected what `rellax prepare` writes, found another"
+            )
         lacking = [name for name in _META if name not in meta]
         if lacking:
             raise InputError(
                 f"{folder / 'dataset.json'}: expected an entry {lacking[0]!r}, found none; "
                 "`rellax prepare` of this version makes it"
             )
+        _check_meta(folder / "dataset.json", meta)
         items, users = (_File(folder, name).table() for name in ("items", "users"))
         behaviours, samples = _File(folder, "behaviours"), _File(folder, "samples")
         dataset = cls(
@@ -177,7 +182,7 @@ class _File:
             raise InputError(f"{self.path}: expected a file of `rellax prepare`, found none")
         try:
             self.file = pq.ParquetFile(self.path, pre_buffer=False)  # or it holds the columns whole
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowException, OSError, UnicodeError) as error:
             raise self._damaged(error) from None
         found = self.file.schema_arrow.names
         missing = [column for column in COLUMNS[name] if column not in found]
@@ -187,16 +192,23 @@ class _File:
     def table(self) -> pa.Table:
         try:
             return self.file.read()
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeError) as error:
             raise self._damaged(error) from None
 
     def array(self, column: str, dtype: DTypeLike) -> np.ndarray:
         """A column as one array: of `split` the indices in `SPLITS`."""
-        array = np.empty(self.file.metadata.num_rows, dtype)
+        rows = self.file.metadata.num_rows
+        array = np.empty(rows, dtype)
         row = 0
         for block in self.blocks(column):
+            if not np.can_cast(block.dtype, dtype, "same_kind") or row + len(block) > rows:
+                raise self._damaged(
+                    TypeError(f"{column} is {block.dtype}, of {row + len(block)} rows or more")
+                )
             array[row : row + len(block)] = block
             row += len(block)
+        if row != rows:
+            raise self._damaged(ValueError(f"{column} has {row} rows of {rows}"))
         return array
 
     def blocks(self, column: str) -> Iterator[np.ndarray]:
@@ -205,18 +217,50 @@ class _File:
                 values = batch.column(0)
                 if pa.types.is_dictionary(values.type) or pa.types.is_string(values.type):
                     values = pc.index_in(values, value_set=pa.array(SPLITS))
+                if values.null_count:
+                    raise InputError(f"{self.path}: expected a value of {column!r} in every row, found none")
                 yield values.to_numpy(zero_copy_only=False)
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeError) as error:
             raise self._damaged(error) from None
 
     def _damaged(self, error: Exception) -> InputError:
-        return InputError(f"{self.path}: expected Parquet, but it is damaged ({error})")
+        return InputError(f"{self.path}: expected Parquet, but it is damaged ({one_line(error)})")
+
+
+def _check_meta(path: Path, meta: dict[str, Any]) -> None:
+    """Raise unless the entries that prompts and models are made from are of their kinds."""
+
+    def number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+    def names(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+    scale, answers, features = meta["rating_scale"], meta["answers"], meta["features"]
+    right = {
+        "item_noun": isinstance(meta["item_noun"], str),
+        "timed": isinstance(meta["timed"], bool),
+        "rating_scale": isinstance(scale, list) and len(scale) == 2 and all(map(number, scale)),
+        "positive_above": number(meta["positive_above"]),
+        "unrated": meta["unrated"] is None or number(meta["unrated"]),
+        "answers": answers is None or (names(answers) and len(answers) == 2),
+        "question": meta["question"] is None or isinstance(meta["question"], str),
+        "features": isinstance(features, dict)
+        and all(names(features.get(kind)) for kind in ("item", "user")),
+    }
+    for name, is_right in right.items():
+        if not is_right:
+            raise InputError(f"{path}: {name}: expected what `rellax prepare` writes, found {meta[name]!r}")
 
 
 def _offsets(behaviours: _File, users: int) -> np.ndarray:
     """Where each user's behaviours begin, and where all end."""
     lengths, last = np.zeros(users, dtype=np.int64), 0
     for block in behaviours.blocks("user"):
+        if not np.issubdtype(block.dtype, np.integer):
+            raise InputError(f"{behaviours.path}: expected whole numbers as user, found {block.dtype}")
+        if not len(block):
+            continue
         _check_ids(behaviours.path, "user", block, users)
         if np.any(np.diff(block, prepend=last) < 0):
             raise InputError(f"{behaviours.path}: expected rows grouped by rising user, found others")

@@ -8,13 +8,16 @@ are needed leave it, under their last names, so none can land anywhere else.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import http.client
 import logging
+import lzma
 import shutil
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +30,8 @@ from rellax.errors import InputError
 logger = logging.getLogger(__name__)
 
 _BLOCK = 1 << 20
+_LARGEST = 4 << 30  # bytes of an unpacked member: six times the largest that is known
+_BROKEN = (KeyError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 _TIMEOUT = 60  # seconds without a byte
 
 
@@ -92,7 +97,11 @@ def published(name: str) -> Path:
             with atomic_folder(folder) as part:
                 try:
                     extract(path, archive.members, part)
-                except (KeyError, zipfile.BadZipFile) as error:
+                except (*_BROKEN, OSError) as error:  # EINVAL: of a place before the file
+                    if (
+                        isinstance(error, OSError) and error.errno != errno.EINVAL
+                    ):  # of a place before the file
+                        raise
                     raise InputError(
                         f"{path}: expected {', '.join(archive.members)} in it ({error})"
                     ) from None
@@ -112,7 +121,13 @@ def extract(archive: Path, members: tuple[str, ...], folder: Path) -> None:
     """Copy `members` of an archive into `folder` under their last names; none of its paths is followed."""
     with zipfile.ZipFile(archive) as file:
         for member in members:
-            with file.open(member) as source, (folder / Path(member).name).open("wb") as target:
+            entry, name = file.getinfo(member), Path(member).name
+            if name in ("", ".."):
+                raise InputError(f"{archive}: expected the name of a file, got {member!r}")
+            if entry.file_size > _LARGEST:
+                raise InputError(f"{archive}: expected {member} of at most {_LARGEST:,} bytes, found more")
+            # No more than the size that the archive gives is ever read, whatever its data unpack to.
+            with file.open(entry) as source, (folder / name).open("wb") as target:
                 shutil.copyfileobj(source, target)
 
 

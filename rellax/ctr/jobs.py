@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -94,7 +93,7 @@ def _run_on_ray(
         rows = rows.map(_Actor, fn_constructor_args=(worker, arguments), compute=pool, **resources)
         for row in rows.iter_rows():
             if _ERROR in row:
-                raise pickle.loads(row[_ERROR])
+                raise _unpacked(row[_ERROR])
             yield row
     finally:
         if started_here:
@@ -115,7 +114,17 @@ class _Actor:
                 self.worker = worker(*arguments)
             return self.worker(row)
         except (InputError, OSError) as error:
-            return {_ERROR: pickle.dumps(error)}
+            return {_ERROR: _packed(error)}
+
+
+def _packed(error: InputError | OSError) -> str:
+    place = None if isinstance(error, InputError) else [error.errno, error.strerror, error.filename]
+    return json.dumps([str(error), place], default=str)
+
+
+def _unpacked(text: str) -> InputError | OSError:
+    message, place = json.loads(text)
+    return InputError(message) if place is None else OSError(*place)
 
 
 def import_ray() -> Any:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from rellax._files import atomic_file
 from rellax.ctr.predictor import Answer, Predictor
 from rellax.ctr.sources import event_columns
-from rellax.errors import InputError
+from rellax.errors import InputError, one_line
 
 COLUMN, ERROR = "probability", "error"
 ERRORS = ("stop", "answer")
@@ -98,7 +98,7 @@ class _Table:
         self.rows: int | None = None  # a CSV file does not say how many it has
         with self._readable():
             self.schema = self._open_csv(delimiter) if path.suffix == ".csv" else self._open_parquet()
-        found = self.schema.names
+            found = self.schema.names  # decoded here
         if len(set(found)) < len(found):
             raise InputError(f"{path}: expected each column once, found {', '.join(found)}")
         for name in (names["user_id"], names["item_id"]):
@@ -182,8 +182,8 @@ class _Table:
     def _readable(self) -> Iterator[None]:
         try:
             yield
-        except pa.ArrowException as error:
-            raise InputError(f"{self.path}: expected a readable table, but {error}") from None
+        except (pa.ArrowException, OSError, UnicodeError) as error:
+            raise InputError(f"{self.path}: expected a readable table, but {one_line(error)}") from None
 
 
 class _Lines:

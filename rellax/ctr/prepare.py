@@ -125,7 +125,7 @@ def _check_folder(folder: Path, name: str) -> None:
 def _dense(table: pa.Table, kind: str) -> pa.Table:
     """`table` sorted by raw id, numbers as numbers, with the row as its dense id in front."""
     ids = table[f"{kind}_id"].to_pylist()
-    numeric = all(raw.isdecimal() for raw in ids)
+    numeric = all(raw.isdecimal() and len(raw) < 40 for raw in ids)
     order = sorted(range(len(ids)), key=lambda row: (int(ids[row]) if numeric else 0, ids[row]))
     for row, following in itertools.pairwise(order):
         if ids[row] == ids[following]:

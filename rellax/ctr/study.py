@@ -276,10 +276,11 @@ class _Study:
             config = TrainConfig(data=str(self.lab.data), model=self._model(), prompts="recent", k=k)
             task = Task(config, load_inputs(config), device=where)
             examples = task.examples(self._some("test", _TIMED_PROMPTS), "recent")
+            tokens = float(examples.lengths(np.arange(len(examples))).sum())
             predict_probabilities(task.model, task.collator, examples[:4])  # the first one is slower
             started = monotonic()
             predict_probabilities(task.model, task.collator, examples)
-            known[key] = float(examples.lengths().sum()) / (monotonic() - started)
+            known[key] = tokens / (monotonic() - started)
             write_json(path, known)
         return known[key]
 

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rellax.errors import InputError
 
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_MOST = 2**31  # of whatever there can be so many of
+
 
 def bad(name: str, expected: str, got: object) -> InputError:
     """The error for argument `name`; a tensor is shown by its shape, dtype and device."""
     if isinstance(got, Tensor):
-        got = f"{tuple(got.shape)}, {_short(got.dtype)}, on {got.device}"
+        layout = "" if got.layout == torch.strided else f" {_short(got.layout)}"
+        got = f"{tuple(got.shape)}, {_short(got.dtype)}{layout}, on {got.device}"
+    elif isinstance(got, np.ndarray):
+        got = f"an array of NumPy's, {got.shape}"
     return InputError(f"{name}: expected {expected}, got {got}")
 
 
@@ -33,9 +41,10 @@ def check_tensor(
         dtype: None stands for any floating dtype.
     """
     if (
-        tensor.dim() == len(shape)
+        is_strided(tensor)
+        and tensor.dim() == len(shape)
         and all(size in (None, actual) for size, actual in zip(shape, tensor.shape, strict=True))
-        and (tensor.is_floating_point() if dtype is None else tensor.dtype == dtype)
+        and (is_floating(tensor) if dtype is None else tensor.dtype == dtype)
         and tensor.device == device
     ):
         return
@@ -44,8 +53,37 @@ def check_tensor(
     raise bad(name, f"{meaning} = ({sizes}), {kind}, on {device}", tensor)
 
 
-def _short(dtype: torch.dtype) -> str:
+def _short(dtype: torch.dtype | torch.layout) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def is_strided(value: object) -> bool:
+    """Whether it is a tensor, and one whose elements lie in memory."""
+    return isinstance(value, Tensor) and value.layout == torch.strided
+
+
+def is_floating(value: object) -> bool:
+    """Whether it is such a tensor of a floating dtype that can be computed with."""
+    return isinstance(value, Tensor) and is_strided(value) and value.dtype in _FLOATING
+
+
+def check_count(name: str, value: int) -> None:
+    """Raise unless `value` is a whole number from 1 to 2³¹ - 1."""
+    whole = isinstance(value, (int, np.integer, torch.SymInt)) and not isinstance(value, bool)
+    if not whole or not 1 <= value < _MOST:
+        raise bad(name, "a whole number, at least 1 and less than 2^31", repr(value))
+
+
+def check_number(name: str, value: float, expected: str, low: float = -math.inf) -> None:
+    """Raise unless `value` is a finite number, at least `low`; `expected` says so."""
+    if not is_number(value) or not low <= value < math.inf or value == -math.inf:
+        raise bad(name, expected, repr(value))
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a number of Python's or NumPy's, and no bool."""
+    kinds = (int, float, np.integer, np.floating, torch.SymInt, torch.SymFloat)
+    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 def can_read(tensor: Tensor) -> bool:
@@ -65,13 +103,15 @@ def check_cu_seqlens(cu_seqlens: Tensor, instances: int | None, tokens: int, dev
 
 def check_embeddings(embeddings: Tensor) -> None:
     """Raise unless `embeddings` is (N, D) of a dtype that retrieval takes."""
-    if embeddings.dim() != 2 or embeddings.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    if not is_strided(embeddings) or embeddings.dim() != 2 or embeddings.dtype not in dtypes:
         raise bad("embeddings", "(N, D) float32, bfloat16 or float16", embeddings)
 
 
 def check_index(name: str, index: Tensor, shape: str, device: torch.device) -> None:
     """Raise unless `index` is one-dimensional, int32 or int64, on `device`; `shape` is shown, e.g. "(Q,)"."""
-    if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64) or index.device != device:
+    dtypes = (torch.int32, torch.int64)
+    if not is_strided(index) or index.dim() != 1 or index.dtype not in dtypes or index.device != device:
         raise bad(name, f"{shape} int32 or int64 on {device}", index)
 
 

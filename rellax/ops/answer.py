@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rellax.ops import _answer_cpp as cpp
-from rellax.ops._check import bad, can_read, check_range, check_tensor
+from rellax.ops._check import bad, can_read, check_number, check_range, check_tensor, is_floating
 from rellax.ops._register import operator
 from rellax.reference import answer as reference
 
 LOSSES = ("vocab", "choice")
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 _forward = operator(
     "answer_loss",
@@ -72,11 +74,12 @@ def answer_loss(
         InputError: a shape, dtype, device or option does not fit. On a CPU, outside of torch.compile, also: a
             position or label is out of range, or for "choice" a label is not one of the two.
     """
-    loss = loss or ("vocab" if choice_ids is None else "choice")
+    if loss is None:
+        loss = "vocab" if choice_ids is None else "choice"
     _check(hidden, lm_head_weight, bias, positions, labels)
     choice = _check_choice(choice_ids, loss, labels, lm_head_weight.shape[0])
-    if softcap is not None and not softcap > 0:
-        raise bad("softcap", "a positive number", softcap)
+    if softcap is not None:
+        check_number("softcap", softcap, "a positive number", _SMALLEST)
     total = _denominator(denominator, labels)
     needs = [
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
@@ -153,16 +156,17 @@ def _denominator(given: float | Tensor | None, labels: Tensor) -> Tensor:
     if given is None:
         return (labels != reference.IGNORED).sum().clamp(min=1)
     if not isinstance(given, Tensor):
+        check_number("denominator", given, "a positive number or a tensor ()", _SMALLEST)
         given = labels.new_full((), given, dtype=torch.float32)
-    if given.dim() != 0:
+    if given.dim() != 0 or given.is_complex() or given.dtype == torch.bool:
         raise bad("denominator", "a number or a tensor ()", given)
-    if can_read(given) and not given > 0:
+    if can_read(given) and not 0 < given < float("inf"):
         raise bad("denominator", "a positive number", given.item())
     return given.to(labels.device)
 
 
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, labels: Tensor) -> None:
-    if hidden.dim() not in (2, 3) or not hidden.is_floating_point():
+    if not is_floating(hidden) or hidden.dim() not in (2, 3):
         raise bad("hidden", "floating (B, L, d) or (T, d)", hidden)
     device = hidden.device
     check_tensor("lm_head_weight", weight, (None, hidden.shape[-1]), "(V, d)", device)
@@ -176,6 +180,11 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, positions: Tenso
         check_range("labels", labels[labels != reference.IGNORED], V, "token")
 
 
+def _is_token(value: Any, vocabulary: int) -> bool:
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    return whole and 0 <= value < vocabulary
+
+
 def _check_choice(choice_ids: Sequence[int] | None, loss: str, labels: Tensor, vocabulary: int) -> list[int]:
     """The answer tokens as a list, empty where there are none."""
     if loss not in LOSSES:
@@ -184,11 +193,12 @@ def _check_choice(choice_ids: Sequence[int] | None, loss: str, labels: Tensor, v
         if loss == "choice":
             raise bad("choice_ids", 'the two answer tokens for loss "choice"', None)
         return []
-    ids = [int(token) for token in choice_ids]
-    if len(set(ids)) != 2 or len(ids) != 2 or not all(0 <= token < vocabulary for token in ids):
-        raise bad("choice_ids", f"two different tokens (No, Yes) in [0, {vocabulary})", tuple(ids))
+    ids: list[Any] = list(choice_ids) if isinstance(choice_ids, (list, tuple)) else []
+    valid = len(ids) == 2 and all(_is_token(token, vocabulary) for token in ids) and ids[0] != ids[1]
+    if not valid:
+        raise bad("choice_ids", f"two different tokens (No, Yes) in [0, {vocabulary})", repr(choice_ids))
     if loss == "choice" and can_read(labels):
         other = labels[(labels != reference.IGNORED) & (labels != ids[0]) & (labels != ids[1])]
         if other.numel():
             raise bad("labels", f"choice_ids {tuple(ids)} or {reference.IGNORED}", int(other[0]))
-    return ids
+    return [int(token) for token in ids]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rellax.kernels._tiles import tile_table
 from rellax.ops import _cflora_cpp as cpp
-from rellax.ops._check import bad, check_cu_seqlens, check_tensor
+from rellax.ops._check import bad, check_cu_seqlens, check_number, check_tensor, is_floating, is_number
 from rellax.ops._register import operator
 from rellax.reference import cflora as reference
 
@@ -118,13 +118,14 @@ def cflora_linears(
     Raises:
         InputError: as in `cflora_linear`, or the lists differ in length.
     """
+    _check_lists({"weights": weights, "biases": biases, "loras_a": loras_a, "loras_b": loras_b}, gates)
+    _check_tokens(x, cu_seqlens)
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
-        x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
-        biases = [None if bias is None else bias.to(dtype) for bias in biases]
-    _check_lists({"weights": weights, "biases": biases, "loras_a": loras_a, "loras_b": loras_b}, gates)
-    _check(x, loras_a, loras_b, gates, cu_seqlens, tiles, dropout, seed)
+        x, weights = x.to(dtype), [_cast(weight, dtype) for weight in weights]
+        biases = [_cast(bias, dtype) for bias in biases]
+    _check(x, loras_a, loras_b, gates, scale, cu_seqlens, tiles, dropout, seed)
     for weight, bias, lora_b in zip(weights, biases, loras_b, strict=True):
         _check_weight(x, weight, bias, lora_b)
     return _run(x, weights, biases, [], loras_a, loras_b, gates, scale, cu_seqlens, tiles, dropout, seed)
@@ -156,10 +157,11 @@ def cflora_update(
     Raises:
         InputError: as in `cflora_linear`.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    _check_tokens(x, cu_seqlens)
+    if torch.is_autocast_enabled(x.device.type) and is_floating(base):
         x = x.to(base.dtype)
     gates = None if gate is None else [gate]
-    _check(x, [lora_a], [lora_b], gates, cu_seqlens, tiles, dropout, seed)
+    _check(x, [lora_a], [lora_b], gates, scale, cu_seqlens, tiles, dropout, seed)
     check_tensor("base", base, (*x.shape[:-1], lora_b.shape[0]), "(…, d_out)", x.device, x.dtype)
     (y,) = _run(x, [], [], [base], [lora_a], [lora_b], gates, scale, cu_seqlens, tiles, dropout, seed)
     return y
@@ -175,6 +177,8 @@ def cflora_tiles(cu_seqlens: Tensor, tokens: int) -> Tensor:
         cu_seqlens: (B + 1,) int32, the offsets of the instances in a packed batch.
         tokens: T, their sum.
     """
+    if not isinstance(cu_seqlens, Tensor):
+        raise bad("cu_seqlens", "(B + 1,), int32", cu_seqlens)
     check_cu_seqlens(cu_seqlens, None, tokens, cu_seqlens.device)
     return tile_table(cu_seqlens, tokens)
 
@@ -254,10 +258,22 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def _check_lists(lists: dict[str, Sequence[Any]], gates: Sequence[Tensor] | None) -> None:
-    count = len(lists["weights"])
     for name, tensors in (lists if gates is None else lists | {"gates": gates}).items():
+        if not isinstance(tensors, (list, tuple)):
+            raise bad(name, "a list of tensors, one for each layer", type(tensors).__name__)
+        count = len(lists["weights"])
         if len(tensors) != count or not count:
             raise bad(name, f"one for each of the {max(count, 1)} layers", f"{len(tensors)}")
+
+
+def _cast(tensor: Any, dtype: torch.dtype) -> Any:
+    """As autocast does; what is no such tensor is found by the checks."""
+    return tensor.to(dtype) if is_floating(tensor) else tensor
+
+
+def _check_tokens(x: Tensor, cu_seqlens: Tensor | None) -> None:
+    if not is_floating(x) or x.dim() != (3 if cu_seqlens is None else 2):
+        raise bad("x", "floating (B, L, d_in), or packed (T, d_in) with cu_seqlens", x)
 
 
 def _check(
@@ -265,14 +281,15 @@ def _check(
     loras_a: Sequence[Tensor],
     loras_b: Sequence[Tensor],
     gates: Sequence[Tensor] | None,
+    scale: float,
     cu_seqlens: Tensor | None,
     tiles: Tensor | None,
     dropout: float,
     seed: Tensor | None,
 ) -> None:
-    if x.dim() != (3 if cu_seqlens is None else 2) or not x.is_floating_point():
-        raise bad("x", "floating (B, L, d_in), or packed (T, d_in) with cu_seqlens", x)
-    device, d_in, r = x.device, x.shape[-1], loras_a[0].shape[0]
+    device, d_in = x.device, x.shape[-1]
+    check_tensor("lora_a", loras_a[0], (None, d_in), "(r, d_in)", device)
+    r = loras_a[0].shape[0]
     instances = x.shape[0] if cu_seqlens is None else None
     for i, (lora_a, lora_b) in enumerate(zip(loras_a, loras_b, strict=True)):
         check_tensor("lora_a", lora_a, (r if i else None, d_in), "(r, d_in)", device)
@@ -284,7 +301,8 @@ def _check(
         check_cu_seqlens(cu_seqlens, instances, x.shape[0], device)
     if tiles is not None:
         check_tensor("tiles", tiles, (None,), "cflora_tiles of cu_seqlens", device, torch.int32)
-    if not 0.0 <= dropout < 1.0:
+    check_number("scale", scale, "a finite number")
+    if not is_number(dropout) or not 0.0 <= dropout < 1.0:
         raise bad("dropout", "a probability in [0, 1)", dropout)
     if seed is not None:
         check_tensor("seed", seed, (), "()", device, torch.int64)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rellax.ops import _gate_bank_cpp as cpp
-from rellax.ops._check import bad, check_tensor
+from rellax.ops._check import bad, check_number, check_tensor, is_floating
 from rellax.ops._register import operator
 from rellax.reference import gate_bank as reference
 
@@ -56,7 +56,7 @@ def gate_bank(
         b1: (M, 2r²).
         w2: (M, n, 2r²), with n = r² for full matrices or n = r for diagonal ones.
         b2: (M, n).
-        eps: added to the variance of u.
+        eps: added to the variance of u; not negative.
 
     Returns:
         (M, B, r, r) in the widest dtype of the arguments, at least fp32.
@@ -65,6 +65,7 @@ def gate_bank(
         InputError: a shape, dtype or device does not fit.
     """
     _check(u, ln_weight, ln_bias, w1, b1, w2, b2)
+    check_number("eps", eps, "a finite number, at least 0", 0.0)
     u = u.to(torch.promote_types(u.dtype, w1.dtype))  # its dtype chooses the backend
     gate: Tensor = _forward(u, ln_weight, ln_bias, w1, b1, w2, b2, eps)
     return gate
@@ -110,14 +111,16 @@ def _rank(w1: Tensor) -> int:
 def _check(
     u: Tensor, ln_weight: Tensor, ln_bias: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
 ) -> None:
-    check_tensor("u", u, (None, None), "(B, d_u)", u.device)
+    if not is_floating(u) or u.dim() != 2:
+        raise bad("u", "floating (B, d_u)", u)
     d_u = u.shape[1]
     check_tensor("w1", w1, (None, None, d_u), "(M, 2r², d_u)", u.device)
     M, hidden, _ = w1.shape
     r = _rank(w1)
     if r == 0 or hidden != 2 * r * r:
         raise bad("w1", "shape (M, 2r², d_u) for a whole number r", w1)
-    if w2.dim() != 3 or w2.shape[1] not in (r, r * r):
+    check_tensor("w2", w2, (M, None, hidden), "(M, n, 2r²)", u.device, w1.dtype)
+    if w2.shape[1] not in (r, r * r):
         raise bad("w2", f"shape (M, n, 2r²) with n = r² = {r * r} (full) or n = r = {r} (diagonal)", w2)
     n = w2.shape[1]
     for name, tensor, shape, meaning in (

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rellax.ops._check import bad, can_read, check_embeddings, check_index, check_range
+from rellax.ops._check import bad, can_read, check_count, check_embeddings, check_index, check_range
 from rellax.ops._register import extension, operator
 from rellax.reference import history_topk as reference
 
@@ -115,8 +115,7 @@ def _check_history(embeddings: Tensor, items: Tensor, offsets: Tensor, k: int) -
     check_embeddings(embeddings)
     check_index("items", items, "(M,)", embeddings.device)
     check_index("offsets", offsets, "(U + 1,)", embeddings.device)
-    if k < 1:
-        raise bad("k", "at least 1", k)
+    check_count("k", k)
     if offsets.shape[0] == 0:
         raise bad("offsets", "shape (U + 1,), at least (1,)", offsets)
     if not can_read(offsets):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rellax.ops._check import bad, can_read, check_embeddings, check_index, check_range
+from rellax.ops._check import bad, can_read, check_count, check_embeddings, check_index, check_range
 from rellax.ops._register import extension, operator
 from rellax.reference import item_topk as reference
 
@@ -65,8 +65,9 @@ def item_topk(
             is out of range, or `embeddings` holds NaN, infinity or values whose dot products may overflow.
     """
     check_embeddings(embeddings)
-    if k < 1:
-        raise bad("k", "at least 1", k)
+    check_count("k", k)
+    if not isinstance(exclude_self, bool):
+        raise bad("exclude_self", "True or False", repr(exclude_self))
     if queries is not None:
         check_index("queries", queries, "(Q,)", embeddings.device)
         queries = queries.long()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rellax.ops import _soft_prompt_cpp as cpp
-from rellax.ops._check import bad, check_range, check_tensor
+from rellax.ops._check import bad, check_range, check_tensor, is_strided
 from rellax.ops._register import operator
 from rellax.reference import soft_prompt as reference
 
@@ -118,9 +118,9 @@ def _check(
     soft_index: Tensor,
     word_scale: Tensor | None,
 ) -> None:
-    device, shape = input_ids.device, tuple(input_ids.shape)
-    if input_ids.dim() not in (1, 2) or input_ids.dtype != torch.int64:
+    if not is_strided(input_ids) or input_ids.dim() not in (1, 2) or input_ids.dtype != torch.int64:
         raise bad("input_ids", "(B, L) or (T,), int64", input_ids)
+    device, shape = input_ids.device, tuple(input_ids.shape)
     check_tensor("soft_index", soft_index, shape, "input_ids' shape", device, torch.int64)
     check_tensor("word_embeddings", word_embeddings, (None, None), "(V, d)", device)
     check_tensor("soft_rows", soft_rows, (None, word_embeddings.shape[1]), "(S, d)", device)

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from rellax._files import atomic_folder, read_json, sha256_file, write_json
-from rellax.errors import InputError
+from rellax.errors import InputError, one_line
 from rellax.patch import peft_files
 from rellax.patch.config import CFLoRAConfig, SoftPromptConfig
 from rellax.patch.engine import hf_model, patch_model, unpatch_model
@@ -87,6 +88,7 @@ def load_adapter(model: Model, folder: str | Path, *, partial: bool = False) -> 
             raise InputError(f"adapter: expected one of {own}, got one of {description['base_model']}")
         config = CFLoRAConfig.from_dict(description["config"])
         placeholder_ids = description["placeholder_ids"]
+    _check_sizes(config, tensors)
     if isinstance(inner, CausalLM):
         _load(inner, config, placeholder_ids, tensors, partial)
         return model
@@ -96,7 +98,7 @@ def load_adapter(model: Model, folder: str | Path, *, partial: bool = False) -> 
     patch_model(model, config, soft_prompt=soft_prompt)
     try:
         _load(inner, config, placeholder_ids, tensors, partial=False)
-    except InputError:
+    except BaseException:
         unpatch_model(model)
         raise
     return model
@@ -177,10 +179,43 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise InputError(f"{file}: expected the adapter's tensors, found no such file")
     if sha256_file(file) != description["sha256"]:
         raise InputError(f"{file}: damaged, its SHA-256 is not the one in {CONFIG_FILE}")
-    tensors = load_file(file)
+    try:
+        tensors = load_file(file)
+    except (
+        SafetensorError,
+        KeyError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # KeyError: a dtype of a later version
+        raise InputError(f"{file}: expected safetensors, but it is damaged ({one_line(error)})") from None
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            raise InputError(
+                f"{file}: expected finite floating numbers as {name}, got others ({tensor.dtype})"
+            )
+    _check_placeholder_ids(folder / CONFIG_FILE, description["placeholder_ids"])
     if (description["placeholder_ids"] is None) is (_TABLE in tensors):
         raise InputError(f"{folder}: expected placeholder_ids and {_TABLE} both or neither")
     return description, tensors
+
+
+def _check_placeholder_ids(path: Path, ids: Any) -> None:
+    if ids is not None and not (isinstance(ids, list) and all(type(i) is int for i in ids)):
+        raise InputError(f"{path}: placeholder_ids: expected a list of token ids or null, got {ids!r}")
+
+
+def _check_sizes(config: CFLoRAConfig, tensors: dict[str, Tensor]) -> None:
+    """Raise unless the tensors are as large as the configuration says, which nothing allocates before."""
+    ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_a") and tensor.dim()}
+    if ranks != {config.r}:
+        raise InputError(f"adapter: expected lora_a of rank r = {config.r}, got {sorted(ranks)}")
+    norm = tensors.get("rellax.gate_bank.ln_weight")
+    if norm is not None and norm.shape[-1:] != (config.cond_dim,):
+        raise InputError(
+            f"adapter: expected gates for cond_dim = {config.cond_dim}, got shape {tuple(norm.shape)}"
+        )
+    if config.interaction != "none" and not any(name.startswith(_PARTS[0]) for name in tensors):
+        raise InputError(f"adapter: expected gates for interaction {config.interaction!r}, it lacks them")
 
 
 def _load(

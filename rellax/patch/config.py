@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -45,16 +46,18 @@ class CFLoRAConfig:
     answer_ids: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.target_modules, str) or not self.target_modules:
+        names = self.target_modules
+        listed = isinstance(names, Sequence) and not isinstance(names, str)
+        if not listed or not names or not all(isinstance(name, str) for name in names):
             raise InputError(f"target_modules: expected names of layers, got {self.target_modules!r}")
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
         for name in ("r", "cond_dim"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise InputError(f"{name}: expected a positive integer, got {value!r}")
-        if not self.alpha > 0:
+        if not _is_number(self.alpha) or not 0 < self.alpha < math.inf:
             raise InputError(f"alpha: expected a positive number, got {self.alpha!r}")
-        if not 0.0 <= self.dropout < 1.0:
+        if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
             raise InputError(f"dropout: expected a probability in [0, 1), got {self.dropout!r}")
         choices = {"interaction": (*INTERACTIONS, "none"), "gate_init": GATE_INITS, "loss": LOSSES}
         for name, allowed in choices.items():
@@ -71,6 +74,8 @@ class CFLoRAConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> CFLoRAConfig:
         """The inverse of `to_dict`; `InputError` for an unknown field."""
         known = {field.name for field in fields(cls)}
+        if not isinstance(values, Mapping):
+            raise InputError(f"CFLoRAConfig: expected fields out of {sorted(known)}, got {values!r}")
         if unknown := sorted(set(values) - known):
             raise InputError(f"CFLoRAConfig: expected fields out of {sorted(known)}, got {unknown}")
         return cls(**values)
@@ -104,7 +109,12 @@ class SoftPromptConfig:
         object.__setattr__(self, "placeholder_ids", ids)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _answer_ids(ids: Sequence[int]) -> tuple[int, int]:
-    if len(ids) != 2 or any(not isinstance(i, int) or i < 0 for i in ids) or ids[0] == ids[1]:
+    listed = isinstance(ids, Sequence) and not isinstance(ids, str)
+    if not listed or len(ids) != 2 or any(not isinstance(i, int) or i < 0 for i in ids) or ids[0] == ids[1]:
         raise InputError(f"answer_ids: expected two different token ids (no_id, yes_id), got {ids!r}")
     return ids[0], ids[1]

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rellax._files import atomic_file
-from rellax.errors import InputError
+from rellax.errors import InputError, one_line
 
 _EMBEDDINGS = "embeddings.safetensors"
 _ROW_GROUP = 1 << 16
@@ -92,10 +92,10 @@ def _read_embeddings(folder: str | Path, *names: str) -> tuple[dict[str, str], d
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise InputError(
             f"{path}: expected a file of `rellax embed`, got one that is damaged or of an earlier version "
-            f"({error})"
+            f"({one_line(error)})"
         ) from None
 
 
@@ -167,8 +167,10 @@ def read_retrieved(path: str | Path) -> Iterator[Retrieved]:
             k = retrieved_k(path, file.schema_arrow)
             for batch in file.iter_batches(_ROW_GROUP):
                 yield retrieved_block(pa.Table.from_batches([batch]), k)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: expected a Parquet file, got a damaged one ({error})") from None
+    except InputError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise InputError(f"{path}: expected a Parquet file, got a damaged one ({one_line(error)})") from None
 
 
 def retrieved_k(path: str | Path, schema: pa.Schema) -> int:

@@ -146,7 +146,7 @@ def _users(table: pa.Table) -> tuple[pa.Table, int]:
     for user_id, location, raw_age in zip(
         *(strings(table, name) for name in _FILES["BX-Users.csv"]), strict=True
     ):
-        age = int(raw_age) if raw_age.isdecimal() and int(raw_age) in _AGES else None
+        age = int(raw_age) if raw_age.isdecimal() and len(raw_age) < 4 and int(raw_age) in _AGES else None
         without_age += age is None
         places = [_clean(place) for place in location.split(",")]
         known = [place for place in places if place]

@@ -82,7 +82,7 @@ def read_ml_1m(folder: str | Path) -> Source:
     ids, genders, ages, codes = (strings(people, name) for name in people.column_names)
     occupations = []
     for row, code in enumerate(codes):
-        if not (code.isdecimal() and int(code) < len(_OCCUPATIONS)):
+        if not (code.isdecimal() and len(code) < 3 and int(code) < len(_OCCUPATIONS)):
             limit = len(_OCCUPATIONS) - 1
             raise InputError(
                 f"{users_file}, line {row + 1}: expected occupation 0 to {limit}, found {code!r}"
@@ -222,7 +222,7 @@ def _people(
         zip(ids, ages, genders, occupations, strict=True)
     ):
         line = f"{path}, line {row + first_line}"
-        if not age.isdecimal() or (coded and int(age) not in _AGE_GROUPS):
+        if not age.isdecimal() or len(age) > 3 or (coded and int(age) not in _AGE_GROUPS):
             expected = f"one of the ages {', '.join(map(str, _AGE_GROUPS))}" if coded else "an age in years"
             raise InputError(f"{line}: expected {expected}, found {age!r}")
         if gender not in _GENDERS:

@@ -154,15 +154,16 @@ def _rating_rule(path: Path, entries: Mapping[str, Any]) -> tuple[tuple[float, f
         if name not in entries:
             raise InputError(f"{path}: expected an entry {name!r} beside a column of ratings, found none")
     scale = entries["rating_scale"]
-    if len(scale) != 2 or not all(isinstance(end, int | float) for end in scale) or not scale[0] < scale[1]:
+    numbers = len(scale) == 2 and all(_is_a(end, float) and abs(end) < 1e30 for end in scale)
+    if not numbers or not scale[0] < scale[1]:
         raise InputError(f"{path}: rating_scale: expected the lowest and the highest rating, found {scale}")
-    threshold = float(entries["positive_above"])
+    threshold = entries["positive_above"]
     if not scale[0] <= threshold < scale[1]:
         raise InputError(
             f"{path}: positive_above: expected at least {scale[0]} and less than {scale[1]}, "
-            f"found {threshold:g}"
+            f"found {threshold}"
         )
-    return (float(scale[0]), float(scale[1])), threshold
+    return (float(scale[0]), float(scale[1])), float(threshold)
 
 
 def _answers(path: Path, entries: Mapping[str, Any]) -> tuple[str, str]:
@@ -184,6 +185,9 @@ def _interactions(folder: Path, events: Mapping[str, Any], labelled: bool) -> pa
     wanted = [("user_id", events["user"], ID), ("item_id", events["item"], ID), ("rating", rating, RATING)]
     if "time" in events:
         wanted.append(("time", events["time"], _time_type(folder / events["file"], events)))
+    names = [column for _, column, _ in wanted]
+    if len(set(names)) < len(names):
+        raise InputError(f"interactions: expected a column of its own for each entry, found {names}")
     table = _read(folder, events, {column: kind for _, column, kind in wanted})
     columns = {name: table[column] for name, column, _ in wanted}
     if "time" in columns and columns["time"].type == MOMENT:
@@ -202,7 +206,10 @@ def _time_type(path: Path, events: Mapping[str, Any]) -> pa.DataType:
     if path.suffix == ".parquet" or not path.is_file():
         return TIME
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        first = next(csv.DictReader(file, delimiter=events.get("delimiter", ",")), {})
+        try:
+            first = next(csv.DictReader(file, delimiter=events.get("delimiter", ",")), {})
+        except csv.Error:
+            first = {}  # the reader of the whole file says what is wrong
     value = first.get(events["time"]) or "0"
     return TIME if value.removeprefix("-").isdecimal() else MOMENT
 
@@ -282,6 +289,10 @@ def _checked(
         kind = entries[entry][0]
         if not _is_a(value, kind):
             raise InputError(f"{place}{entry}: expected {_KINDS[kind]}, found {value!r}")
+        if entry == "delimiter" and (len(value) != 1 or not value.isascii() or value in '\n\r\0"'):
+            raise InputError(f"{place}delimiter: expected one ASCII character, found {value!r}")
+        if entry == "file" and "\0" in value:
+            raise InputError(f"{place}file: expected the name of a file, found {value!r}")
         named = value if entry in ("text", "profile", "features") else []
         if not all(isinstance(column, str) for column in named):
             raise InputError(f"{place}{entry}: expected names of columns, found {value!r}")

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from rellax.errors import InputError
+from rellax.errors import InputError, one_line
 
 ID = pa.dictionary(pa.int32(), pa.string())
 TEXT = pa.string()
@@ -74,6 +74,7 @@ def read_text(path: Path, columns: Mapping[str, pa.DataType], form: Format) -> p
         raise InputError(f"{path}: expected this file, found none")
     names = form.header
     try:
+        _check_once(path, columns, _header(path, form))
         with _open(path, form) as file:
             reader = pa.csv.open_csv(
                 file,
@@ -101,8 +102,8 @@ def read_text(path: Path, columns: Mapping[str, pa.DataType], form: Format) -> p
             table = pa.Table.from_batches(list(reader), reader.schema)
     except pa.ArrowKeyError:
         raise InputError(_missing(path, columns, _header(path, form))) from None
-    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
-        raise InputError(_explained(path, columns, form, str(error))) from None
+    except (pa.ArrowException, UnicodeError, csv.Error) as error:
+        raise InputError(_explained(path, columns, form, " ".join(str(error).split()))) from None
     first = 1 if names and not form.skip_lines else 2
     for name, kind in columns.items():
         if kind == ID:
@@ -125,14 +126,15 @@ def read_parquet(path: Path, columns: Mapping[str, pa.DataType]) -> pa.Table:
             found = file.schema_arrow.names
             if not set(columns) <= set(found):
                 raise InputError(_missing(path, columns, found))
+            _check_once(path, columns, found)
             schema = pa.schema(list(columns.items()))
             batches, row = [], 0
             for batch in file.iter_batches(_BLOCK_ROWS, columns=list(columns)):
                 arrays = [_converted(path, name, batch[name], kind, row) for name, kind in columns.items()]
                 batches.append(pa.record_batch(arrays, schema=schema))
                 row += batch.num_rows
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path}: expected Parquet, but it is damaged ({error})") from None
+    except (pa.ArrowException, OSError, UnicodeError) as error:
+        raise InputError(f"{path}: expected Parquet, but it is damaged ({one_line(error)})") from None
     return pa.Table.from_batches(batches, schema)
 
 
@@ -150,17 +152,20 @@ def _converted(path: Path, name: str, column: pa.Array, kind: pa.DataType, row: 
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     wanted = TEXT if kind == ID else kind
+    try:
+        if kind == TEXT:
+            column = pc.fill_null(pc.cast(column, TEXT), "")
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise InputError(f"{path}: expected text as {name!r} ({one_line(error)})") from None
     if kind == TIME and (pa.types.is_timestamp(column.type) or pa.types.is_date(column.type)):
         column = milliseconds(column)
-    if kind == TEXT:
-        column = pc.fill_null(pc.cast(column, TEXT), "")
-    elif column.null_count:
+    if column.null_count:
         where = row + column.is_null().to_pylist().index(True) + 1
         raise InputError(f"{path}, row {where}: expected {_EXPECTED[kind]} as {name!r}, found none")
     try:
         column = pc.cast(column, wanted)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise InputError(f"{path}: expected {_EXPECTED[kind]} as {name!r} ({error})") from None
+        raise InputError(f"{path}: expected {_EXPECTED[kind]} as {name!r} ({one_line(error)})") from None
     return column.dictionary_encode() if kind == ID else column
 
 
@@ -204,11 +209,18 @@ def _explained(path: Path, columns: Mapping[str, pa.DataType], form: Format, err
         return f"{path}, {place} {int(row) + form.skip_lines}: expected {expected} fields, found {got}"
     if match := _BAD_VALUE.search(error):
         column, row, reason = match.groups()
-        name = _header(path, form)[int(column)]
-        expected = "UTF-8" if "UTF8" in reason else _EXPECTED[columns[name]]
+        header = _header(path, form)
+        name = header[int(column)] if int(column) < len(header) else ""
+        expected = "UTF-8" if "UTF8" in reason else _EXPECTED.get(columns.get(name), "a value")
         found = reason.removeprefix("invalid value ")
         return f"{path}, {place} {int(row) + form.skip_lines}: expected {expected} as {name!r}, found {found}"
     return f"{path}: expected fields with {form.delimiter!r} between them ({error})"
+
+
+def _check_once(path: Path, columns: Mapping[str, pa.DataType], found: Sequence[str]) -> None:
+    for name in columns:
+        if found.count(name) > 1:
+            raise InputError(f"{path}, line 1: expected one column {name!r}, found {found.count(name)}")
 
 
 def _check_filled(path: Path, name: str, column: pa.ChunkedArray, first: int) -> None:
