@@ -118,13 +118,15 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_option_is_explained_and_every_example_is_a_command() -> None:
     parser = cli._parser()
     commands = subparsers(parser)
-    assert {"demo", "prepare", "crm", "embed", "retrieve", "train", "evaluate", "predict"} <= set(commands)
+    assert {"demo", "reproduce", "train", "evaluate", "calibrate", "predict", "report"} <= set(commands)
     for name, command in commands.items():
         unexplained = [action.dest for action in command._actions if not action.help]
         assert not unexplained, name
         assert examples(command), name
     for line in (line for one in (parser, *commands.values()) for line in examples(one)):
         words = shlex.split(line, comments=True)
+        if words[0] in ("torchrun", "accelerate"):  # run it as a module
+            words = words[words.index("-m") + 1 :]
         assert words[0] == "rellax"
         parser.parse_args(words[1:])
 

@@ -115,7 +115,7 @@ class Log:
             shutil.rmtree(board, ignore_errors=True)
             self.board = SummaryWriter(str(board))
         with atomic_file(self.path) as part, part.open("w", encoding="utf-8") as file:
-            for entry in _entries(self.path):
+            for entry in entries(self.path):
                 if entry["step"] <= up_to_step:
                     file.write(json.dumps(entry) + "\n")
                     self._show(entry)
@@ -127,7 +127,7 @@ class Log:
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of the entries that have `name`."""
-        found = [(entry["step"], entry[name]) for entry in _entries(self.path) if name in entry]
+        found = [(entry["step"], entry[name]) for entry in entries(self.path) if name in entry]
         return [step for step, _ in found], [value for _, value in found]
 
     def close(self) -> None:
@@ -163,7 +163,7 @@ def plot_curves(path: str | Path, curves: Sequence[tuple[str, Sequence[float], S
         figure.savefig(part, format="png", dpi=120)
 
 
-def _entries(path: Path) -> Iterator[dict[str, Any]]:
+def entries(path: Path) -> Iterator[dict[str, Any]]:
     """The entries of a log; a line without an end is none, whoever wrote it was killed."""
     if path.exists():
         with path.open(encoding="utf-8") as file:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 from rellax._files import read_json, sha256_file
 from rellax.ctr import metrics
 from rellax.ctr.dataset import Dataset
+from rellax.ctr.runs import entries
 from rellax.errors import InputError
 
 _DRAWS = 20_000_000  # resampled values of a bootstrap, at most, beyond its 100 resamplings
@@ -163,19 +163,13 @@ def _read(folder: Path, name: str, split: str, dataset: Dataset) -> Run:
         what=_what(kind, config),
         scores=scores,
         result=_json(folder / "metrics.json"),
-        log=_log(folder / "log.jsonl"),
+        log=list(entries(folder / "log.jsonl")),
         calibration=_calibration(folder),
     )
 
 
 def _json(path: Path) -> dict[str, Any]:
     return dict(read_json(path)) if path.exists() else {}
-
-
-def _log(path: Path) -> list[dict[str, Any]]:
-    """The entries of a training's log; a killed run may have left a line unfinished."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _calibration(folder: Path) -> dict[str, Any]:

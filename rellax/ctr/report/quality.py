@@ -10,6 +10,7 @@ from xml.etree.ElementTree import Element
 import numpy as np
 from sklearn.metrics import roc_curve
 
+from rellax.ctr.calibration import at_temperature
 from rellax.ctr.metrics import ECE_BINS, evaluate, paired_bootstrap
 from rellax.ctr.report.charts import SHARE, Axis, Plot, figure, legend, series, swatch
 from rellax.ctr.report.html import Child, details, node, table
@@ -217,7 +218,7 @@ def _reliability(material: Material, run: Run, scores: Scores) -> Element:
     chance = _ece_by_chance(scores.probability, material.seed)
     remark: list[Child] = [f"ECE {scores.metrics['ece']:.3f}"]
     if temperature := run.calibration.get("temperature"):
-        after = _at_temperature(scores.probability, float(temperature))
+        after = at_temperature(scores.probability, float(temperature))
         values = evaluate(scores.label, after, bootstrap=0)
         after_bins = _bins(scores.label, after)
         plot.line([one[3] for one in after_bins], [one[4] for one in after_bins], f"{class_} after")
@@ -254,11 +255,6 @@ def _ece_by_chance(probability: np.ndarray, seed: int) -> float:
         gaps = np.bincount(index, weights=drawn - probability, minlength=ECE_BINS)
         values.append(np.abs(gaps).sum() / len(probability))
     return float(np.mean(values))
-
-
-def _at_temperature(probability: np.ndarray, temperature: float) -> np.ndarray:
-    kept = np.clip(probability, 1e-12, 1 - 1e-12)
-    return np.asarray(1 / (1 + np.exp(-np.log(kept / (1 - kept)) / temperature)))
 
 
 def by_history(material: Material) -> list[Element]:
