@@ -120,9 +120,8 @@ def cflora_linears(
     """
     _check_lists({"weights": weights, "biases": biases, "loras_a": loras_a, "loras_b": loras_b}, gates)
     _check_tokens(x, cu_seqlens)
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
+    if _is_autocast(x) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
         x, weights = x.to(dtype), [_cast(weight, dtype) for weight in weights]
         biases = [_cast(bias, dtype) for bias in biases]
     _check(x, loras_a, loras_b, gates, scale, cu_seqlens, tiles, dropout, seed)
@@ -158,7 +157,7 @@ def cflora_update(
         InputError: as in `cflora_linear`.
     """
     _check_tokens(x, cu_seqlens)
-    if torch.is_autocast_enabled(x.device.type) and is_floating(base):
+    if _is_autocast(x) and is_floating(base):
         x = x.to(base.dtype)
     gates = None if gate is None else [gate]
     _check(x, [lora_a], [lora_b], gates, scale, cu_seqlens, tiles, dropout, seed)
@@ -264,6 +263,10 @@ def _check_lists(lists: dict[str, Sequence[Any]], gates: Sequence[Tensor] | None
         count = len(lists["weights"])
         if len(tensors) != count or not count:
             raise bad(name, f"one for each of the {max(count, 1)} layers", f"{len(tensors)}")
+
+
+def _is_autocast(x: Tensor) -> bool:
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def _cast(tensor: Any, dtype: torch.dtype) -> Any:
