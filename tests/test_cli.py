@@ -125,10 +125,10 @@ def test_every_option_is_explained_and_every_example_is_a_command() -> None:
         assert examples(command), name
     for line in (line for one in (parser, *commands.values()) for line in examples(one)):
         words = shlex.split(line, comments=True)
-        if words[0] in ("torchrun", "accelerate"):  # run it as a module
-            words = words[words.index("-m") + 1 :]
+        if words[0] != "rellax":  # run as a module by torchrun or accelerate, or reading what another prints
+            words = words[words.index("-m" if "-m" in words else "|") + 1 :]
         assert words[0] == "rellax"
-        parser.parse_args(words[1:])
+        parser.parse_args(words[1 : words.index(">") if ">" in words else None])
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -334,12 +334,7 @@ def test_a_run_stays_in_the_work_folder(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     work = ["--work", str(tmp_path / "work")]
-    for command in (
-        ["train", name, "--redo"],
-        ["evaluate", name],
-        ["crm", name],
-        ["train", "a", "--from", name],
-    ):
+    for command in (["train", name, "--redo"], ["evaluate", name], ["crm", name]):
         assert cli.main([*command, *work]) == 2
         assert "expected the name of a run in the work folder" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

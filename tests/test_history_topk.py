@@ -333,7 +333,7 @@ GOOD = {
     "end": torch.tensor([2, 3]),
 }
 BAD = {
-    "k below one": ({"k": 0}, "k: expected at least 1, got 0"),
+    "k below one": ({"k": 0}, "k: expected a whole number, at least 1 .*, got 0"),
     "one-dimensional embeddings": ({"embeddings": torch.ones(4)}, r"embeddings: expected \(N, D\)"),
     "fp64 embeddings": ({"embeddings": torch.ones(4, 3).double()}, "embeddings: .* got .* float64"),
     "floating items": ({"items": torch.ones(5)}, r"items: expected \(M,\) int32 or int64"),

@@ -55,10 +55,13 @@ def calls(draw: st.DrawFn, operator: str, options: dict[str, st.SearchStrategy[A
     dtype = draw(DTYPES)
     inputs = build(dtype, **{name: draw(strategy) for name, strategy in options.items()})
 
+    # With all rows of the head alike, the gradient of the hidden states is nothing but rounding.
+    layouts = LAYOUTS[:-1] if operator == "answer_loss" else LAYOUTS
+
     def relaid(value: Any) -> Any:
         if isinstance(value, list):
             return [relaid(part) for part in value]
-        return laid_out(value, draw(st.sampled_from(LAYOUTS))) if isinstance(value, Tensor) else value
+        return laid_out(value, draw(st.sampled_from(layouts))) if isinstance(value, Tensor) else value
 
     return {"dtype": dtype, "inputs": {name: relaid(value) for name, value in inputs.items()}}
 

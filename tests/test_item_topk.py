@@ -214,7 +214,7 @@ def test_nothing_to_find_is_no_error(backend: str, items: int, queries: int | No
 
 
 BAD = {
-    "k below one": ({"k": 0}, "k: expected at least 1, got 0"),
+    "k below one": ({"k": 0}, "k: expected a whole number, at least 1 .*, got 0"),
     "integer embeddings": ({"embeddings": torch.ones(4, 3).int()}, r"embeddings: expected \(N, D\) float32"),
     "NaN": ({"embeddings": torch.full((4, 3), torch.nan)}, "embeddings: expected rows .* finite"),
     "infinity": ({"embeddings": torch.full((4, 3), -torch.inf)}, "embeddings: expected rows .* finite"),

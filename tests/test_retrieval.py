@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from rellax import subr
 from rellax._files import write_json
-from rellax.ctr import buckets, dataset, retrieval, stream
+from rellax.ctr import buckets, retrieval, stream
 from rellax.ctr.buckets import Buckets
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.retrieval import find_positions, load_embeddings, read_positions, retrieve
@@ -24,6 +24,16 @@ from rellax.errors import InputError
 
 ITEMS, DIM, K = 40, 8, 3
 Histories = dict[str, list[int]]
+META = {
+    "item_noun": "film",
+    "timed": True,
+    "rating_scale": [1, 5],
+    "positive_above": 3,
+    "unrated": None,
+    "answers": None,
+    "question": None,
+    "features": {"item": [], "user": []},
+}
 
 
 def random_histories(users: int, seed: int = 0, longest: int = 30) -> Histories:
@@ -58,7 +68,7 @@ def write_data(folder: Path, histories: Histories, *, first: int = 3) -> Path:
             folder / f"{name}.parquet",
             row_group_size=300,
         )
-    write_json(folder / "dataset.json", dict.fromkeys(dataset._META))
+    write_json(folder / "dataset.json", META)
     return folder
 
 

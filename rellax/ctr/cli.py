@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.threads is not None:
             _set_threads(options.threads)
-        _check_run_names(options)
+        _check_run_name(options)
         return options.run(options) or 0
     except InputError as error:
         print(f"rellax: error: {error}", file=sys.stderr)
@@ -352,14 +352,11 @@ def _cluster(options: argparse.Namespace) -> Cluster | None:
     return Cluster(options.workers, gpu=options.device != "cpu")
 
 
-def _check_run_names(options: argparse.Namespace) -> None:
-    """Runs are folders in the work folder: --redo clears them, so none may lie elsewhere."""
-    for option in ("name", "start", "crm"):
-        name = getattr(options, option, None)
-        if name is not None and (
-            Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).parts
-        ):
-            raise InputError(f"{option}: expected the name of a run in the work folder, got {name!r}")
+def _check_run_name(options: argparse.Namespace) -> None:
+    """A run is a folder in the work folder: --redo clears it, so it may not lie elsewhere."""
+    name = getattr(options, "name", None)
+    if name is not None and (Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).parts):
+        raise InputError(f"name: expected the name of a run in the work folder, got {name!r}")
 
 
 def _set_threads(threads: int) -> None:

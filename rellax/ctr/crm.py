@@ -133,7 +133,7 @@ def train_crm(
     items, probabilities = features.item_embeddings(model), np.empty(len(every), np.float32)
     shapes = {
         "item_embeddings": tuple(items.shape),
-        "instance_embeddings": (len(every), config.hidden[-1]),
+        "instance_embeddings": (len(every), _logit(model).in_features),
         "probabilities": (len(every),),
     }
 
@@ -317,14 +317,18 @@ def _step(model: BaseModel, features: _Features, samples: Tensor) -> None:
     model.optimizer.step()
 
 
+def _logit(model: BaseModel) -> nn.Linear:
+    """The layer after the last hidden one."""
+    head = model.fc if hasattr(model, "fc") else model.dnn.mlp  # DCNv2's; that of all others
+    return [module for module in head.modules() if isinstance(module, nn.Linear)][-1]
+
+
 @torch.no_grad()
 def _outputs(model: BaseModel, features: _Features, samples: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
     """Last hidden layer (n, d_u) and probability (n,) of some samples after others, on the CPU."""
     model.eval()
-    head = model.fc if hasattr(model, "fc") else model.dnn.mlp  # DCNv2's; that of all others
-    logit = [module for module in head.modules() if isinstance(module, nn.Linear)][-1]
     hidden: list[Tensor] = []
-    hook = logit.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0].cpu()))
+    hook = _logit(model).register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0].cpu()))
     try:
         for chunk in torch.from_numpy(samples).split(_PREDICT_BATCH):
             probabilities = model(features.batch(chunk))["y_pred"].squeeze(1).cpu()
