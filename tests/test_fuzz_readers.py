@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,10 @@ from hypothesis import strategies as st
 from raw_data import random_interactions, write_bookcrossing, write_ml_1m, write_ml_25m, write_ml_100k
 from workspace import Workspace
 
+from rellax._files import sha256_file
 from rellax.ctr import predict
+from rellax.ctr.calibration import read_temperature
+from rellax.ctr.crm import CRM
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.prepare import prepare
 from rellax.ctr.prompts import Wording
@@ -188,6 +192,45 @@ def test_prepared_descriptions(workspace: Workspace, tmp_path: Path) -> None:
         path.write_text(json.dumps(meta | {field: junk}))
         with at_most_one_sentence():
             Wording.of(Dataset.load(tmp_path / "data").meta)
+
+    check()
+
+
+def test_calibrations(tmp_path: Path) -> None:
+    weights = tmp_path / "adapter" / "adapter.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"any")
+    right = {"temperature": 1.5, "adapter": sha256_file(weights)}
+    content = json.dumps(right).encode()
+
+    @examples(60)
+    @given(st.sampled_from(["temperature", "adapter"]), JUNK, damages())
+    def check(field: str, junk: Any, damage: Callable[[bytes], bytes]) -> None:
+        for text in (json.dumps(right | {field: junk}).encode(), damage(content)):
+            (tmp_path / "calibration.json").write_bytes(text)
+            with at_most_one_sentence():
+                assert 0 < read_temperature(tmp_path) < math.inf
+
+    check()
+
+
+def test_classical_models(workspace: Workspace, tmp_path: Path) -> None:
+    shutil.copytree(workspace.crm, tmp_path / "crm")
+    dataset, path = Dataset.load(workspace.data), tmp_path / "crm" / "config.json"
+    right, weights = json.loads(path.read_text()), tmp_path / "crm" / "model.safetensors"
+    content = weights.read_bytes()
+
+    @examples(60)
+    @given(st.sampled_from(["model", "hidden", "dropout", "shots", "user_id", "other"]), JUNK, damages())
+    def check(field: str, junk: Any, damage: Callable[[bytes], bytes]) -> None:
+        path.write_text(json.dumps(right | {field: junk}))
+        weights.write_bytes(content)
+        with at_most_one_sentence():
+            CRM(tmp_path / "crm", dataset)
+        path.write_text(json.dumps(right))
+        weights.write_bytes(damage(content))
+        with at_most_one_sentence():
+            CRM(tmp_path / "crm", dataset)
 
     check()
 

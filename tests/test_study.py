@@ -11,11 +11,11 @@ import pytest
 from sklearn.metrics import roc_auc_score
 from workspace import Workspace
 
-from rellax.ctr import lab, study_report
+from rellax.ctr import lab
 from rellax.ctr.config import StudyConfig
 from rellax.ctr.lab import duration
-from rellax.ctr.study import Cell, cells, reproduce
-from rellax.ctr.study_results import Finished, Results, Scored
+from rellax.ctr.study import Cell, cells, report, reproduce
+from rellax.ctr.study.results import Finished, Results, Scored
 from rellax.errors import InputError
 
 
@@ -170,7 +170,7 @@ def test_the_best_classical_model_is_chosen_on_validation_samples() -> None:
 
 
 def verdicts(results: Results) -> list[str]:
-    table = study_report._targets(results).splitlines()[4:]
+    table = report._targets(results).splitlines()[4:]
     return [line.split(" | ")[1] for line in table]
 
 

@@ -1,4 +1,4 @@
-"""The command `rellax`. Commands import what they need when they run, so that --help is quick."""
+"""The command `rellax`: what each command does. They import what they need when they run: --help is quick."""
 
 from __future__ import annotations
 
@@ -11,111 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rellax import __version__
-from rellax.ctr.config import (
-    CRM_SAMPLES,
-    DATASETS,
-    INTERACTIONS,
-    PACKING,
-    PROMPTS,
-    QUANTIZE,
-    SCHEDULES,
-    STAGES,
-    DemoConfig,
-    StudyConfig,
-    TrainConfig,
-)
+from rellax.ctr.config import DemoConfig, StudyConfig, TrainConfig
+from rellax.ctr.options import DEMO_HELP, PROMPT_FIELDS, STUDY_HELP, TRAIN_HELP, make_parser
 from rellax.errors import InputError
 
 if TYPE_CHECKING:
     from rellax.ctr.jobs import Cluster
 
-_WORK = Path("runs/ml-100k")
-_CHOICES: dict[str, Sequence[str]] = {
-    "stage": STAGES,
-    "prompts": PROMPTS,
-    "interaction": INTERACTIONS,
-    "loss": ("choice", "vocab"),
-    "select": ("auc", "log_loss"),
-    "packing": PACKING,
-    "schedule": SCHEDULES,
-    "dtype": ("auto", "float32", "bfloat16"),
-    "quantize": QUANTIZE,
-    "device": ("auto", "cpu", "cuda"),
-    "crm_samples": CRM_SAMPLES,
-}
-_TRAIN_HELP = {
-    "stage": "1: LoRA; 2: gates and soft-prompt projector over frozen LoRA; joint: all at once",
-    "interaction": "gates between the LoRA components",
-    "soft_prompt": "soft prompts after each behaviour and after the target",
-    "prompts": "the K most recent behaviours, the K retrieved ones, or each sample once with either",
-    "k": "behaviours in a prompt",
-    "max_tokens": "tokens in a prompt, at most",
-    "shots": "random training samples (default: all)",
-    "epochs": "passes over the training samples",
-    "lr": "peak learning rate (default: the stage's own)",
-    "batch_size": "prompts in a step",
-    "micro_batch_size": "prompts at once, at most",
-    "schedule": "of the learning rate after its rise",
-    "warmup": "fraction of the steps in which the learning rate rises",
-    "weight_decay": "of AdamW, on all that is trained but biases and norms",
-    "loss": "over the two answers or the whole vocabulary",
-    "r": "rank of LoRA",
-    "alpha": "LoRA is scaled by alpha / r",
-    "dropout": "of LoRA's input",
-    "target_modules": "linear layers to adapt",
-    "validation_samples": "random validation samples",
-    "validate_every": "steps between validations (default: an epoch)",
-    "select": "validation metric that chooses the step that is kept",
-    "patience": "validations without a better one after which the run ends (default: all epochs)",
-    "checkpoint_every": "steps between checkpoints",
-    "gradient_checkpointing": "less memory for more time: each layer is computed again in the backward pass",
-    "packing": "a batch's prompts one after another, not padded; auto: where that is no slower",
-    "dtype": "of the frozen weights; auto: bfloat16 where the hardware has it",
-    "quantize": "of the frozen linear layers; int8, nf4, fp4: bitsandbytes, the others: torchao",
-    "seed": "of samples, their order, initial values and dropout",
-}
-_PROMPT_FIELDS = ("prompts", "k", "max_tokens", "packing", "dtype", "quantize")
-_DEMO_HELP = {
-    "shots": "training samples",
-    "k": "behaviours in a prompt",
-    "test_samples": "random test samples",
-    "validation_samples": "random validation samples",
-    "batch_size": "prompts in a step",
-    "epochs": "of stage 1",
-    "lr": "of stage 1",
-    "epochs2": "of stage 2",
-    "lr2": "of stage 2",
-    "crm_epochs": "of the classical models, at most",
-    "few_shot_crm": "gates and soft prompts from the DIN trained on the same shots",
-    "model": "folder or hub name of another language model (default: SmolLM2-135M-Instruct)",
-    "raw": "folder with MovieLens-100K (default: fetched)",
-    "seed": "of everything random",
-}
-
-
-_STUDY_HELP = _DEMO_HELP | {
-    "shots": "axis of the grid: training samples",
-    "k": "axis of the grid: behaviours in a prompt",
-    "seeds": "axis of the grid: of samples, their order, initial values and dropout",
-    "methods": "axis of the grid; what one builds on is run as well",
-    "crms": "classical models beside them, on the same shots and on all training samples",
-    "data": "folder of `rellax prepare` (default: MovieLens-100K)",
-    "crm": "classical model that gates and soft prompts read",
-    "crm_samples": "what that one is trained on: all training samples, all but the shots, or the shots",
-}
-_STUDY_HELP = {name: text for name, text in _STUDY_HELP.items() if name not in ("few_shot_crm", "seed")}
 _MACHINE_SAYS_NO = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Shows defaults that say something, and examples as they are written."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, argparse.SUPPRESS):
-            return action.help
-        default = " ".join(map(str, action.default)) if isinstance(action.default, tuple) else action.default
-        return f"{action.help} (default: {default})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -241,7 +144,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         "seed": options.seed,
         "device": options.device,
     }
-    given = [name for name in _PROMPT_FIELDS if hasattr(options, name)]
+    given = [name for name in PROMPT_FIELDS if hasattr(options, name)]
     if options.zero_shot:
         result = evaluate_zero_shot(_train_config(options), folder / options.split, **sizes)
     elif given:
@@ -302,7 +205,7 @@ def _doctor(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> None:
     from rellax.ctr.demo import demo
 
-    config = DemoConfig(**{name: getattr(options, name) for name in _DEMO_HELP})
+    config = DemoConfig(**{name: getattr(options, name) for name in DEMO_HELP})
     print(demo(config, options.out, device=options.device))
     print(f"\nThe report is {options.out / 'report.md'}")
 
@@ -310,7 +213,7 @@ def _demo(options: argparse.Namespace) -> None:
 def _reproduce(options: argparse.Namespace) -> None:
     from rellax.ctr.study import reproduce
 
-    config = StudyConfig(**{name: getattr(options, name) for name in _STUDY_HELP})
+    config = StudyConfig(**{name: getattr(options, name) for name in STUDY_HELP})
     only = "plan" if options.plan else "report" if options.report else None
     print(reproduce(config, options.out, device=options.device, only=only))
     if only != "plan":
@@ -318,7 +221,7 @@ def _reproduce(options: argparse.Namespace) -> None:
 
 
 def _train_config(options: argparse.Namespace, **more: Any) -> TrainConfig:
-    values = {name: getattr(options, name) for name in _TRAIN_HELP if hasattr(options, name)} | more
+    values = {name: getattr(options, name) for name in TRAIN_HELP if hasattr(options, name)} | more
     prompts = values.get("prompts", TrainConfig.prompts)
     gated = values.get("soft_prompt") or values.get("interaction", "none") != "none"
     return TrainConfig(
@@ -368,247 +271,23 @@ def _set_threads(threads: int) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rellax",
-        description="Click-through-rate prediction with language models on long user histories.",
-        epilog=_examples(
-            "rellax demo\nrellax prepare --dataset ml-1m --work runs/ml-1m\nrellax train rella --shots 256"
-        ),
-        formatter_class=_Formatter,
+    return make_parser(
+        {
+            "demo": _demo,
+            "reproduce": _reproduce,
+            "prepare": _prepare,
+            "crm": _crm,
+            "embed": _embed,
+            "retrieve": _retrieve,
+            "train": _train,
+            "evaluate": _evaluate,
+            "calibrate": _calibrate,
+            "predict": _predict,
+            "export-peft": _export_peft,
+            "report": _report,
+            "doctor": _doctor,
+        }
     )
-    parser.add_argument(
-        "--version", action="version", version=f"rellax {__version__}", help="show it and exit"
-    )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    demo = _command(
-        commands, "demo", _demo, "run all of it and compare every variant", "rellax demo --shots 1024"
-    )
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything")
-    _add_fields(demo, DemoConfig, _DEMO_HELP)
-
-    reproduce = _command(
-        commands,
-        "reproduce",
-        _reproduce,
-        "run the study: methods x K x shots x seeds; a stopped one goes on",
-        "rellax reproduce --plan\n"
-        "rellax reproduce --k 5 10 30 --shots 256 1024 --seeds 0\n"
-        "rellax reproduce --data runs/ml-1m/data --model Qwen/Qwen3-0.6B --out runs/study-ml-1m",
-    )
-    reproduce.add_argument("--out", type=Path, default=Path("runs/study"), help="folder for everything")
-    only = reproduce.add_mutually_exclusive_group()
-    only.add_argument("--plan", action="store_true", help="say how long the grid takes here, run none of it")
-    only.add_argument("--report", action="store_true", help="report on what is finished, run nothing")
-    _add_fields(reproduce, StudyConfig, _STUDY_HELP)
-
-    prepare = _command(
-        commands,
-        "prepare",
-        _prepare,
-        "raw ratings to samples",
-        "rellax prepare\n"
-        "rellax prepare --dataset ml-1m --raw Downloads/ml-1m --work runs/ml-1m\n"
-        "rellax prepare --columns shop/columns.json --work runs/shop",
-    )
-    prepare.add_argument("--dataset", choices=DATASETS, help="a published data set (default: ml-100k)")
-    prepare.add_argument("--columns", type=Path, help="or: column map of your own tables, docs/own-data.md")
-    prepare.add_argument(
-        "--raw", type=Path, help="folder with the raw files (default: fetched, or that of the column map)"
-    )
-
-    crm = _command(
-        commands, "crm", _crm, "train the classical model", "rellax crm\nrellax crm sim --model SIM"
-    )
-    crm.add_argument("name", nargs="?", default="crm", help="run folder, in the work folder")
-    crm.add_argument("--model", default="DIN", help="DIN, SIM, ETA, SDIM, DCNv2 or DeepFM")
-    crm.add_argument("--shots", type=int, help="random training samples (default: all)")
-    crm.add_argument(
-        "--hold-out", type=int, help="training samples to leave out: the shots of `rellax train`"
-    )
-    crm.add_argument("--seed", type=int, default=0, help="of samples, initial values and dropout")
-
-    embed = _command(
-        commands, "embed", _embed, "item texts to embeddings", "rellax embed --dim 256\nrellax embed --ray"
-    )
-    embed.add_argument("--dim", type=int, default=512, help="principal components that are kept")
-
-    retrieve = _command(
-        commands,
-        "retrieve",
-        _retrieve,
-        "nearest behaviours of all samples; after new data of what is new",
-        "rellax retrieve\nrellax retrieve --ray --workers 8",
-    )
-    retrieve.add_argument("--k", type=int, default=30, help="behaviours for a sample, at most")
-    retrieve.add_argument("--scores", action="store_true", help="write their similarities as well")
-
-    train = _command(
-        commands,
-        "train",
-        _train,
-        "train the language model; a stopped run is resumed",
-        "rellax train rella --shots 1024\n"
-        "rellax train rellax --stage 2 --from rella --interaction full --soft-prompt --shots 1024\n"
-        "torchrun --nproc-per-node 8 -m rellax train rella --batch-size 256          # 8 GPUs\n"
-        "torchrun --nproc-per-node 8 -m rellax train rella --batch-size 256 --fsdp   # a large model\n"
-        "accelerate launch -m rellax train rella                                     # as configured",
-    )
-    train.add_argument("name", help="run folder, in the work folder")
-    train.add_argument(
-        "--from",
-        dest="start",
-        metavar="NAME",
-        help="what stage 2 starts from: a run of stage 1, or a folder of LoRA saved by PEFT",
-    )
-    train.add_argument("--crm", default="crm", metavar="NAME", help="run of `rellax crm` that is used")
-    train.add_argument(
-        "--fsdp", action="store_true", help="shard the frozen weights over the processes (FSDP2)"
-    )
-    train.add_argument(
-        "--tensorboard", action="store_true", help="write event files to the run folder as well"
-    )
-    _add_fields(train, TrainConfig, _TRAIN_HELP)
-
-    evaluate = _command(
-        commands,
-        "evaluate",
-        _evaluate,
-        "metrics of a training run, or of the untrained model",
-        "rellax evaluate rella --samples 1000\nrellax evaluate zero-shot --zero-shot --prompts recent",
-    )
-    evaluate.add_argument("name", help="run folder, in the work folder")
-    evaluate.add_argument("--split", default="test", choices=["train", "valid", "test"], help="what to score")
-    evaluate.add_argument("--samples", type=int, help="random samples of the split (default: all)")
-    evaluate.add_argument("--zero-shot", action="store_true", help="the model as it is, with these prompts:")
-    evaluate.add_argument("--seed", type=int, default=0, help="of the chosen samples")
-    _add_fields(evaluate, TrainConfig, {name: _TRAIN_HELP[name] for name in _PROMPT_FIELDS}, defaults=False)
-
-    calibrate = _command(
-        commands,
-        "calibrate",
-        _calibrate,
-        "fit a run's temperature on its validation predictions",
-        "rellax calibrate rella",
-    )
-    calibrate.add_argument("name", help="run folder of `rellax train`, in the work folder")
-
-    predict = _command(
-        commands,
-        "predict",
-        _predict,
-        "probabilities for users and items: a table, or JSON lines from standard input",
-        "rellax predict rella new.csv --out scored.parquet\n"
-        """echo '{"user_id": 7, "item_id": 50}' | rellax predict rella""",
-    )
-    predict.add_argument("name", help="run folder of `rellax train`, in the work folder")
-    predict.add_argument(
-        "table",
-        nargs="?",
-        default="-",
-        help=".csv, .parquet or .jsonl with user_id, item_id, maybe time; -: JSON lines from standard input",
-    )
-    predict.add_argument(
-        "--out", default="-", help=".csv or .parquet for a table, .jsonl for JSON lines; -: standard output"
-    )
-    predict.add_argument("--columns", type=Path, help="column map of your own data, docs/own-data.md")
-    predict.add_argument("--data", type=Path, help="folder of `rellax prepare` (default: the run's)")
-    predict.add_argument(
-        "--errors", default="stop", choices=("stop", "answer"), help="what follows from a row that is wrong"
-    )
-    predict.add_argument("--batch-size", type=int, default=16, help="prompts at once, at most")
-    predict.add_argument(
-        "--no-calibration",
-        dest="calibrated",
-        action="store_false",
-        help="without the temperature of `rellax calibrate`",
-    )
-
-    export = _command(
-        commands,
-        "export-peft",
-        _export_peft,
-        "a training run's LoRA for PEFT, without gates and soft prompt",
-        "rellax export-peft rella peft-adapter",
-    )
-    export.add_argument("name", help="run folder of `rellax train`, in the work folder")
-    export.add_argument("out", type=Path, help="folder to write")
-
-    report = _command(
-        commands,
-        "report",
-        _report,
-        "a page about runs to look at and pass on: one HTML file",
-        "rellax report rella rellax crm\nrellax report rella rellax --baseline rella --out rellax.html",
-    )
-    report.add_argument("runs", nargs="+", metavar="RUN", help="run folders, in the work folder")
-    report.add_argument("--out", type=Path, help="file to write (default: report.html in the work folder)")
-    report.add_argument("--split", default="test", choices=["train", "valid", "test"], help="what is scored")
-    report.add_argument(
-        "--baseline", metavar="RUN", help="run that others are compared with (default: first)"
-    )
-    report.add_argument(
-        "--seed", type=int, default=0, help="of resamplings and of the samples that are shown"
-    )
-
-    doctor = _command(
-        commands,
-        "doctor",
-        _doctor,
-        "what this machine has, which backend each operator uses, and a self-test",
-        "rellax doctor\nrellax doctor --json > machine.json",
-    )
-    doctor.add_argument("--json", action="store_true", help="for programs")
-    return parser
-
-
-def _command(commands: Any, name: str, run: Any, summary: str, examples: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog=_examples(examples),
-        formatter_class=_Formatter,
-    )
-    parser.set_defaults(run=run)
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    if name not in ("prepare", "calibrate", "export-peft", "report", "doctor"):
-        parser.add_argument("--device", default="auto", choices=_CHOICES["device"], help="where models run")
-    if name in ("crm", "embed", "retrieve", "train"):
-        parser.add_argument("--redo", action="store_true", help="begin anew, in place of an earlier run")
-    if name in ("embed", "retrieve"):
-        parser.add_argument("--ray", action="store_true", help="on the cluster of Ray that RAY_ADDRESS names")
-        parser.add_argument("--workers", type=int, help="with --ray (default: one for each GPU, or node)")
-    if name not in ("demo", "reproduce", "doctor"):
-        parser.add_argument("--work", type=Path, default=_WORK, help="work folder, where all folders are")
-    if name in ("embed", "train", "evaluate"):
-        parser.add_argument("--model", help="folder or hub name (default: SmolLM2-135M-Instruct, fetched)")
-    return parser
-
-
-def _examples(lines: str) -> str:
-    return "examples:\n  " + lines.replace("\n", "\n  ")
-
-
-def _add_fields(
-    parser: argparse.ArgumentParser, config: Any, helps: dict[str, str], *, defaults: bool = True
-) -> None:
-    """An option for each named field of a configuration; without `defaults` absent where it is not given."""
-    types = {"int": int, "float": float, "str": str}
-    for field in dataclasses.fields(config):
-        if field.name not in helps:
-            continue
-        options: dict[str, Any] = {"help": helps[field.name]}
-        options["default"] = field.default if defaults else argparse.SUPPRESS
-        annotation = str(field.type).removesuffix(" | None")
-        if annotation == "bool":
-            options["action"] = "store_true"
-        elif annotation.startswith("tuple"):
-            kind = annotation.removeprefix("tuple[").split(",")[0]
-            options |= {"nargs": "+", "type": types[kind], "metavar": "N" if kind == "int" else "NAME"}
-        else:
-            options |= {"type": types[annotation], "choices": _CHOICES.get(field.name)}
-        parser.add_argument(f"--{field.name.replace('_', '-')}", **options)
 
 
 if __name__ == "__main__":

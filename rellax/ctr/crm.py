@@ -84,6 +84,11 @@ class CRMConfig:
     def __post_init__(self) -> None:
         if self.model not in MODELS:
             raise InputError(f"model: expected one of {', '.join(MODELS)}, got {self.model!r}")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout: expected a fraction in [0, 1), got {self.dropout}")
+        for name in ("embedding_dim", "epochs", "patience"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: expected a positive number, got {getattr(self, name)}")
         if not self.hidden:
             raise InputError("hidden: expected at least one width, got none")
         if self.shots is not None and self.hold_out is not None:
@@ -210,8 +215,7 @@ class CRM:
         path = Path(folder) / WEIGHTS
         if not path.is_file():
             raise InputError(f"{path}: expected a file of `rellax crm`, found none")
-        values = read_json(Path(folder) / "config.json", maker="rellax crm")
-        config = CRMConfig(**values | {"hidden": tuple(values["hidden"])})
+        config = _read_config(Path(folder) / "config.json")
         device = torch.device("cpu")
         with torch.random.fork_rng(devices=[]):
             self._features = _Features(dataset, config, device)
@@ -232,6 +236,25 @@ class CRM:
         """
         blocks = _outputs(self._model, self._features.of(dataset), np.arange(len(dataset.samples)))
         return torch.cat([hidden for hidden, _ in blocks])
+
+
+def _read_config(path: Path) -> CRMConfig:
+    values, known = read_json(path, maker="rellax crm"), asdict(CRMConfig())
+    if not isinstance(values, dict) or not values.keys() <= known.keys():
+        raise InputError(f"{path}: expected the configuration of `rellax crm`, found another")
+    for name, value in values.items():
+        if not _is_like(value, known[name]):
+            raise InputError(f"{path}: expected a {name} like {known[name]!r}, found {value!r}")
+    return CRMConfig(**values | {"hidden": tuple(values.get("hidden", known["hidden"]))})
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Whether a value from JSON is of the kind of a field's default; None stands for a number, or none."""
+    if isinstance(default, tuple):
+        return isinstance(value, list) and all(type(width) is int and width > 0 for width in value)
+    if isinstance(default, float):
+        return type(value) in (int, float)
+    return type(value) is type(default) or (default is None and type(value) is int)
 
 
 def _build(features: _Features, config: CRMConfig, device: torch.device) -> BaseModel:

@@ -20,7 +20,7 @@ from rellax.ctr.methods import METHODS
 from rellax.ctr.prompts import recent
 from rellax.ctr.retrieval import read_positions
 from rellax.ctr.runs import environment
-from rellax.ctr.study_results import HISTORY_BINS, METRICS, Finished, Result, Results, Scored
+from rellax.ctr.study.results import HISTORY_BINS, METRICS, Finished, Result, Results, Scored
 
 _FEW_SHOTS = 8192
 _LEVEL = 0.05

@@ -22,8 +22,8 @@ from rellax.ctr.lab import TEST_SEED, Lab, Step, duration, run_steps
 from rellax.ctr.llm import load_tokenizer, resolve_device
 from rellax.ctr.methods import METHODS, with_starts
 from rellax.ctr.prompts import PromptBuilder, recent
-from rellax.ctr.study_report import write
-from rellax.ctr.study_results import Finished, Scored
+from rellax.ctr.study.report import write
+from rellax.ctr.study.results import Finished, Scored
 from rellax.ctr.task import Task, load_inputs
 from rellax.errors import InputError
 

@@ -16,7 +16,7 @@ from rellax.ctr.methods import METHODS
 from rellax.errors import InputError
 
 if TYPE_CHECKING:
-    from rellax.ctr.study import Cell
+    from rellax.ctr.study.grid import Cell
 
 METRICS = {"auc": "AUC", "log_loss": "LogLoss", "acc": "ACC", "gauc": "GAUC", "ece": "ECE"}
 HISTORY_BINS = (0, 20, 50, 100, 200)  # lower bounds of earlier behaviours
