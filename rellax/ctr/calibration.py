@@ -89,7 +89,7 @@ def read_temperature(run: str | Path) -> float:
         return 1.0
     found = read_json(path)
     temperature = found.get("temperature") if isinstance(found, dict) else None
-    if type(temperature) not in (int, float) or not 0 < temperature < math.inf:
+    if not isinstance(temperature, int | float) or temperature is True or not 0 < temperature < math.inf:
         raise InputError(f"{path}: expected a positive temperature, got {temperature!r}")
     if found.get("adapter") != _adapter_hash(Path(run)):
         raise InputError(
