@@ -8,6 +8,6 @@ class InputError(ValueError):
     """
 
 
-def one_line(error: Exception) -> str:
-    """What an exception of a library says, as part of a sentence."""
+def one_line(error: object) -> str:
+    """What an exception of a library, or anything from a file, says: as part of a sentence."""
     return " ".join(str(error).split())[:200]

@@ -151,7 +151,10 @@ def test_descriptions_of_anything(saved: Path, models: list[Any], tmp_path: Path
     @examples(40)
     @given(st.sampled_from(fields), JUNK)
     def check(field: str, junk: Any) -> None:
-        refused(models, write(tmp_path / "adapter", description | {field: junk}, content))
+        # An unpatched model takes any token for the placeholder.
+        is_token = field == "placeholder_ids" and isinstance(junk, list) and all(type(i) is int for i in junk)
+        at_fault = models[1:] if is_token else models
+        refused(at_fault, write(tmp_path / "adapter", description | {field: junk}, content))
 
     check()
 
@@ -173,8 +176,8 @@ def test_configurations_of_anything(saved: Path, models: list[Any], tmp_path: Pa
             CFLoRAConfig.from_dict(config)
             if field in harmless or junk == description["config"][field]:
                 return
-        # An unpatched model takes any alpha.
-        at_fault = models[1:] if field == "alpha" else models
+        # An unpatched model takes any alpha; of a patched one the tensors say which layers it adapts.
+        at_fault = {"alpha": models[1:], "target_modules": models[:1]}.get(field, models)
         refused(at_fault, write(tmp_path / "adapter", description | {"config": config}, content))
 
     check()

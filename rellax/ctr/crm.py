@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -215,7 +216,7 @@ class CRM:
         path = Path(folder) / WEIGHTS
         if not path.is_file():
             raise InputError(f"{path}: expected a file of `rellax crm`, found none")
-        config = _read_config(Path(folder) / "config.json")
+        config = _read_config(Path(folder) / "config.json", numbers=path.stat().st_size // 4)
         device = torch.device("cpu")
         with torch.random.fork_rng(devices=[]):
             self._features = _Features(dataset, config, device)
@@ -238,14 +239,19 @@ class CRM:
         return torch.cat([hidden for hidden, _ in blocks])
 
 
-def _read_config(path: Path) -> CRMConfig:
+def _read_config(path: Path, numbers: int) -> CRMConfig:
+    """The configuration of a model that has at most so many numbers: it is built before they are read."""
     values, known = read_json(path, maker="rellax crm"), asdict(CRMConfig())
     if not isinstance(values, dict) or not values.keys() <= known.keys():
         raise InputError(f"{path}: expected the configuration of `rellax crm`, found another")
     for name, value in values.items():
         if not _is_like(value, known[name]):
             raise InputError(f"{path}: expected a {name} like {known[name]!r}, found {value!r}")
-    return CRMConfig(**values | {"hidden": tuple(values.get("hidden", known["hidden"]))})
+    config = CRMConfig(**values | {"hidden": tuple(values.get("hidden", known["hidden"]))})
+    widths = (config.embedding_dim, *config.hidden)
+    if sum(a * b for a, b in itertools.pairwise(widths)) > numbers:
+        raise InputError(f"{path}: expected the widths of the weights beside it, found {widths}")
+    return config
 
 
 def _is_like(value: Any, default: Any) -> bool:

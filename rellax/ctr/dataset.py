@@ -187,7 +187,9 @@ class _File:
         found = self.file.schema_arrow.names
         missing = [column for column in COLUMNS[name] if column not in found]
         if missing:
-            raise InputError(f"{self.path}: expected column {missing[0]!r}, found {', '.join(found)}")
+            raise InputError(
+                f"{self.path}: expected column {missing[0]!r}, found {one_line(', '.join(found))}"
+            )
 
     def table(self) -> pa.Table:
         try:

@@ -130,7 +130,9 @@ def _dense(table: pa.Table, kind: str) -> pa.Table:
     for row, following in itertools.pairwise(order):
         if ids[row] == ids[following]:
             raise InputError(f"{kind}s: expected each {kind}_id once, found {ids[row]!r} twice")
-    return table.take(order).add_column(0, kind, pa.array(np.arange(len(ids), dtype=np.int32)))
+    return table.take(pa.array(order, pa.int64())).add_column(
+        0, kind, pa.array(np.arange(len(ids), dtype=np.int32))
+    )
 
 
 def _behaviours(

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rellax.errors import InputError
+from rellax.errors import InputError, one_line
 
 _ROWS = 1 << 20
 """Rows that are read at once."""
@@ -29,7 +29,9 @@ def stream(folder: str | Path, name: str, columns: Sequence[str]) -> Iterator[pa
             names = file.schema_arrow.names
             missing = [column for column in columns if column not in names]
             if missing:
-                raise InputError(f"{path}: expected column {missing[0]!r}, found {', '.join(names)}")
+                raise InputError(
+                    f"{path}: expected column {missing[0]!r}, found {one_line(', '.join(names))}"
+                )
             yield from file.iter_batches(_ROWS, columns=list(columns))
     except pa.ArrowException as error:
         raise InputError(f"{path}: expected Parquet, but it is damaged ({error})") from None

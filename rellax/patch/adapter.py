@@ -172,7 +172,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     keys = {"format", "base_model", "config", "placeholder_ids", "sha256"}
     if not isinstance(description, dict) or not keys <= description.keys():
         raise InputError(f"{folder / CONFIG_FILE}: expected the fields {sorted(keys)} of an adapter")
-    if description["format"] != FORMAT:
+    if type(description["format"]) is not int or description["format"] != FORMAT:
         raise InputError(f"{folder / CONFIG_FILE}: expected format {FORMAT}, got {description['format']!r}")
     file = folder / TENSOR_FILE
     if not file.is_file():

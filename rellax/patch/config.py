@@ -48,7 +48,7 @@ class CFLoRAConfig:
     def __post_init__(self) -> None:
         names = self.target_modules
         listed = isinstance(names, Sequence) and not isinstance(names, str)
-        if not listed or not names or not all(isinstance(name, str) for name in names):
+        if not listed or not names or not all(isinstance(name, str) and name for name in names):
             raise InputError(f"target_modules: expected names of layers, got {self.target_modules!r}")
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
         for name in ("r", "cond_dim"):
