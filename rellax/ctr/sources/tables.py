@@ -164,6 +164,8 @@ def _converted(path: Path, name: str, column: pa.Array, kind: pa.DataType, row: 
         raise InputError(f"{path}, row {where}: expected {_EXPECTED[kind]} as {name!r}, found none")
     try:
         column = pc.cast(column, wanted)
+        if wanted == TEXT:
+            column.validate(full=True)  # nothing else looks whether it is UTF-8
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise InputError(f"{path}: expected {_EXPECTED[kind]} as {name!r} ({one_line(error)})") from None
     return column.dictionary_encode() if kind == ID else column
