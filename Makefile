@@ -1,6 +1,7 @@
 # Every target works on a fresh clone: it makes its own virtual environment in .venv first.
 #   make setup TORCH="torch==2.13.0 --index-url URL"   another build of torch, e.g. one for a CUDA version
 #   make test  PYTEST="-k history_topk"                a part of the tests
+#   make test  JOBS=8                                  files of tests at once, each on one core; some GB of memory each
 #   make demo  DEMO="--shots 1024 --k 10"              a larger demo
 # `make gpu` alone can do without: a machine's own Python with torch will do.
 
@@ -8,6 +9,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 PYTEST ?=
+JOBS   ?= 2
 DEMO   ?=
 
 BIN   := $(VENV)/bin
@@ -32,7 +34,7 @@ demo: setup
 	$(BIN)/rellax demo $(DEMO)
 
 test: setup
-	$(BIN)/python -m pytest $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST)
 
 lint: setup
 	$(BIN)/ruff check .

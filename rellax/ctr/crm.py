@@ -31,7 +31,7 @@ from rellax.ctr.dataset import Dataset
 from rellax.ctr.metrics import evaluate
 from rellax.ctr.runs import environment, plot_curves
 from rellax.ctr.tensor_file import write_tensors
-from rellax.errors import InputError
+from rellax.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from fuxictr.features import FeatureMap
@@ -216,14 +216,19 @@ class CRM:
         path = Path(folder) / WEIGHTS
         if not path.is_file():
             raise InputError(f"{path}: expected a file of `rellax crm`, found none")
-        config = _read_config(Path(folder) / "config.json", numbers=path.stat().st_size // 4)
+        try:
+            weights = load_file(path)
+        except SafetensorError as error:
+            raise InputError(f"{path}: expected the weights of a CRM ({one_line(error)})") from None
+        numbers = sum(tensor.numel() for tensor in weights.values())
+        config = _read_config(Path(folder) / "config.json", numbers)
         device = torch.device("cpu")
         with torch.random.fork_rng(devices=[]):
             self._features = _Features(dataset, config, device)
             self._model = _build(self._features, config, device)
         try:
-            self._model.load_state_dict(load_file(path))
-        except (SafetensorError, RuntimeError) as error:
+            self._model.load_state_dict(weights)
+        except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise InputError(
                 f"{path}: expected the weights of a CRM for {dataset.folder} ({reason})"
