@@ -19,6 +19,17 @@ QUANTIZE = ("none", "int8", "nf4", "fp4", "int8wo", "int8dq", "int4wo", "float8w
 INTERACTIONS = ("none", "diagonal", "full")
 CRM_SAMPLES = ("all", "held-out", "shots")
 LEARNING_RATES = {"1": 1e-3, "2": 3e-4, "joint": 1e-3}
+CHOICES = {  # what fields of `TrainConfig` may be
+    "stage": STAGES,
+    "prompts": PROMPTS,
+    "interaction": INTERACTIONS,
+    "loss": ("choice", "vocab"),
+    "select": ("auc", "log_loss"),
+    "packing": PACKING,
+    "schedule": SCHEDULES,
+    "dtype": ("auto", "float32", "bfloat16"),
+    "quantize": QUANTIZE,
+}
 
 
 @dataclass(frozen=True)
@@ -133,18 +144,7 @@ class TrainConfig:
         return {**dataclasses.asdict(self), "target_modules": list(self.target_modules)}
 
     def _check_values(self) -> None:
-        choices = {
-            "stage": STAGES,
-            "prompts": PROMPTS,
-            "interaction": INTERACTIONS,
-            "loss": ("choice", "vocab"),
-            "select": ("auc", "log_loss"),
-            "packing": PACKING,
-            "schedule": SCHEDULES,
-            "dtype": ("auto", "float32", "bfloat16"),
-            "quantize": QUANTIZE,
-        }
-        for name, allowed in choices.items():
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name in ("k", "max_tokens", "epochs", "batch_size", "micro_batch_size", "checkpoint_every", "r"):

@@ -13,7 +13,7 @@ from rellax._files import read_json, write_json
 from rellax.ctr import metrics, report
 from rellax.ctr.config import DemoConfig
 from rellax.ctr.dataset import Dataset
-from rellax.ctr.lab import TEST_SEED, Lab, Step, run_steps
+from rellax.ctr.lab import Lab, Step, run_steps
 from rellax.ctr.methods import METHODS
 
 VARIANTS = (
@@ -44,7 +44,7 @@ def demo(config: DemoConfig, out: str | Path, *, device: str = "auto", progress:
         InputError: no network at the first run, or `out` holds a demo of other sizes.
     """
     out = Path(out)
-    lab = Lab(config, out, k=config.k, device=device, progress=progress)
+    lab = Lab(config, out, k=config.k, test_seed=config.seed, device=device, progress=progress)
     run_steps(_steps(config, lab), out / "steps.json")
     table = _report(config, out)
     report.report(out, list(TITLES), out / "report.html", seed=config.seed, progress=progress)
@@ -86,7 +86,7 @@ def _run(config: DemoConfig, lab: Lab, name: str) -> tuple[float, Callable[[], N
 
 def _report(config: DemoConfig, out: Path) -> str:
     dataset = Dataset.load(out / "data")
-    chosen = dataset.choose("test", config.test_samples, TEST_SEED)
+    chosen = dataset.choose("test", config.test_samples, config.seed)
     variants = []
     for name, title in TITLES.items():
         path = out / name / ("predictions.parquet" if name in CRM else "test/predictions.parquet")

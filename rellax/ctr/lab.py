@@ -25,8 +25,6 @@ from rellax.ctr.train import train
 
 logger = logging.getLogger(__name__)
 
-TEST_SEED = 0  # of the test samples: every run of a comparison is scored on the same ones
-
 
 @dataclass(frozen=True)
 class Step:
@@ -80,13 +78,22 @@ class Lab:
     Args:
         config: what all runs share.
         k: most behaviours that any of the prompts has.
+        test_seed: of the test samples, on which every run is scored.
         data: folder of `rellax prepare`; None is `out`/data, made from MovieLens-100K.
     """
 
     def __init__(
-        self, config: Comparison, out: Path, *, k: int, device: str, progress: bool, data: str | None = None
+        self,
+        config: Comparison,
+        out: Path,
+        *,
+        k: int,
+        test_seed: int,
+        device: str,
+        progress: bool,
+        data: str | None = None,
     ) -> None:
-        self.config, self.out, self.k = config, out, k
+        self.config, self.out, self.k, self.test_seed = config, out, k, test_seed
         self.device, self.progress = device, progress
         self.data = Path(data) if data is not None else out / "data"
         self.model = config.model
@@ -150,7 +157,7 @@ class Lab:
     def _scoring(self) -> dict[str, Any]:
         return {
             "samples": self.config.test_samples,
-            "seed": TEST_SEED,
+            "seed": self.test_seed,
             "device": self.device,
             "progress": self.progress,
         }

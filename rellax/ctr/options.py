@@ -9,33 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from rellax import __version__
-from rellax.ctr.config import (
-    CRM_SAMPLES,
-    DATASETS,
-    INTERACTIONS,
-    PACKING,
-    PROMPTS,
-    QUANTIZE,
-    SCHEDULES,
-    STAGES,
-    DemoConfig,
-    StudyConfig,
-    TrainConfig,
-)
+from rellax.ctr.config import CHOICES, CRM_SAMPLES, DATASETS, DemoConfig, StudyConfig, TrainConfig
 
 Run = Callable[[argparse.Namespace], Any]
 
 _WORK = Path("runs/ml-100k")
 _CHOICES: dict[str, Sequence[str]] = {
-    "stage": STAGES,
-    "prompts": PROMPTS,
-    "interaction": INTERACTIONS,
-    "loss": ("choice", "vocab"),
-    "select": ("auc", "log_loss"),
-    "packing": PACKING,
-    "schedule": SCHEDULES,
-    "dtype": ("auto", "float32", "bfloat16"),
-    "quantize": QUANTIZE,
+    **CHOICES,
     "device": ("auto", "cpu", "cuda"),
     "crm_samples": CRM_SAMPLES,
 }

@@ -86,6 +86,14 @@ def environment() -> dict[str, Any]:
     }
 
 
+def machine() -> str:
+    """What `environment` says, as two sentences for a report."""
+    found = environment()
+    processor = ", ".join(found["gpus"]) or f"{found['cpu']}, {found['threads']} threads, {found['isa']}"
+    packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
+    return f"{processor}. Python {found['python']}, {packages}."
+
+
 def has_bfloat16() -> bool:
     """Whether the GPU, or the CPU where there is none, multiplies bfloat16 in hardware."""
     if torch.cuda.is_available():

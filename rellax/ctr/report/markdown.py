@@ -11,7 +11,7 @@ import numpy as np
 
 from rellax._files import atomic_file
 from rellax.ctr.metrics import paired_bootstrap
-from rellax.ctr.runs import environment
+from rellax.ctr.runs import machine
 
 COMPARISONS = (
     ("zero-shot-retrieved", "zero-shot-recent", "Retrieval without training"),
@@ -126,20 +126,12 @@ def _cost(times: dict[str, dict[str, float]]) -> str:
 
 
 def _machine(config: dict[str, Any]) -> str:
-    machine = environment()
-    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
-    processor = (
-        ", ".join(machine["gpus"]) or f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}"
-    )
     options = " ".join(
         f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
         for name, value in config.items()
         if value is not None and value is not False
     )
-    return (
-        f"## Environment\n\n{processor}. Python {machine['python']}, {packages}.\n\n"
-        f"```\nrellax demo {options}\n```"
-    )
+    return f"## Environment\n\n{machine()}\n\n```\nrellax demo {options}\n```"
 
 
 def _with_interval(metrics: dict[str, Any], key: str) -> str:

@@ -18,7 +18,7 @@ from rellax.ctr.config import StudyConfig, TrainConfig
 from rellax.ctr.crm import MODELS
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.evaluate import predict_probabilities
-from rellax.ctr.lab import TEST_SEED, Lab, Step, duration, run_steps
+from rellax.ctr.lab import Lab, Step, duration, run_steps
 from rellax.ctr.llm import load_tokenizer, resolve_device
 from rellax.ctr.methods import METHODS, with_starts
 from rellax.ctr.prompts import PromptBuilder, recent
@@ -29,6 +29,7 @@ from rellax.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+_TEST_SEED = 0  # whatever the seeds of the grid: all runs are scored on the same samples
 _AXES = ("methods", "crms", "k", "shots", "seeds")
 _RETRIEVED = 30  # at least, so that a larger K can be added later
 # What is assumed before anything has been run: training a prompt takes three times its forward pass, ...
@@ -150,7 +151,9 @@ class _Study:
         self.config, self.out, self.device, self.progress = config, out, device, progress
         self.cells = cells(config)
         k = max(_RETRIEVED, *config.k)
-        self.lab = Lab(config, out, k=k, device=device, progress=progress, data=config.data)
+        self.lab = Lab(
+            config, out, k=k, test_seed=_TEST_SEED, device=device, progress=progress, data=config.data
+        )
 
     def claim(self) -> None:
         settings = {name: value for name, value in asdict(self.config).items() if name not in _AXES}
@@ -191,7 +194,7 @@ class _Study:
 
     def report(self) -> str:
         dataset = Dataset.load(self.lab.data)
-        chosen = dataset.choose("test", self.config.test_samples, TEST_SEED)
+        chosen = dataset.choose("test", self.config.test_samples, _TEST_SEED)
         samples = dataset.samples
         test = Scored(chosen, samples.label[chosen], samples.user[chosen], samples.position[chosen])
         finished = list(self._finished(test))
@@ -285,7 +288,7 @@ class _Study:
         return known[key]
 
     def _some(self, split: str, n: int) -> np.ndarray:
-        return self.dataset.choose(split, min(n, len(self.dataset.indices(split))), TEST_SEED)
+        return self.dataset.choose(split, min(n, len(self.dataset.indices(split))), _TEST_SEED)
 
     def _model(self) -> str:
         assert self.lab.model is not None, "`prepare` sets it"

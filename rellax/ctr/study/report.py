@@ -19,7 +19,7 @@ from rellax.ctr.dataset import Dataset
 from rellax.ctr.methods import METHODS
 from rellax.ctr.prompts import recent
 from rellax.ctr.retrieval import read_positions
-from rellax.ctr.runs import environment
+from rellax.ctr.runs import machine
 from rellax.ctr.study.results import HISTORY_BINS, METRICS, Finished, Result, Results, Scored
 
 _FEW_SHOTS = 8192
@@ -273,16 +273,10 @@ def _heterogeneity(out: Path, config: StudyConfig, dataset: Dataset, test: Score
 
 
 def _machine(out: Path, config: StudyConfig) -> str:
-    machine, times = environment(), read_json(out / "steps.json") if (out / "steps.json").exists() else {}
-    processor = (
-        ", ".join(machine["gpus"]) or f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}"
-    )
-    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    times = read_json(out / "steps.json") if (out / "steps.json").exists() else {}
     hours = sum(step["seconds"] for step in times.values()) / 3600
-    return (
-        f"## Environment\n\n{processor}. Python {machine['python']}, {packages}. "
-        f"{len(times)} runs took {hours:.1f} hours.\n\n```\n{_command(config)}\n```"
-    )
+    took = f"{len(times)} runs took {hours:.1f} hours."
+    return f"## Environment\n\n{machine()} {took}\n\n```\n{_command(config)}\n```"
 
 
 def _command(config: StudyConfig) -> str:
