@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import os
+import random
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test asks a hub for a model
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +18,14 @@ from workspace import Workspace, make_workspace
 from rellax.testing.interpreter import mend_interpreter
 
 mend_interpreter()
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """What a test draws without a generator of its own is the same in each run."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - libraries under test draw from it
+    torch.manual_seed(0)
 
 
 @pytest.fixture(params=["reference", "cpp", "triton"])
