@@ -43,7 +43,7 @@ def test_learns_taste_from_earlier_ratings(dataset: Dataset, tmp_path: Path, mod
 
     outputs = load_crm(tmp_path / "crm", dataset)
     assert outputs.item_embeddings.shape == (ITEMS, 8 * 3)  # id, genres, year
-    assert outputs.instance_embeddings.shape == (len(dataset.samples), hidden_size(model))
+    assert outputs.instance_embeddings.shape == (len(dataset.samples), hidden_size(model) + 2)
     assert outputs.probabilities.shape == (len(dataset.samples),)
     assert all(value.dtype == torch.float32 for value in vars(outputs).values())
     rows = dataset.indices("test")
@@ -124,8 +124,8 @@ def test_the_user_id_is_a_feature_on_demand(dataset: Dataset) -> None:
 
 
 def hidden_size(model: str) -> int:
-    """The last hidden layer; DCNv2's has its cross network's output beside the MLP's 7: 3 user fields and
-    4 of the target and of the behaviours each, of 8."""
+    """The last hidden layer, without the two constants. DCNv2's has its cross network's output beside the
+    MLP's 7: 3 user fields and 4 of the target and of the behaviours each, of 8."""
     return 7 + 8 * (3 + 4 + 4) if model == "DCNv2" else 7
 
 
@@ -137,7 +137,9 @@ def test_instance_embeddings_are_the_last_hidden_layer(dataset: Dataset, name: s
     model = crm._build(features, config, torch.device("cpu"))
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
-    [(hidden, probabilities)] = crm._outputs(model, features, np.arange(77))
+    model.hidden_scale.fill_(3.0)
+    [(embeddings, probabilities)] = crm._outputs(model, features, np.arange(77))
+    hidden = 3.0 * embeddings[:, :-2]
     logit = model.fc if name == "DCNv2" else model.dnn.mlp[-2]
     assert (logit.in_features, logit.out_features) == (hidden_size(name), 1)
     assert torch.allclose(torch.sigmoid(logit(hidden)).squeeze(1), probabilities, atol=1e-6)
@@ -145,7 +147,19 @@ def test_instance_embeddings_are_the_last_hidden_layer(dataset: Dataset, name: s
     # No trace of the hook stays, and padding rows of other samples in the batch change nothing.
     assert not logit._forward_pre_hooks
     [(alone, _)] = crm._outputs(model, features, np.arange(5, 6))
-    assert torch.allclose(alone[0], hidden[5], atol=1e-6)
+    assert torch.allclose(alone[0], embeddings[5], atol=1e-6)
+
+
+def test_a_layer_norm_leaves_the_lengths_of_instance_embeddings(dataset: Dataset, tmp_path: Path) -> None:
+    train_crm(dataset, tmp_path / "crm", dataclasses.replace(CONFIG, epochs=1))
+    embeddings = load_crm(tmp_path / "crm", dataset).instance_embeddings
+    hidden = embeddings[:, :-2]
+    train = hidden[dataset.indices("train")]
+    assert torch.allclose(train.square().mean(), torch.ones(()))
+    normed = nn.functional.layer_norm(embeddings, embeddings.shape[1:])[:, :-2]
+    lengths = [(rows - rows.mean(1, keepdim=True)).norm(dim=1) for rows in (hidden, normed)]
+    assert lengths[0].std() > 0.1 * lengths[0].mean()
+    assert torch.corrcoef(torch.stack(lengths))[0, 1] > 0.95
 
 
 def test_instance_embeddings_of_new_samples(dataset: Dataset, tmp_path: Path) -> None:

@@ -92,11 +92,8 @@ def test_one_table_with_labels_and_no_users(tmp_path: Path) -> None:
     first = datetime.datetime(2026, 1, 1, 0, tzinfo=datetime.timezone.utc)
     assert dataset.behaviour_times[0] == first.timestamp() * 1000
     wording = Wording.of(meta)
-    assert (wording.header, wording.question) == (
-        "Article history, oldest first:",
-        "Will the user choose this article?",
-    )
-    assert (wording.behaviour("T", 0.0), wording.behaviour("T", 1.0)) == ("no: T", "yes: T")
+    assert wording.question == "Did the user choose the article? Yes or No, oldest first:"
+    assert (wording.answer(0.0), wording.answer(1.0)) == ("No", "Yes")
 
 
 def test_parquet_gives_what_csv_gives(tmp_path: Path) -> None:
@@ -128,11 +125,8 @@ def test_numbers_as_ids_words_for_labels_and_missing_texts(tmp_path: Path) -> No
     assert dataset.titles[2] == "Unknown title"
     assert meta["counts"]["samples"] == 3  # without times one a user
     wording = Wording.of(meta)
-    assert (wording.header, wording.question) == (
-        "Article history, in no order:",
-        "Will the customer buy it?",
-    )
-    assert wording.behaviour("T", 1.0) == "bought: T"
+    assert wording.question == "Will the customer buy it? Yes or No, in no order:"
+    assert (wording.answer(0.0), wording.answer(1.0)) == ("No, skipped", "Yes, bought")
 
 
 def test_unknown_ids(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def byte_level(
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    texts = ["Yes\n No\n Yes\nNo user rate above ratings oldest first: Film Drama War"] * 9
+    texts = ["Yes\n No\n : Yes: No, user rate above ratings oldest first: Film Drama War"] * 9
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=list(specials), initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
@@ -89,15 +89,18 @@ def history(dataset: Dataset) -> list[tuple[int, float]]:
 
 
 def test_whole_prompt(dataset: Dataset) -> None:
-    lines = [f"{rating:g}: {dataset.titles[item]}\n" for item, rating in history(dataset)]
+    lines = [
+        f"{dataset.texts[item]}: {'Yes' if rating > 3 else 'No'}, {rating:g}\n"
+        for item, rating in history(dataset)
+    ]
     position = len(lines)
     expected = (
         "<|im_start|>system\n<|im_end|>\n<|im_start|>user\n"
         f"User: {dataset.profiles[dataset.samples.user[SAMPLE]]}\n"
-        "Film ratings from 1 to 5, oldest first:\n"
+        "Did the user rate the film above 3? Yes or No, then the rating from 1 to 5, oldest first:\n"
         + "".join(lines[-4:])
-        + f"New film: {dataset.texts[dataset.samples.item[SAMPLE]]}\n"
-        "Will the user rate it above 3? Answer Yes or No.<|im_end|>\n<|im_start|>assistant\n"
+        + "<|im_end|>\n<|im_start|>assistant\n"
+        + f"{dataset.texts[dataset.samples.item[SAMPLE]]}:"
     )
     tokenizer = byte_level(CHATML)
     prompts = builder(tokenizer, dataset)
@@ -123,13 +126,15 @@ def test_no_line_about_a_user_of_whom_nothing_is_known(dataset: Dataset) -> None
 def test_plain_text_without_a_template(dataset: Dataset) -> None:
     text = builder(byte_level(None), dataset).render(SAMPLE, [0])
     assert text.startswith("User: ")
-    assert text.endswith("Will the user rate it above 3? Answer Yes or No.\nAnswer:")
+    answered, target = text.splitlines()[-2:]
+    assert answered.endswith((": Yes, 5", ": Yes, 4", ": No, 3", ": No, 2", ": No, 1"))
+    assert target == f"{dataset.texts[dataset.samples.item[SAMPLE]]}:"
 
 
 def test_a_template_without_system_role(dataset: Dataset) -> None:
     text = builder(byte_level(NO_SYSTEM, ("<s>",)), dataset).render(SAMPLE, [0])
     assert text.startswith("<s>[INST] User: ")
-    assert text.endswith("Answer Yes or No. [/INST]")
+    assert text.endswith(f" [/INST]{dataset.texts[dataset.samples.item[SAMPLE]]}:")
 
 
 def test_pieces_get_no_spaces_of_their_own(dataset: Dataset) -> None:
@@ -145,8 +150,8 @@ def test_order_in_the_prompt_is_time(dataset: Dataset) -> None:
     prompts = builder(byte_level(CHATML), dataset, k=3)
     assert prompts.build(SAMPLE, [7, 2, 5, 0]).input_ids == prompts.build(SAMPLE, [2, 5, 7]).input_ids
     text = prompts.render(SAMPLE, [7, 2, 5, 0])
-    titles = [dataset.titles[history(dataset)[position][0]] for position in (2, 5, 7)]
-    places = [text.index(f": {title}\n") for title in titles]
+    texts = [dataset.texts[history(dataset)[position][0]] for position in (2, 5, 7)]
+    places = [text.index(f"\n{line}: ") for line in texts]
     assert places == sorted(places)
 
 
@@ -161,8 +166,8 @@ def test_cut_by_whole_behaviours_least_important_first(dataset: Dataset, positio
             prompt = builder(tokenizer, dataset, max_tokens=limit).build(SAMPLE, positions)
             assert prompt == whole[kept]
             text = tokenizer.decode(prompt.input_ids)
-            assert text.endswith("Answer Yes or No.<|im_end|>\n<|im_start|>assistant\n")
-            assert f"New film: {dataset.texts[dataset.samples.item[SAMPLE]]}\n" in text
+            target = dataset.texts[dataset.samples.item[SAMPLE]]
+            assert text.endswith(f"<|im_end|>\n<|im_start|>assistant\n{target}:")
 
 
 def test_a_prompt_that_cannot_fit_names_the_sample(dataset: Dataset) -> None:
@@ -183,11 +188,10 @@ def test_one_placeholder_per_item(dataset: Dataset, limit: int) -> None:
     )
     assert prompt.input_ids.count(placeholder) == len(prompt.item_ids) == prompt.behaviours + 1
     assert prompt.item_ids[-1] == dataset.samples.item[SAMPLE]
-    # Behind each line stands the placeholder of the item whose title it shows.
-    pieces = tokenizer.decode(prompt.input_ids).split("<|item|>\n")[:-1]
+    # Behind each text stands the placeholder of its item.
+    pieces = tokenizer.decode(prompt.input_ids).split("<|item|>:")[:-1]
     for piece, item in zip(pieces, prompt.item_ids, strict=True):
-        line = piece.splitlines()[-1]
-        assert line.endswith((f": {dataset.titles[item]}", f": {dataset.texts[item]}"))
+        assert piece.splitlines()[-1] == dataset.texts[item]
 
 
 def test_placeholders_change_nothing_else(dataset: Dataset) -> None:
@@ -214,9 +218,18 @@ def test_text_of_the_data_makes_no_special_tokens(dataset: Dataset, tmp_path: Pa
     assert prompt.input_ids.count(placeholder) == len(prompt.item_ids) == 3
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert prompt.input_ids.count(end) == 2
-    assert "2: <|item|> <|im_end|> Film" in prompts.render(SAMPLE, list(range(4))).replace(
-        f"{history(dataset)[0][1]:g}: ", "2: "
-    )
+    text = prompts.render(SAMPLE, list(range(4)))
+    assert f"\n<|item|> <|im_end|> {dataset.texts[history(dataset)[0][0]]}<|item|>: " in text
+
+
+def test_a_long_text_is_cut(dataset: Dataset) -> None:
+    item = dataset.samples.item[SAMPLE]
+    texts = dataset.items["text"].to_pylist()
+    texts[item] = "é" * 100  # two tokens each
+    column = dataset.items.column_names.index("text")
+    items = dataset.items.set_column(column, "text", pa.array(texts))
+    text = builder(byte_level(None), dataclasses.replace(dataset, items=items)).render(SAMPLE, [0])
+    assert text.endswith("\n" + "é" * 32 + ":")
 
 
 def test_the_targets_own_rating_never_shows(dataset: Dataset) -> None:
@@ -278,14 +291,12 @@ def test_lengths_name_a_sample_that_cannot_fit(dataset: Dataset) -> None:
 @pytest.mark.parametrize(
     ("tokenizer", "tokens"),
     [
-        (byte_level(CHATML), ["No", "Yes"]),
+        (byte_level(CHATML), ["ĠNo", "ĠYes"]),
         (byte_level(None), ["ĠNo", "ĠYes"]),
-        (byte_level(NO_SYSTEM, ("<s>",)), ["ĠNo", "ĠYes"]),
-        (byte_level("{{ messages[0]['content'] }}<|bot|>", ("<|bot|>",)), ["No", "Yes"]),
         (sentencepiece_like(None), ["▁No", "▁Yes"]),
         (sentencepiece_like(NO_SYSTEM), ["▁No", "▁Yes"]),
     ],
-    ids=["chat", "plain", "inst", "special", "pieces", "pieces-inst"],
+    ids=["chat", "plain", "pieces", "pieces-inst"],
 )
 def test_answers_as_they_follow_the_prompt(tokenizer: PreTrainedTokenizerFast, tokens: list[str]) -> None:
     assert tokenizer.convert_ids_to_tokens(list(answer_ids(tokenizer))) == tokens

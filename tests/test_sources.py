@@ -50,8 +50,8 @@ def test_ml_1m(tmp_path: Path) -> None:
         "occupation": "customer service",
     }
     prepare(source, tmp_path / "data")
-    assert (
-        Wording.of(Dataset.load(tmp_path / "data").meta).header == "Film ratings from 1 to 5, oldest first:"
+    assert Wording.of(Dataset.load(tmp_path / "data").meta).question == (
+        "Did the user rate the film above 3? Yes or No, then the rating from 1 to 5, oldest first:"
     )
 
 
@@ -205,9 +205,10 @@ def test_without_times_each_user_is_one_sample(books: Path, tmp_path: Path) -> N
     assert np.array_equal(dataset.behaviour_items, again.behaviour_items)
     assert np.array_equal(s.user, again.samples.user)
     wording = Wording.of(meta)
-    assert wording.header == "Book ratings from 1 to 10, in no order:"
-    assert wording.question == "Will the user rate it above 4?"
-    assert (wording.behaviour("T", 0.0), wording.behaviour("T", 7.0)) == ("unrated: T", "7: T")
+    assert wording.question == (
+        "Did the user rate the book above 4? Yes or No, then the rating from 1 to 10, in no order:"
+    )
+    assert (wording.answer(0.0), wording.answer(7.0)) == ("No, unrated", "Yes, 7")
 
 
 def replaced(name: str, old: str, new: str) -> Callable[[Path], None]:

@@ -42,6 +42,7 @@ OUTPUTS = "outputs.safetensors"
 WEIGHTS = "model.safetensors"
 _EVALUATIONS = 2  # on the validation split, per epoch
 _PREDICT_BATCH = 2048
+_SPREAD = 2.0  # of an instance embedding's components, which its own length then hardly changes
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,11 @@ class CRMOutputs:
 
     Attributes:
         item_embeddings: (N, E), the embeddings of an item's id and features side by side.
-        instance_embeddings: (S, d_u), the last hidden layer before the logit. They may be large: what
-            `load_crm` returns is mapped, and its rows are read when they are used.
+        instance_embeddings: (S, d_u), the last hidden layer before the logit, scaled to a root mean square of
+            1 over the training samples, then a constant and its negative. Gates begin with a layer norm; it
+            would take away the layer's length, and with it much of what the model thinks of a sample, but
+            beside two large constants the length stays. The table may be large: what `load_crm` returns is
+            mapped, and its rows are read when they are used.
         probabilities: (S,), of label 1.
     """
 
@@ -135,11 +139,12 @@ def train_crm(
         features = _Features(dataset, config, where)
         model = _build(features, config, where)
         log = _fit(model, features, dataset, config)
+        _measure_hidden(model, features, dataset.indices("train"))
     every = np.arange(len(dataset.samples))
     items, probabilities = features.item_embeddings(model), np.empty(len(every), np.float32)
     shapes = {
         "item_embeddings": tuple(items.shape),
-        "instance_embeddings": (len(every), _logit(model).in_features),
+        "instance_embeddings": (len(every), _logit(model).in_features + 2),
         "probabilities": (len(every),),
     }
 
@@ -235,7 +240,7 @@ class CRM:
             ) from None
 
     def instance_embeddings(self, dataset: Dataset) -> Tensor:
-        """The last hidden layer (S, d_u) for the samples of `dataset`: the same items, and any users.
+        """What `CRMOutputs` has, (S, d_u), for the samples of `dataset`: the same items, and any users.
 
         Raises:
             InputError: a user is new and the CRM reads user ids.
@@ -292,6 +297,7 @@ def _build(features: _Features, config: CRMConfig, device: torch.device) -> Base
         model_root="",
         verbose=0,
     )
+    model.register_buffer("hidden_scale", torch.ones((), device=device))
     return model
 
 
@@ -359,16 +365,28 @@ def _logit(model: BaseModel) -> nn.Linear:
 
 @torch.no_grad()
 def _outputs(model: BaseModel, features: _Features, samples: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-    """Last hidden layer (n, d_u) and probability (n,) of some samples after others, on the CPU."""
+    """Instance embeddings (n, d_u) and probabilities (n,) of some samples after others, on the CPU."""
     model.eval()
     hidden: list[Tensor] = []
     hook = _logit(model).register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0].cpu()))
     try:
         for chunk in torch.from_numpy(samples).split(_PREDICT_BATCH):
             probabilities = model(features.batch(chunk))["y_pred"].squeeze(1).cpu()
-            yield hidden.pop(), probabilities
+            layer = hidden.pop() / model.hidden_scale.cpu()
+            constant = _SPREAD * math.sqrt((layer.shape[1] + 2) / 2)
+            constants = torch.tensor([constant, -constant]).expand(len(layer), 2)
+            yield torch.cat([layer, constants], dim=1), probabilities
     finally:
         hook.remove()
+
+
+def _measure_hidden(model: BaseModel, features: _Features, samples: np.ndarray) -> None:
+    """Let the last hidden layer have unit root mean square over `samples` where it is handed out."""
+    total, count = 0.0, 0
+    for block, _ in _outputs(model, features, samples):
+        layer = block[:, :-2].double()
+        total, count = total + float(layer.square().sum()), count + layer.numel()
+    model.hidden_scale.fill_(math.sqrt(total / count) or 1.0)
 
 
 class _Features:

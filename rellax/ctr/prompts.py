@@ -1,4 +1,8 @@
-"""Samples as token sequences: who the user is, what they rated before, the target, and a yes/no question."""
+"""Samples as token sequences: who the user is, a yes/no question, its answers before, and the target.
+
+The target's line is like those of the behaviours, up to where the answer would stand: even an untrained model
+then goes on as the lines before went.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,9 @@ if TYPE_CHECKING:
 
 ANSWERS = ("No", "Yes")
 PLACEHOLDER = "<|item|>"
+_COLON = ":"
 _CONTENT = "[content]"
+_ITEM_TOKENS = 64  # of an item's text, at most: a longer one is cut, so that K of them fit
 _CACHED = 1 << 17  # pieces of each kind that are kept
 _CHECKED = 1 << 12  # targets, or prompts, that are looked at at once
 
@@ -49,14 +55,14 @@ class Wording:
     """How the prompts of a data set put it, from its dataset.json.
 
     Attributes:
-        header: the line before the behaviours.
-        question: the last line, but for how to answer.
+        question: the line before the behaviours, which their answers and the target's follow.
+        positive_above: the answer is Yes where the rating is larger.
         unrated: the rating that means that there is none.
         answers: what the ratings 0 and 1 are called, where they are labels.
     """
 
-    header: str
     question: str
+    positive_above: float
     unrated: float | None
     answers: tuple[str, str] | None
 
@@ -65,17 +71,20 @@ class Wording:
         noun, (low, high) = meta["item_noun"], meta["rating_scale"]
         order = "oldest first" if meta["timed"] else "in no order"
         if meta["answers"] is not None:
-            header, question = f"{noun.capitalize()} history, {order}:", f"Will the user choose this {noun}?"
+            question, answer = f"Did the user choose the {noun}?", "Yes or No"
         else:
-            header = f"{noun.capitalize()} ratings from {low:g} to {high:g}, {order}:"
-            question = f"Will the user rate it above {meta['positive_above']:g}?"
-        return cls(header, meta["question"] or question, meta["unrated"], meta["answers"])
+            question = f"Did the user rate the {noun} above {meta['positive_above']:g}?"
+            answer = f"Yes or No, then the rating from {low:g} to {high:g}"
+        question = f"{meta['question'] or question} {answer}, {order}:"
+        return cls(question, meta["positive_above"], meta["unrated"], meta["answers"])
 
-    def behaviour(self, title: str, rating: float) -> str:
-        # The rating stands first: the title then starts with a space, as most words of a vocabulary do.
-        if self.answers is not None:
-            return f"{self.answers[int(rating)]}: {title}"
-        return f"unrated: {title}" if rating == self.unrated else f"{rating:g}: {title}"
+    def answer(self, rating: float) -> str:
+        """What is said of a behaviour."""
+        liked = ANSWERS[int(rating > self.positive_above)]
+        if self.answers is None:
+            return f"{liked}, {'unrated' if rating == self.unrated else f'{rating:g}'}"
+        name = self.answers[int(rating)]
+        return liked if name.lower() in ("yes", "no") else f"{liked}, {name}"
 
 
 def recent(position: np.ndarray, k: int) -> np.ndarray:
@@ -95,13 +104,10 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     Raises:
         InputError: an answer is not one token of its own.
     """
-    suffix = _frame(tokenizer)[1]
-    encode = functools.partial(_encode, tokenizer, after=".", special=True)
-    before = encode(suffix)
-    bare = suffix[-1:].isspace() or before[-1] in tokenizer.get_added_vocab().values()
+    before = _encode(tokenizer, _COLON, after=".")
     ids = []
     for answer in ANSWERS:
-        both = encode(suffix + ("" if bare else " ") + answer)
+        both = _encode(tokenizer, f"{_COLON} {answer}", after=".")
         if both[:-1] != before:
             raise InputError(
                 f"tokenizer: expected the answer {answer!r} to be one token, "
@@ -116,8 +122,10 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
 class PromptBuilder:
     """Builds prompts from a data set, in the tokenizer's chat template where it has one.
 
-    Every part (profile, behaviour, target) is tokenised once, on its own, and prompts are put together from
-    these pieces. With `placeholder`, that token stands after each behaviour and after the target.
+    The user's message has the profile, the question and the behaviours with their answers; the model's answer
+    begins with the target, and the prompt ends where Yes or No follows. Every part is tokenised once, on its
+    own, and prompts are put together from these pieces. With `placeholder`, that token stands after each
+    behaviour's text and after the target's. A text is cut after 64 tokens.
 
     Args:
         k: most behaviours in a prompt.
@@ -141,8 +149,8 @@ class PromptBuilder:
         self.wording = Wording.of(dataset.meta)
         self._prefix, suffix = _frame(tokenizer)
         self._newline = _encode(tokenizer, "\n", after=".")
-        question = _encode(tokenizer, f"{self.wording.question} Answer Yes or No.")
-        self._question = question + _encode(tokenizer, suffix, after=".", special=True)
+        self._turn = _encode(tokenizer, suffix, after="\n", special=True) if suffix else []
+        self._after_turn = suffix or "\n"
         self._head_of = functools.lru_cache(_CACHED)(self._head)
         self._behaviour_of = functools.lru_cache(_CACHED)(self._behaviour)
         self._target_of = functools.lru_cache(_CACHED)(self._target)
@@ -178,7 +186,7 @@ class PromptBuilder:
                 raise InputError(f"positions: sample {sample} has behaviours 0 to {end - 1}, got {position}")
         item = int(self.dataset.samples.item[sample])
         head = self._head_of(self.dataset.profiles[self.dataset.samples.user[sample]])
-        tail = self._target_of(item) + self._question
+        tail = self._target_of(item)
         room = self.max_tokens - len(head) - len(tail)
         if room < 0:
             raise self._too_long(sample, len(head) + len(tail))
@@ -213,8 +221,7 @@ class PromptBuilder:
         """Raise an InputError where a sample's prompt would be too long even without behaviours."""
         data = self.dataset.samples
         users, items = _distinct(data.user[samples]), _distinct(data.item[samples])
-        longest = len(self._question)
-        longest += _counted(self._head_tokens, (users,), self._count_head).max(initial=0)
+        longest = _counted(self._head_tokens, (users,), self._count_head).max(initial=0)
         blocks = np.array_split(items, 1 + len(items) // _CHECKED)
         longest += max(
             _counted(self._target_tokens, (block,), self._count_target).max(initial=0)
@@ -231,7 +238,7 @@ class PromptBuilder:
             InputError: a prompt too long even so.
         """
         user, item = self.dataset.samples.user[samples], self.dataset.samples.item[samples]
-        fixed = _counted(self._head_tokens, (user,), self._count_head) + len(self._question)
+        fixed = _counted(self._head_tokens, (user,), self._count_head)
         fixed += _counted(self._target_tokens, (item,), self._count_target)
         if (fixed > self.max_tokens).any():
             row = int(np.argmax(fixed > self.max_tokens))
@@ -264,27 +271,31 @@ class PromptBuilder:
 
     def _head(self, profile: str) -> list[int]:
         """All before the behaviours; the line about the user is left out where nothing is known."""
-        header = self.wording.header
+        question = self.wording.question
         if not profile:
-            return _bos(self.tokenizer) + self._opened(header) + self._newline
-        who = self._opened("User:") + self._line(f" {profile}", after=":")
-        return _bos(self.tokenizer) + who + self._line(header)
+            return _bos(self.tokenizer) + self._opened(question) + self._newline
+        who = self._opened("User:") + self._line(f" {profile}", after=":") + self._newline
+        return _bos(self.tokenizer) + who + self._line(question) + self._newline
 
     def _opened(self, text: str) -> list[int]:
         """`text` where the prompt begins, after what the chat template puts before it."""
         return _encode(self.tokenizer, self._prefix + text, after="", special=True)
 
     def _behaviour(self, item: int, rating: float) -> list[int]:
-        return self._line(self.wording.behaviour(self.dataset.titles[item], rating), soft=True)
+        answer = f"{_COLON} {self.wording.answer(rating)}"
+        return self._item(item) + self._line(answer, after=".") + self._newline
 
     def _target(self, item: int) -> list[int]:
-        return self._line(f"New {self.dataset.meta['item_noun']}: {self.dataset.texts[item]}", soft=True)
+        """All after the behaviours."""
+        return self._turn + self._item(item, self._after_turn) + self._line(_COLON, after=".")
 
-    def _line(self, text: str, *, after: str = "\n", soft: bool = False) -> list[int]:
-        """One line, whatever white space `text` has; `soft` puts the placeholder at its end."""
-        placeholder = [self.placeholder] if soft and self.placeholder is not None else []
-        line = re.sub(r"\s+", " ", text)
-        return _encode(self.tokenizer, line, after=after) + placeholder + self._newline
+    def _item(self, item: int, after: str = "\n") -> list[int]:
+        placeholder = [] if self.placeholder is None else [self.placeholder]
+        return self._line(self.dataset.texts[item], after=after)[:_ITEM_TOKENS] + placeholder
+
+    def _line(self, text: str, *, after: str = "\n") -> list[int]:
+        """One line, whatever white space `text` has."""
+        return _encode(self.tokenizer, re.sub(r"\s+", " ", text), after=after)
 
 
 def _distinct(ids: np.ndarray) -> np.ndarray:
@@ -322,7 +333,7 @@ def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     Where a template adds a system message of its own, an empty one takes its place if that is shorter.
     """
     if tokenizer.chat_template is None:
-        return "", "\nAnswer:"
+        return "", ""
     user = {"role": "user", "content": _CONTENT}
     texts = [_render(tokenizer, [user])]
     with contextlib.suppress(jinja2.TemplateError):  # raised by templates that know no system role
