@@ -16,6 +16,7 @@ from workspace import ITEMS, Workspace, make_model
 
 from rellax import subr
 from rellax.ctr import embedding
+from rellax.ctr.crm import load_crm
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.embedding import embed
 from rellax.ctr.llm import load_encoder, load_tokenizer
@@ -46,6 +47,19 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 def config(workspace: Workspace, **changes: Any) -> dict[str, Any]:
     return {"data": str(workspace.data), "model": str(workspace.model), "dim": DIM} | changes
+
+
+def test_a_classical_model_beside_the_text(workspace: Workspace, tmp_path: Path) -> None:
+    """A cosine is then the mean of both; another classical model has it made anew."""
+    embed(config(workspace), tmp_path / "text", progress=False)
+    with_crm = config(workspace, crm=str(workspace.crm))
+    embed(with_crm, tmp_path / "both", progress=False)
+    text, both = (subr.load_embeddings(tmp_path / name) for name in ("text", "both"))
+    items = load_crm(workspace.crm, Dataset.load(workspace.data)).item_embeddings
+    items = torch.nn.functional.normalize(items - items.mean(0))
+    torch.testing.assert_close(both @ both.T, (text @ text.T + items @ items.T) / 2)
+    with pytest.raises(InputError, match="crm"):
+        embed(config(workspace, crm=str(tmp_path / "none")), tmp_path / "other", progress=False)
 
 
 def test_blocks_give_what_all_texts_at_once_give(

@@ -99,6 +99,7 @@ def _embed(options: argparse.Namespace) -> None:
     from rellax.ctr.embedding import embed
 
     config = {"data": str(options.work / "data"), "model": _model(options), "dim": options.dim}
+    config |= {"crm": str(options.work / options.crm)} if options.crm is not None else {}
     embed(config, options.work / "embeddings", cluster=_cluster(options), **_run_options(options))
     print(options.work / "embeddings")
 

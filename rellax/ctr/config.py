@@ -18,6 +18,7 @@ SCHEDULES = ("linear", "cosine", "constant")
 QUANTIZE = ("none", "int8", "nf4", "fp4", "int8wo", "int8dq", "int4wo", "float8wo")
 INTERACTIONS = ("none", "diagonal", "full")
 CRM_SAMPLES = ("all", "held-out", "shots")
+SIMILARITIES = ("text", "text+crm")
 LEARNING_RATES = {"1": 1e-3, "2": 3e-4, "joint": 1e-3}
 CHOICES = {  # what fields of `TrainConfig` may be
     "stage": STAGES,
@@ -238,6 +239,8 @@ class StudyConfig(Comparison):
         crm: the classical model that gates and soft prompts read.
         crm_samples: what that one is trained on: "all" training samples, "held-out" all but the language
             model's shots, or "shots" these alone.
+        similarity: what behaviours are retrieved by: "text", the embeddings of the items' texts, or
+            "text+crm", these and the item embeddings of `crm` trained on all training samples.
     """
 
     test_samples: int | None = 1000
@@ -261,8 +264,13 @@ class StudyConfig(Comparison):
     seeds: tuple[int, ...] = (0, 1, 2)
     crm: str = "SIM"
     crm_samples: str = "all"
+    similarity: str = "text"
 
     def __post_init__(self) -> None:
+        if self.similarity not in SIMILARITIES:
+            raise InputError(
+                f"similarity: expected one of {', '.join(SIMILARITIES)}, got {self.similarity!r}"
+            )
         if self.crm_samples not in CRM_SAMPLES:
             raise InputError(
                 f"crm_samples: expected one of {', '.join(CRM_SAMPLES)}, got {self.crm_samples!r}"

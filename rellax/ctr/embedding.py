@@ -13,11 +13,14 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from rellax import subr
 from rellax._files import atomic_file, atomic_folder, read_json
 from rellax.ctr import jobs, runs
+from rellax.ctr.crm import load_crm
+from rellax.ctr.dataset import Dataset
 from rellax.ctr.llm import load_config, load_encoder, load_tokenizer, model_hash, resolve_device
 from rellax.ctr.stream import stream
 
@@ -41,20 +44,27 @@ def embed(
     its last whole block. Where items' ids, their texts or the model have changed, it is done anew.
 
     Args:
-        config: `data` (folder of `rellax prepare`), `model`, `dim` (principal components that are kept).
+        config: `data` (folder of `rellax prepare`), `model`, `dim` (principal components that are kept), and
+            maybe `crm` (folder of `rellax crm`): its item embeddings, centred, stand beside those of the
+            text, and a cosine is then the mean of both similarities. What a text does not say, who likes
+            an item, is in them.
         folder: gets embeddings.safetensors, config.json, inputs.json and environment.json.
         device: "auto", "cpu" or "cuda".
         redo: do it anew.
         cluster: run on Ray, whose nodes share this file system; None runs here.
 
     Raises:
-        InputError: no data folder or model there, or `folder` holds something else.
+        InputError: no data folder, model or CRM there, or `folder` holds something else.
     """
     claimed = runs.is_claimed(folder, config, redo=redo)
     where = resolve_device(device if cluster is None else "auto")
     read_json(Path(config["data"]) / "dataset.json", maker="rellax prepare")
     ids, texts = _items(config["data"])
     inputs = {"items": _hash(ids, texts), "weights": model_hash(config["model"])}
+    liked = None
+    if config.get("crm") is not None:
+        liked = load_crm(config["crm"], Dataset.load(config["data"])).item_embeddings
+        inputs["crm"] = hashlib.sha256(liked.numpy().tobytes()).hexdigest()
     if claimed and runs.has_inputs(folder, inputs):
         return
     lengths = subr.token_lengths(texts, load_tokenizer(config["model"]))
@@ -72,6 +82,8 @@ def embed(
     with atomic_folder(folder) as part:
         files = [_part(parts, block) for block in blocks]
         embeddings = _reduced(files, len(ids), config["dim"], where, progress=progress)
+        if liked is not None:
+            embeddings = normalize(torch.cat([embeddings, normalize(liked - liked.mean(0))], dim=1))
         hashes = {f"{name}_sha256": value for name, value in inputs.items()}
         subr.save_embeddings(part, embeddings, ids, Path(config["model"]).name, **hashes)
         runs.write_record(part, config, inputs)

@@ -105,8 +105,10 @@ class Lab:
             raw = assets.movielens_100k() if self.config.raw is None else self.config.raw
             prepare(read_ml_100k(raw), self.data)
 
-    def embed(self) -> None:
+    def embed(self, crm: str | None = None) -> None:
+        """Embed the items' texts; `crm` names the folder of a classical model to put beside."""
         config = {"data": str(self.data), "model": self.model, "dim": 512}
+        config |= {"crm": self._path(crm)} if crm is not None else {}
         embed(config, self.out / "embeddings", device=self.device, progress=self.progress)
 
     def retrieve(self) -> None:

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from rellax import __version__
-from rellax.ctr.config import CHOICES, CRM_SAMPLES, DATASETS, DemoConfig, StudyConfig, TrainConfig
+from rellax.ctr.config import (
+    CHOICES,
+    CRM_SAMPLES,
+    DATASETS,
+    SIMILARITIES,
+    DemoConfig,
+    StudyConfig,
+    TrainConfig,
+)
 
 Run = Callable[[argparse.Namespace], Any]
 
@@ -18,6 +26,7 @@ _CHOICES: dict[str, Sequence[str]] = {
     **CHOICES,
     "device": ("auto", "cpu", "cuda"),
     "crm_samples": CRM_SAMPLES,
+    "similarity": SIMILARITIES,
 }
 TRAIN_HELP = {
     "stage": "1: LoRA; 2: gates and soft-prompt projector over frozen LoRA; joint: all at once",
@@ -75,6 +84,8 @@ STUDY_HELP = DEMO_HELP | {
     "crms": "classical models beside them, on the same shots and on all training samples",
     "data": "folder of `rellax prepare` (default: MovieLens-100K)",
     "crm": "classical model that gates and soft prompts read",
+    "similarity": "what behaviours are retrieved by: the item texts' embeddings alone, or with those of the "
+    "classical model that is trained on all samples",
     "crm_samples": "what that one is trained on: all training samples, all but the shots, or the shots",
 }
 STUDY_HELP = {name: text for name, text in STUDY_HELP.items() if name not in ("few_shot_crm", "seed")}
@@ -170,7 +181,12 @@ def make_parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
         "embed",
         "device redo ray work model",
         "item texts to embeddings",
-        "rellax embed --dim 256\nrellax embed --ray",
+        "rellax embed --dim 256\nrellax embed --crm crm\nrellax embed --ray",
+    )
+    embed.add_argument(
+        "--crm",
+        metavar="NAME",
+        help="run of `rellax crm` whose item embeddings stand beside (default: text alone)",
     )
     embed.add_argument("--dim", type=int, default=512, help="principal components that are kept")
 

@@ -162,11 +162,20 @@ class _Study:
             write_json(self.out / "environment.json", runs.environment())
 
     def prepare(self) -> None:
-        for step in (self.lab.prepare, self.lab.embed, self.lab.retrieve):
-            step()
+        self.lab.prepare()
+        self.lab.embed(self._similar_by())
+        self.lab.retrieve()
         self.dataset = Dataset.load(self.lab.data)
         self.tokens = {k: self._tokens(k) for k in self.config.k}
         self.speed = self._speed()
+
+    def _similar_by(self) -> str | None:
+        """The folder of the classical model whose item embeddings stand beside the text's."""
+        if self.config.similarity == "text":
+            return None
+        cell = Cell(self.config.crm, None, None, 0)
+        self._run(cell)
+        return cell.name
 
     def plan(self) -> str:
         """How much of the grid is done, and how long the rest will take, by method."""
