@@ -95,7 +95,7 @@ class TrainConfig:
 
     prompts: str = "mixture"
     k: int = 10
-    max_tokens: int = 512
+    max_tokens: int = 1024
     shots: int | None = None
 
     epochs: int = 1
