@@ -109,7 +109,7 @@ def test_the_converted_model_is_the_gguf_one() -> None:
     text = "Films rated 5: Heat, 1995. ¿Qué? Yes or No <|im_end|>\n\n  x"
     assert tokenizer.encode(text) == gguf_tokenizer.encode(text)
     assert tokenizer.chat_template == gguf_tokenizer.chat_template is not None
-    assert tokenizer.convert_ids_to_tokens(list(answer_ids(tokenizer))) == ["No", "Yes"]
+    assert tokenizer.convert_ids_to_tokens(list(answer_ids(tokenizer))) == ["ĠNo", "ĠYes"]
     ids = torch.tensor([tokenizer.encode(text)])
     with torch.no_grad():
         assert torch.equal(model(ids).logits, gguf(ids).logits)

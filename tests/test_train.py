@@ -132,10 +132,10 @@ def test_stage_1_trains_a_and_b_and_lowers_the_loss(
     assert {name.rsplit(".", 1)[1] for name in tensors} == {"lora_a", "lora_b"}
     assert all(tensor.dtype == torch.float32 and tensor.any() for tensor in tensors.values())
     train(
-        workspace.config(epochs=8, lr=0.05, dropout=0.0, prompts="recent"), tmp_path / "long", progress=False
+        workspace.config(epochs=20, lr=0.05, dropout=0.0, prompts="recent"), tmp_path / "long", progress=False
     )
     losses = [entry["loss"] for entry in log(tmp_path / "long")]
-    assert np.mean(losses[-3:]) < 0.7 * np.mean(losses[:3])
+    assert np.mean(losses[-3:]) < 0.5 * np.mean(losses[:3])
 
 
 @pytest.mark.parametrize(
