@@ -137,9 +137,7 @@ def test_instance_embeddings_are_the_last_hidden_layer(dataset: Dataset, name: s
     model = crm._build(features, config, torch.device("cpu"))
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
-    model.hidden_scale.fill_(3.0)
-    [(embeddings, probabilities)] = crm._outputs(model, features, np.arange(77))
-    hidden = 3.0 * embeddings[:, :-2]
+    [(hidden, probabilities)] = crm._outputs(model, features, np.arange(77))
     logit = model.fc if name == "DCNv2" else model.dnn.mlp[-2]
     assert (logit.in_features, logit.out_features) == (hidden_size(name), 1)
     assert torch.allclose(torch.sigmoid(logit(hidden)).squeeze(1), probabilities, atol=1e-6)
@@ -147,13 +145,17 @@ def test_instance_embeddings_are_the_last_hidden_layer(dataset: Dataset, name: s
     # No trace of the hook stays, and padding rows of other samples in the batch change nothing.
     assert not logit._forward_pre_hooks
     [(alone, _)] = crm._outputs(model, features, np.arange(5, 6))
-    assert torch.allclose(alone[0], embeddings[5], atol=1e-6)
+    assert torch.allclose(alone[0], hidden[5], atol=1e-6)
 
 
 def test_a_layer_norm_leaves_the_lengths_of_instance_embeddings(dataset: Dataset, tmp_path: Path) -> None:
     train_crm(dataset, tmp_path / "crm", dataclasses.replace(CONFIG, epochs=1))
     embeddings = load_crm(tmp_path / "crm", dataset).instance_embeddings
+    model = crm.CRM(tmp_path / "crm", dataset)._model
+    features = crm._Features(dataset, CONFIG, torch.device("cpu"))
+    layer = torch.cat([block for block, _ in crm._outputs(model, features, np.arange(len(embeddings)))])
     hidden = embeddings[:, :-2]
+    assert torch.allclose(hidden * model.hidden_scale, layer, atol=1e-5)
     train = hidden[dataset.indices("train")]
     assert torch.allclose(train.square().mean(), torch.ones(()))
     normed = nn.functional.layer_norm(embeddings, embeddings.shape[1:])[:, :-2]

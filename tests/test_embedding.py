@@ -50,7 +50,7 @@ def config(workspace: Workspace, **changes: Any) -> dict[str, Any]:
 
 
 def test_a_classical_model_beside_the_text(workspace: Workspace, tmp_path: Path) -> None:
-    """A cosine is then the mean of both; another classical model has it made anew."""
+    """A cosine is then the mean of both."""
     embed(config(workspace), tmp_path / "text", progress=False)
     with_crm = config(workspace, crm=str(workspace.crm))
     embed(with_crm, tmp_path / "both", progress=False)

@@ -293,10 +293,12 @@ def test_lengths_name_a_sample_that_cannot_fit(dataset: Dataset) -> None:
     [
         (byte_level(CHATML), ["ĠNo", "ĠYes"]),
         (byte_level(None), ["ĠNo", "ĠYes"]),
+        (byte_level(NO_SYSTEM, ("<s>",)), ["ĠNo", "ĠYes"]),
+        (byte_level("{{ messages[0]['content'] }}<|bot|>", ("<|bot|>",)), ["ĠNo", "ĠYes"]),
         (sentencepiece_like(None), ["▁No", "▁Yes"]),
         (sentencepiece_like(NO_SYSTEM), ["▁No", "▁Yes"]),
     ],
-    ids=["chat", "plain", "pieces", "pieces-inst"],
+    ids=["chat", "plain", "inst", "special", "pieces", "pieces-inst"],
 )
 def test_answers_as_they_follow_the_prompt(tokenizer: PreTrainedTokenizerFast, tokens: list[str]) -> None:
     assert tokenizer.convert_ids_to_tokens(list(answer_ids(tokenizer))) == tokens

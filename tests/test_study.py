@@ -11,6 +11,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 from workspace import Workspace
 
+from rellax._files import read_json
 from rellax.ctr import lab
 from rellax.ctr.config import StudyConfig
 from rellax.ctr.lab import duration
@@ -63,16 +64,23 @@ def test_the_grid() -> None:
     assert Cell("zero-shot-recent", 10).result == "zero-shot-recent-k10/test/predictions.parquet"
 
 
+def test_retrieval_by_the_classical_model_too(config: StudyConfig, tmp_path: Path) -> None:
+    both = dataclasses.replace(config, similarity="text+crm")
+    reproduce(both, tmp_path, progress=False, only="plan")
+    assert read_json(tmp_path / "embeddings" / "config.json")["crm"] == str(tmp_path / "din-all-s0")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"similarity": "crm"}, r"similarity: expected one of text, text\+crm, got 'crm'"),
         ({"methods": ("lora",)}, "methods: expected some of zero-shot-recent, .*, got 'lora'"),
         ({"crms": ("GRU",)}, "crms: expected some of DIN, .*, got 'GRU'"),
         ({"k": (5, 5)}, "k: expected distinct numbers of at least 1, got 5, 5"),
         ({"shots": ()}, "shots: expected distinct numbers of at least 1, got none"),
         ({"crm_samples": "some"}, "crm_samples: expected one of all, held-out, shots, got 'some'"),
     ],
-    ids=["methods", "crms", "k", "shots", "crm_samples"],
+    ids=["similarity", "methods", "crms", "k", "shots", "crm_samples"],
 )
 def test_bad_config(options: dict, words: str) -> None:
     with pytest.raises(InputError, match=words):

@@ -267,14 +267,9 @@ class StudyConfig(Comparison):
     similarity: str = "text"
 
     def __post_init__(self) -> None:
-        if self.similarity not in SIMILARITIES:
-            raise InputError(
-                f"similarity: expected one of {', '.join(SIMILARITIES)}, got {self.similarity!r}"
-            )
-        if self.crm_samples not in CRM_SAMPLES:
-            raise InputError(
-                f"crm_samples: expected one of {', '.join(CRM_SAMPLES)}, got {self.crm_samples!r}"
-            )
+        for name, known in (("crm_samples", CRM_SAMPLES), ("similarity", SIMILARITIES)):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name, least in (("k", 1), ("shots", 1), ("seeds", 0)):
             values = getattr(self, name)
             if not values or min(values) < least or len(set(values)) != len(values):

@@ -42,6 +42,7 @@ OUTPUTS = "outputs.safetensors"
 WEIGHTS = "model.safetensors"
 _EVALUATIONS = 2  # on the validation split, per epoch
 _PREDICT_BATCH = 2048
+_MEASURED = 1 << 17  # training samples that tell the scale of the last hidden layer
 _SPREAD = 2.0  # of an instance embedding's components, which its own length then hardly changes
 
 
@@ -155,7 +156,7 @@ def train_crm(
                 probabilities[row : row + len(block)] = predicted
                 row += len(block)
                 bar.update(len(block))
-                yield block.numpy()
+                yield _instance_embeddings(model, block).numpy()
 
     with atomic_folder(folder) as part:
         blocks = {
@@ -246,7 +247,7 @@ class CRM:
             InputError: a user is new and the CRM reads user ids.
         """
         blocks = _outputs(self._model, self._features.of(dataset), np.arange(len(dataset.samples)))
-        return torch.cat([hidden for hidden, _ in blocks])
+        return torch.cat([_instance_embeddings(self._model, hidden) for hidden, _ in blocks])
 
 
 def _read_config(path: Path, numbers: int) -> CRMConfig:
@@ -365,28 +366,30 @@ def _logit(model: BaseModel) -> nn.Linear:
 
 @torch.no_grad()
 def _outputs(model: BaseModel, features: _Features, samples: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-    """Instance embeddings (n, d_u) and probabilities (n,) of some samples after others, on the CPU."""
+    """Last hidden layer (n, hidden) and probability (n,) of some samples after others, on the CPU."""
     model.eval()
     hidden: list[Tensor] = []
     hook = _logit(model).register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0].cpu()))
     try:
         for chunk in torch.from_numpy(samples).split(_PREDICT_BATCH):
             probabilities = model(features.batch(chunk))["y_pred"].squeeze(1).cpu()
-            layer = hidden.pop() / model.hidden_scale.cpu()
-            constant = _SPREAD * math.sqrt((layer.shape[1] + 2) / 2)
-            constants = torch.tensor([constant, -constant]).expand(len(layer), 2)
-            yield torch.cat([layer, constants], dim=1), probabilities
+            yield hidden.pop(), probabilities
     finally:
         hook.remove()
 
 
 def _measure_hidden(model: BaseModel, features: _Features, samples: np.ndarray) -> None:
-    """Let the last hidden layer have unit root mean square over `samples` where it is handed out."""
-    total, count = 0.0, 0
-    for block, _ in _outputs(model, features, samples):
-        layer = block[:, :-2].double()
-        total, count = total + float(layer.square().sum()), count + layer.numel()
-    model.hidden_scale.fill_(math.sqrt(total / count) or 1.0)
+    """Set `hidden_scale` to the last hidden layer's root mean square over `samples`, or over some of many."""
+    some = samples[:: 1 + len(samples) // _MEASURED]
+    squares = [layer.double().square().mean(1) for layer, _ in _outputs(model, features, some)]
+    model.hidden_scale.fill_(float(torch.cat(squares).mean().sqrt()) or 1.0)
+
+
+def _instance_embeddings(model: BaseModel, layer: Tensor) -> Tensor:
+    """The last hidden layer (n, hidden) as `CRMOutputs` has it, (n, hidden + 2)."""
+    constant = _SPREAD * math.sqrt((layer.shape[1] + 2) / 2)
+    constants = torch.tensor([constant, -constant]).expand(len(layer), 2)
+    return torch.cat([layer / model.hidden_scale.cpu(), constants], dim=1)
 
 
 class _Features:

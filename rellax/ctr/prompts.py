@@ -79,12 +79,15 @@ class Wording:
         return cls(question, meta["positive_above"], meta["unrated"], meta["answers"])
 
     def answer(self, rating: float) -> str:
-        """What is said of a behaviour."""
-        liked = ANSWERS[int(rating > self.positive_above)]
-        if self.answers is None:
-            return f"{liked}, {'unrated' if rating == self.unrated else f'{rating:g}'}"
-        name = self.answers[int(rating)]
-        return liked if name.lower() in ("yes", "no") else f"{liked}, {name}"
+        """How a behaviour's line ends."""
+        liked, said = ANSWERS[int(rating > self.positive_above)], self.said(rating)
+        return liked if said.lower() in ("yes", "no") else f"{liked}, {said}"
+
+    def said(self, rating: float) -> str:
+        """What the user gave a behaviour."""
+        if self.answers is not None:
+            return self.answers[int(rating)]
+        return "unrated" if rating == self.unrated else f"{rating:g}"
 
 
 def recent(position: np.ndarray, k: int) -> np.ndarray:
@@ -149,7 +152,7 @@ class PromptBuilder:
         self.wording = Wording.of(dataset.meta)
         self._prefix, suffix = _frame(tokenizer)
         self._newline = _encode(tokenizer, "\n", after=".")
-        self._turn = _encode(tokenizer, suffix, after="\n", special=True) if suffix else []
+        self._turn = _encode(tokenizer, suffix, after="\n", special=True)
         self._after_turn = suffix or "\n"
         self._head_of = functools.lru_cache(_CACHED)(self._head)
         self._behaviour_of = functools.lru_cache(_CACHED)(self._behaviour)

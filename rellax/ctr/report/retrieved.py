@@ -11,7 +11,7 @@ from torch import Tensor
 from rellax import subr
 from rellax._files import read_json
 from rellax.ctr.dataset import Dataset, Samples
-from rellax.ctr.prompts import recent
+from rellax.ctr.prompts import Wording, recent
 from rellax.ctr.report.material import Material, Run
 from rellax.errors import InputError
 
@@ -76,6 +76,7 @@ class Retrieval:
         self.data: Dataset = material.dataset
         self.folder: Path = folder
         self.k: int = min(trained[0]["k"] if trained else _DEFAULT_K, config["k"])
+        self.wording = Wording.of(self.data.meta)
         self.embeddings: Tensor = subr.load_embeddings(embeddings, self.data.items["item_id"].to_pylist())
 
     def summary(self, samples: np.ndarray, seed: int) -> Summary | None:
@@ -154,11 +155,7 @@ class Retrieval:
         ]
 
     def _said(self, row: int) -> str:
-        """What the user gave a behaviour."""
-        rating = float(self.data.behaviour_ratings[row])
-        if self.data.meta["answers"] is not None:
-            return str(self.data.meta["answers"][int(rating)])
-        return "unrated" if rating == self.data.meta["unrated"] else f"{rating:g}"
+        return self.wording.said(float(self.data.behaviour_ratings[row]))
 
 
 def pick(material: Material, run: Run | None, count: int) -> list[int]:
