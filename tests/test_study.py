@@ -133,6 +133,17 @@ def test_stopped_resumed_grown_and_reported(
         reproduce(dataclasses.replace(config, batch_size=5), tmp_path / "study", progress=False)
 
 
+def test_runs_side_by_side(config: StudyConfig, tmp_path: Path) -> None:
+    small = dataclasses.replace(config, methods=("rellax",), crms=(), k=(2, 3), seeds=(0,))
+    for jobs in (1, 2):
+        reproduce(small, tmp_path / str(jobs), progress=False, jobs=jobs)
+    results = [(tmp_path / str(jobs) / "results.csv").read_text() for jobs in (1, 2)]
+    assert results[0].count("\n") == 1 + 5  # two runs of LoRA, two on top of them, one classical model
+    assert results[0] == results[1]
+    with pytest.raises(InputError, match="jobs: expected a positive number, got 0"):
+        reproduce(small, tmp_path / "1", jobs=0)
+
+
 def finished(
     test: Scored, method: str, k: int | None, shots: int | None, strength: float, *, seeds: int = 2
 ) -> list[Finished]:

@@ -64,13 +64,13 @@ def main() -> None:
     bandwidth = _copy_bandwidth()
     for B, L, d in PROMPTS:
         _guarded(f"soft_prompt B={B} L={L} d={d}", lambda B=B, L=L, d=d: soft_prompts(B, L, d))
+    _guarded("history_topk", histories)
+    _guarded("item_topk", item_lists)
     for B in BANKS:
         _guarded(f"gate_bank B={B}", lambda B=B: gate_banks(B))
     _guarded(f"cflora qkv {USUAL}", lambda: cflora(USUAL, bandwidth, shared=True))
     for point in POINTS:
         _guarded(f"cflora {point}", lambda point=point: cflora(point, bandwidth))
-    _guarded("item_topk", item_lists)
-    _guarded("history_topk", histories)
 
 
 def _guarded(name: str, part: Run) -> None:

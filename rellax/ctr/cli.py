@@ -216,7 +216,7 @@ def _reproduce(options: argparse.Namespace) -> None:
 
     config = StudyConfig(**{name: getattr(options, name) for name in STUDY_HELP})
     only = "plan" if options.plan else "report" if options.report else None
-    print(reproduce(config, options.out, device=options.device, only=only))
+    print(reproduce(config, options.out, device=options.device, only=only, jobs=options.jobs))
     if only != "plan":
         print(f"The report is {options.out / 'report.md'}")
 

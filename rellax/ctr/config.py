@@ -192,6 +192,7 @@ class Comparison:
         raw: folder with MovieLens-100K; None is the embedded one.
         test_samples, validation_samples: random samples of these splits; None takes all.
         batch_size: prompts in a step.
+        micro_batch_size: prompts at once, at most.
         epochs, lr: of stage 1.
         epochs2, lr2: of stage 2. The published rate, 3e-4, is for some thousand steps; for the few of these
             sizes 5e-3 was the first tried (AUC 0.78 on 300 validation samples), no other was compared.
@@ -203,6 +204,7 @@ class Comparison:
     test_samples: int | None = 400
     validation_samples: int | None = 100
     batch_size: int = 8
+    micro_batch_size: int = 8
     epochs: int = 1
     lr: float = 1e-3
     epochs2: int = 1

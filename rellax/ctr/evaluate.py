@@ -28,7 +28,7 @@ def predict_probabilities(
     collator: Collator,
     examples: Sequence[Example],
     *,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     share: tuple[int, int] = (0, 1),
     progress: bool = False,
     done: Callable[[int], object] | None = None,
@@ -36,7 +36,8 @@ def predict_probabilities(
     """P(Yes) of each prompt by a patched model, (n,) float64: softmax over its [No, Yes] logits.
 
     The model runs on the device it is on, in evaluation mode, and is left in that mode. Which prompts share
-    a batch, and so how they are padded, changes a probability by rounding alone. Of several processes each
+    a batch, and so how they are padded, changes a probability by rounding alone; None is 16 prompts, on a GPU
+    64. Of several processes each
     runs as many batches of its `share` (process, processes), the same as one process would, and has 0 for
     all others: the sum is whole. `done` is told of each batch how many prompts it had.
     """
@@ -46,7 +47,8 @@ def predict_probabilities(
     if soft_prompt is not None:
         soft_prompt.cache_table()
     probabilities = np.zeros(len(examples))
-    batches = scoring_batches([len(example.input_ids) for example in examples], batch_size)
+    size = (64 if device.type == "cuda" else 16) if batch_size is None else batch_size
+    batches = scoring_batches([len(example.input_ids) for example in examples], size)
     process, processes = share
     with tqdm(total=len(examples), desc="score", unit="prompt", disable=not progress) as bar:
         for start in range(0, len(batches), processes):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Sequence
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic
 from typing import Any
+
+import torch
 
 from rellax._files import read_json, write_json
 from rellax.ctr import assets, runs
@@ -28,37 +33,81 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Step:
-    """`cost` is what the step is thought to take, in any unit that all steps share."""
+    """A part of a comparison.
+
+    Attributes:
+        cost: what it is thought to take, in any unit that all steps share.
+        run: pickled where steps run side by side.
+        after: titles of the steps that it builds on.
+    """
 
     title: str
     cost: float
     run: Callable[[], Any]
+    after: Sequence[str] = ()
 
 
 def run_steps(
-    steps: Sequence[Step], record: Path, *, done: int = 0, seconds_per_cost: float | None = None
+    steps: Sequence[Step],
+    record: Path,
+    *,
+    done: int = 0,
+    seconds_per_cost: float | None = None,
+    jobs: int = 1,
 ) -> None:
-    """Run `steps` one after another, and say what is left.
+    """Run `steps`, each after those that it builds on, and say what is left.
 
     Args:
         record: steps.json, which gets seconds and peak memory of each step at its first run.
         done: as many steps of the comparison were finished before.
         seconds_per_cost: what a unit of cost takes, until some steps have told.
+        jobs: so many at a time, each in a process with its share of the CPU threads; 1 is this process.
     """
     times = read_json(record) if record.exists() else {}
     left, spent, seconds = sum(step.cost for step in steps), 0.0, 0.0
-    for number, step in enumerate(steps, start=done + 1):
+    numbers = itertools.count(done + 1)
+
+    def begins(step: Step) -> None:
         rate = seconds / spent if seconds > 5 else seconds_per_cost
-        rest = "" if rate is None else f", about {duration(left * rate)} left"
-        logger.info("[%d/%d] %s%s", number, done + len(steps), step.title, rest)
-        started = monotonic()
-        step.run()
-        took = monotonic() - started
+        rest = "" if rate is None else f", about {duration(left * rate / jobs)} left"
+        logger.info("[%d/%d] %s%s", next(numbers), done + len(steps), step.title, rest)
+
+    for step, took, peak in _finished(steps, jobs, begins):
         left -= step.cost
         if step.title not in times:
             spent, seconds = spent + step.cost, seconds + took
-            times[step.title] = {"seconds": round(took, 1), "peak_gib": round(runs.peak_memory_gib(), 2)}
+            times[step.title] = {"seconds": round(took, 1), "peak_gib": round(peak, 2)}
             write_json(record, times)
+
+
+def _finished(
+    steps: Sequence[Step], jobs: int, begins: Callable[[Step], None]
+) -> Iterator[tuple[Step, float, float]]:
+    """Each step as it ends, its seconds, and the peak memory of its process in GiB."""
+    if jobs == 1:
+        for step in steps:
+            begins(step)
+            yield step, *_timed(step.run)
+        return
+    waiting, running = list(steps), dict[Future[tuple[float, float]], Step]()
+    threads = max(1, torch.get_num_threads() // jobs)
+    spawn = multiprocessing.get_context("spawn")  # a process that has used CUDA cannot be forked
+    with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (threads,)) as pool:
+        while waiting or running:
+            unfinished = {step.title for step in (*waiting, *running.values())}
+            ready = [step for step in waiting if unfinished.isdisjoint(step.after)]
+            for step in ready[: jobs - len(running)]:
+                waiting.remove(step)
+                begins(step)
+                running[pool.submit(_timed, step.run)] = step
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), *future.result()
+
+
+def _timed(run: Callable[[], Any]) -> tuple[float, float]:
+    started = monotonic()
+    run()
+    return monotonic() - started, runs.peak_memory_gib()
 
 
 def duration(seconds: float) -> str:
@@ -153,6 +202,7 @@ class Lab:
             retrieved=self._path("retrieved"),
             validation_samples=self.config.validation_samples,
             batch_size=self.config.batch_size,
+            micro_batch_size=self.config.micro_batch_size,
             **options,
         )
 

@@ -66,6 +66,7 @@ DEMO_HELP = {
     "test_samples": "random test samples",
     "validation_samples": "random validation samples",
     "batch_size": "prompts in a step",
+    "micro_batch_size": "prompts at once, at most",
     "epochs": "of stage 1",
     "lr": "of stage 1",
     "epochs2": "of stage 2",
@@ -135,12 +136,19 @@ def make_parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
         "run the study: methods x K x shots x seeds; a stopped one goes on",
         "rellax reproduce --plan\n"
         "rellax reproduce --k 5 10 30 --shots 256 1024 --seeds 0\n"
+        "rellax reproduce --jobs 8 --micro-batch-size 16                 # a small model on a large GPU\n"
         "rellax reproduce --data runs/ml-1m/data --model Qwen/Qwen3-0.6B --out runs/study-ml-1m",
     )
     reproduce.add_argument("--out", type=Path, default=Path("runs/study"), help="folder for everything")
     only = reproduce.add_mutually_exclusive_group()
     only.add_argument("--plan", action="store_true", help="say how long the grid takes here, run none of it")
     only.add_argument("--report", action="store_true", help="report on what is finished, run nothing")
+    reproduce.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="runs at a time, where a GPU or many cores have room for several (default: 1)",
+    )
     _add_fields(reproduce, StudyConfig, STUDY_HELP)
 
     prepare = _command(

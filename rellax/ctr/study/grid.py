@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -93,6 +94,7 @@ def reproduce(
     device: str = "auto",
     progress: bool = True,
     only: str | None = None,
+    jobs: int = 1,
 ) -> str:
     """Run the grid, what is finished in `out` apart, and return the report as Markdown.
 
@@ -102,12 +104,15 @@ def reproduce(
     Args:
         only: "plan" prepares the data, measures this machine and returns how long the grid would take;
             "report" writes the report of what is finished; neither runs any of the grid.
+        jobs: runs at a time, each in a process of its own with its share of the CPU threads.
 
     Raises:
-        InputError: no such method or classical model, no network at the first run, `out` holds a study of
-            other settings, or nothing is finished to report on.
+        InputError: no such method or classical model, `jobs` is not positive, no network at the first run,
+            `out` holds a study of other settings, or nothing is finished to report on.
     """
-    study = _Study(config, Path(out), device, progress)
+    if jobs < 1:
+        raise InputError(f"jobs: expected a positive number, got {jobs}")
+    study = _Study(config, Path(out), device, progress, jobs)
     study.claim()
     if only != "report":
         study.prepare()
@@ -146,9 +151,34 @@ def gates_crm(config: StudyConfig, shots: int, seed: int) -> Cell:
     return Cell(config.crm, None, shots if config.crm_samples == "shots" else None, seed)
 
 
+def starts(config: StudyConfig, cell: Cell) -> list[Cell]:
+    """What a run builds on: for stage 2 the LoRA that it continues and the classical model that it reads."""
+    if cell.method not in METHODS or METHODS[cell.method].stage != "2":
+        return []
+    start = METHODS[cell.method].start
+    assert start is not None, "stage 2 continues a run, "
+    assert cell.shots is not None, "`cells` gives shots to what is trained, "
+    assert cell.seed is not None, "and a seed"
+    return [Cell(start, cell.k, cell.shots, cell.seed), gates_crm(config, cell.shots, cell.seed)]
+
+
+def _run(config: StudyConfig, lab: Lab, cell: Cell) -> None:
+    if cell.method not in METHODS:
+        lab.crm(cell.name, cell.method, shots=cell.shots, hold_out=cell.hold_out, seed=cell.seed)
+        return
+    assert cell.k is not None, "a prompt has behaviours"
+    if METHODS[cell.method].stage is None:
+        lab.zero_shot(cell.name, cell.method, cell.k)
+        return
+    assert cell.shots is not None, "`cells` gives shots to what is trained, "
+    assert cell.seed is not None, "and a seed"
+    start, crm = [before.name for before in starts(config, cell)] or ["", ""]
+    lab.train(cell.name, cell.method, k=cell.k, shots=cell.shots, seed=cell.seed, start=start, crm=crm)
+
+
 class _Study:
-    def __init__(self, config: StudyConfig, out: Path, device: str, progress: bool) -> None:
-        self.config, self.out, self.device, self.progress = config, out, device, progress
+    def __init__(self, config: StudyConfig, out: Path, device: str, progress: bool, jobs: int) -> None:
+        self.config, self.out, self.device, self.jobs = config, out, device, jobs
         self.cells = cells(config)
         k = max(_RETRIEVED, *config.k)
         self.lab = Lab(
@@ -174,18 +204,19 @@ class _Study:
         if self.config.similarity == "text":
             return None
         cell = Cell(self.config.crm, None, None, 0)
-        self._run(cell)
+        _run(self.config, self.lab, cell)
         return cell.name
 
     def plan(self) -> str:
         """How much of the grid is done, and how long the rest will take, by method."""
         left = [cell for cell in self.cells if not self._is_finished(cell)]
-        seconds = sum(map(self._seconds, left)) * self._correction()
+        seconds = sum(map(self._seconds, left)) * self._correction() / self.jobs
         lines = ["| runs | finished | of | time left |", "|---|---|---|---|"]
         for method in dict.fromkeys(cell.method for cell in self.cells):
             of = [cell for cell in self.cells if cell.method == method]
             todo = [cell for cell in of if not self._is_finished(cell)]
-            time = duration(sum(map(self._seconds, todo)) * self._correction()) if todo else "-"
+            left_s = sum(map(self._seconds, todo)) * self._correction() / self.jobs
+            time = duration(left_s) if todo else "-"
             title = METHODS[method].title if method in METHODS else method
             lines.append(f"| {title} | {len(of) - len(todo)} | {len(of)} | {time} |")
         done = len(self.cells) - len(left)
@@ -195,11 +226,19 @@ class _Study:
     def run(self) -> None:
         left = [cell for cell in self.cells if not self._is_finished(cell)]
         correction = self._correction()
+        lab = copy(self.lab)
+        lab.progress &= self.jobs == 1  # bars of several processes would write over one another
         steps = [
-            Step(cell.title, self._seconds(cell) * correction, partial(self._run, cell)) for cell in left
+            Step(
+                cell.title,
+                self._seconds(cell) * correction,
+                partial(_run, self.config, lab, cell),
+                [start.title for start in starts(self.config, cell)],
+            )
+            for cell in left
         ]
         done = len(self.cells) - len(left)
-        run_steps(steps, self.out / "steps.json", done=done, seconds_per_cost=1.0)
+        run_steps(steps, self.out / "steps.json", done=done, seconds_per_cost=1.0, jobs=self.jobs)
 
     def report(self) -> str:
         dataset = Dataset.load(self.lab.data)
@@ -218,28 +257,6 @@ class _Study:
 
     def _is_finished(self, cell: Cell) -> bool:
         return (self.out / cell.result).exists()
-
-    def _run(self, cell: Cell) -> None:
-        lab, config = self.lab, self.config
-        if cell.method not in METHODS:
-            lab.crm(cell.name, cell.method, shots=cell.shots, hold_out=cell.hold_out, seed=cell.seed)
-            return
-        assert cell.k is not None, "a prompt has behaviours"
-        if METHODS[cell.method].stage is None:
-            lab.zero_shot(cell.name, cell.method, cell.k)
-            return
-        assert cell.shots is not None, "`cells` gives shots to what is trained, "
-        assert cell.seed is not None, "and a seed"
-        start = METHODS[cell.method].start
-        lab.train(
-            cell.name,
-            cell.method,
-            k=cell.k,
-            shots=cell.shots,
-            seed=cell.seed,
-            start="" if start is None else Cell(start, cell.k, cell.shots, cell.seed).name,
-            crm=gates_crm(config, cell.shots, cell.seed).name,
-        )
 
     def _seconds(self, cell: Cell) -> float:
         """What a run is thought to take."""
