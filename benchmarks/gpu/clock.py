@@ -14,7 +14,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def median_seconds(run: Callable[[], object], milliseconds: int = 25) -> float:
-    """The median over `milliseconds` of runs, after a warm-up; of two where a run is long or there is no GPU."""
+    """The median over `milliseconds` of runs, warmed up; of two where a run is long or there is no GPU."""
     seconds = [_seconds(run) for _ in range(2)]
     if DEVICE.type == "cuda" and seconds[1] < _LONG:
         from triton.testing import do_bench
