@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-_LONG = 0.1
+LONG = 0.1
 """Seconds of a run from which on what the caches hold, and the host's part in it, no longer count."""
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -16,11 +16,29 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def median_seconds(run: Callable[[], object], milliseconds: int = 25) -> float:
     """The median over `milliseconds` of runs, warmed up; of two where a run is long or there is no GPU."""
     seconds = [_seconds(run) for _ in range(2)]
-    if DEVICE.type == "cuda" and seconds[1] < _LONG:
+    if DEVICE.type == "cuda" and seconds[1] < LONG:
         from triton.testing import do_bench
 
         return float(do_bench(run, warmup=10, rep=milliseconds, return_mode="median")) / 1e3
     return statistics.median([seconds[1], _seconds(run)])
+
+
+def replay(run: Callable[[], object]) -> Callable[[], object] | None:
+    """`run` as a CUDA graph, which takes the GPU's time alone; None where it cannot be captured."""
+    if DEVICE.type != "cuda":
+        return None
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError:  # it makes the host wait
+        torch.cuda.synchronize()
+        return None
+    return graph.replay
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -50,7 +50,7 @@ def _device() -> dict[str, object]:
     if DEVICE.type == "cuda":
         properties = torch.cuda.get_device_properties(DEVICE)
         found |= {
-            "name": properties.name,
+            "gpu": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
             "memory_gb": round(properties.total_memory / 1e9, 1),
             "multiprocessors": properties.multi_processor_count,

@@ -154,7 +154,10 @@ def _shrink_kernel(
         sums = ()
         for i in tl.static_range(LAYERS):
             factor = _load_factor(factor_ptrs[i], component, column[:, None], d, RANK, UP).to(x.dtype)
-            sums += (tl.dot(x, factor, totals[i], input_precision="ieee"),)
+            if x.dtype == tl.float32:  # a chain of d additions would lose more than torch's products do
+                sums += (totals[i] + tl.dot(x, factor, input_precision="ieee"),)
+            else:
+                sums += (tl.dot(x, factor, totals[i]),)
         totals = sums
     out_ptr += split.to(tl.int64) * stride_split + row * stride_out + component
     for i in tl.static_range(LAYERS):
