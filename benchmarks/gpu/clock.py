@@ -29,15 +29,17 @@ def replay(run: Callable[[], object]) -> Callable[[], object] | None:
         return None
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.stream(side):
             run()
-    except RuntimeError:  # it makes the host wait
-        torch.cuda.synchronize()
+    except RuntimeError:  # it makes the host wait; a capture that fails would leave the generator unusable
         return None
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        run()
     return graph.replay
 
 

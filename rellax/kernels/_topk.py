@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rellax.kernels._host import next_power_of_2
+
 LIMIT = 128
 """Results of a query that one pass can keep on chip."""
 
@@ -52,7 +54,7 @@ def blocks(queries: int, k: int, itemsize: int) -> Blocks:
         k: results that are wanted.
         itemsize: bytes of an element of the table.
     """
-    results = max(32, triton.next_power_of_2(min(k, LIMIT)))
+    results = max(32, next_power_of_2(min(k, LIMIT)))
     size = min(queries, 2048 // results)
     half = itemsize == 2
     candidates = {

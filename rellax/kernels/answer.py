@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rellax.kernels._build import Build
+from rellax.kernels._host import cdiv, next_power_of_2
 from rellax.kernels._tuning import Tuned
 
 _IGNORED = -100
@@ -178,7 +179,7 @@ def _launch(
     if dtype is not None:
         dlogits = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
     block = _BLOCK.on(logits.device)
-    blocks = triton.cdiv(vocabulary, block["BLOCK"])
+    blocks = cdiv(vocabulary, block["BLOCK"])
     largest, total = logits.new_empty(2, n, blocks)
     target = logits.new_empty(n)
     common = (logits, bias, labels, largest, total, target)
@@ -191,7 +192,7 @@ def _launch(
             vocabulary,
             blocks,
             softcap,
-            BLOCKS=triton.next_power_of_2(blocks),
+            BLOCKS=next_power_of_2(blocks),
             **block,
         )
     return dlogits

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from rellax.errors import InputError
 from rellax.kernels._build import Build, record
+from rellax.kernels._host import cdiv, next_power_of_2
 from rellax.kernels._tiles import tile_table, tile_tokens
 from rellax.kernels._tuning import Tuned
 
@@ -154,10 +155,7 @@ def _shrink_kernel(
         sums = ()
         for i in tl.static_range(LAYERS):
             factor = _load_factor(factor_ptrs[i], component, column[:, None], d, RANK, UP).to(x.dtype)
-            if x.dtype == tl.float32:  # a chain of d additions would lose more than torch's products do
-                sums += (totals[i] + tl.dot(x, factor, input_precision="ieee"),)
-            else:
-                sums += (tl.dot(x, factor, totals[i]),)
+            sums += (tl.dot(x, factor, totals[i], input_precision="ieee"),)
         totals = sums
     out_ptr += split.to(tl.int64) * stride_split + row * stride_out + component
     for i in tl.static_range(LAYERS):
@@ -394,7 +392,7 @@ _OUTER = Tuned("cflora outer", {32: (128, 4, 3), 64: (128, 8, 3)})
 
 def _padded(rank: int) -> int:
     """Components, as many as matrix instructions take."""
-    return max(16, triton.next_power_of_2(rank))
+    return max(16, next_power_of_2(rank))
 
 
 def _blocks(
@@ -451,7 +449,7 @@ def _cut(shape: torch.Size, gate: Sequence[Tensor], cu_seqlens: Tensor | None, t
         return _Cut(cu_seqlens, table, instances, 0, 0, tiles, size)
     instances, length = (shape[0], shape[1]) if gate else (1, tokens)
     size = tile_tokens(tokens, instances)
-    per_instance = triton.cdiv(length, size)
+    per_instance = cdiv(length, size)
     return _Cut(None, None, instances, length, per_instance, instances * per_instance, size)
 
 
@@ -548,8 +546,8 @@ def _new_partial(rows: Tensor, d: int, rank: int, layers: int) -> Tensor:
     """Room for h or dy B, (T, n r), in as many parts over the d columns as fill the device: (S, T, n r)."""
     tokens, itemsize = len(rows), rows.itemsize
     blocks = _blocks(_SHRINK.on(rows.device), _shrink_tokens(tokens, itemsize), rank, 1, itemsize)
-    programs = max(1, triton.cdiv(tokens, blocks.tokens))
-    most = min(8, 2 * _multiprocessors(rows.device) // programs, triton.cdiv(d, blocks.columns) // 2)
+    programs = max(1, cdiv(tokens, blocks.tokens))
+    most = min(8, 2 * _multiprocessors(rows.device) // programs, cdiv(d, blocks.columns) // 2)
     splits = 1
     while 2 * splits <= most:
         splits *= 2
@@ -567,14 +565,14 @@ def _shrink(
     for i in range(0, len(factors), step):
         some = _contiguous(factors[i : i + step])
         blocks = _blocks(table, _shrink_tokens(tokens, x.itemsize), rank, len(some), x.itemsize)
-        _shrink_kernel[(triton.cdiv(tokens, blocks.tokens), splits)](
+        _shrink_kernel[(cdiv(tokens, blocks.tokens), splits)](
             x,
             some,
             out[..., i * rank :],
             seed,
             tokens,
             d,
-            triton.cdiv(triton.cdiv(d, blocks.columns), splits),
+            cdiv(cdiv(d, blocks.columns), splits),
             x.stride(0),
             out.stride(0),
             out.stride(1),
@@ -590,7 +588,7 @@ def _shrink(
 def _groups(tiles: int, d: int, blocks: _Blocks, device: torch.device) -> int:
     """Programs of a tile: few, as each applies the gate anew, but enough to fill the device."""
     most = 24 // blocks.num_warps * _multiprocessors(device) // max(tiles, 1)
-    return max(1, min(most, triton.cdiv(d, blocks.columns)))
+    return max(1, min(most, cdiv(d, blocks.columns)))
 
 
 def _expand(
@@ -687,7 +685,7 @@ def _sum_parts(parts: Tensor, gate: Sequence[Tensor], cut: _Cut) -> list[Tensor]
     layers, tiles, rank, _ = parts.shape
     dgate = [gate_i.new_empty(gate_i.shape) for gate_i in gate]
     elements = 64
-    _dgate_kernel[(layers * cut.instances, triton.cdiv(rank * rank, elements))](
+    _dgate_kernel[(layers * cut.instances, cdiv(rank * rank, elements))](
         parts,
         tuple(dgate),
         cut.table,
@@ -707,8 +705,8 @@ def _outer(left: Tensor, right: Tensor, up: bool, dropout: float, seed: Tensor |
     (tokens, width), d = left.shape, right.shape[1]
     components = min(width, max(_OUTER))
     blocks = _blocks(_OUTER.on(right.device), 128 // right.itemsize, components, 1, right.itemsize)
-    programs = triton.cdiv(width, blocks.components) * triton.cdiv(d, blocks.columns)
-    steps = triton.cdiv(tokens, blocks.tokens)
+    programs = cdiv(width, blocks.components) * cdiv(d, blocks.columns)
+    steps = cdiv(tokens, blocks.tokens)
     splits = max(1, min(16, 4 * _multiprocessors(right.device) // max(programs, 1), steps // 4))
     out = left.new_empty((splits, d, width) if up else (splits, width, d), dtype=torch.float32)
     seed, threshold, _ = _dropped(dropout, seed)
@@ -719,7 +717,7 @@ def _outer(left: Tensor, right: Tensor, up: bool, dropout: float, seed: Tensor |
         seed,
         tokens,
         d,
-        triton.cdiv(steps, splits),
+        cdiv(steps, splits),
         left.stride(0),
         right.stride(0),
         threshold,

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rellax.kernels._build import Build
+from rellax.kernels._host import cdiv, next_power_of_2
 from rellax.kernels._tuning import Tuned
 
 # Hidden units, columns of u, outputs.
@@ -309,7 +310,7 @@ def gate_bank_fwd(
     with torch.cuda.device_of(u):
         normed, _ = _normalise(u, eps)
         tile = _tile(B, u.device)
-        grid = (triton.cdiv(B, tile["BLOCK_B"]), triton.cdiv(outputs, tile["BLOCK_N"]), M)
+        grid = (cdiv(B, tile["BLOCK_B"]), cdiv(outputs, tile["BLOCK_N"]), M)
         tensors = (normed, *parameters, flat)
         _launch(_gate_bank_fwd_kernel, grid, *tensors, B, d_u, hidden, outputs, **tile)
     r = math.isqrt(hidden // 2)
@@ -338,14 +339,14 @@ def gate_bank_bwd(
     du = u.new_empty(u.shape if need_u else (0,))
     g, da = (dflat.new_empty((M, B, hidden)) for _ in range(2))
     tile = _tile(B, u.device)
-    instances, units = triton.cdiv(B, tile["BLOCK_B"]), triton.cdiv(hidden, tile["BLOCK_H"])
-    columns = triton.cdiv(d_u, tile["BLOCK_D"])
+    instances, units = cdiv(B, tile["BLOCK_B"]), cdiv(hidden, tile["BLOCK_H"])
+    columns = cdiv(d_u, tile["BLOCK_D"])
     with torch.cuda.device_of(u):
         normed, rstd = _normalise(u, eps)
         sizes = (B, d_u, hidden)
         tensors: tuple[Tensor, ...] = (normed, ln_weight, ln_bias, w1, b1, w2, dflat, g, da)
         _launch(_hidden_bwd_kernel, (instances, units, M), *tensors, *sizes, outputs, **tile)
-        grid = (units, triton.cdiv(outputs, tile["BLOCK_N"]), M)
+        grid = (units, cdiv(outputs, tile["BLOCK_N"]), M)
         _launch(_output_weights_kernel, grid, dflat, g, dw2, db2, B, hidden, outputs, **tile)
         tensors = (normed, ln_weight, ln_bias, w1, da, dln_weight, dln_bias, dw1, db1)
         _launch(_input_weights_kernel, (columns, M), *tensors, *sizes, **tile)
@@ -354,7 +355,7 @@ def gate_bank_bwd(
             tensors = (ln_weight, w1, da, dnormed)
             _launch(_embedding_kernel, (instances, columns, M), *tensors, *sizes, **tile)
             blocks = {"BLOCK_M": max(_SUMMED // d_u, 1), "BLOCK_D": d_u}
-            blocks = {name: triton.next_power_of_2(size) for name, size in blocks.items()}
+            blocks = {name: next_power_of_2(size) for name, size in blocks.items()}
             _launch(_du_kernel, (B,), dnormed, normed, rstd, du, M, B, d_u, **blocks)
     dln_weight, dln_bias, dw1, db1, dw2, db2 = (gradient.to(dtype) for gradient in gradients)
     return du, dln_weight, dln_bias, dw1, db1, dw2, db2
@@ -363,7 +364,7 @@ def gate_bank_bwd(
 def _normalise(u: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     B, d_u = u.shape
     normed, rstd = u.new_empty((B, d_u), dtype=torch.float32), u.new_empty(B, dtype=torch.float32)
-    block = triton.next_power_of_2(d_u)
+    block = next_power_of_2(d_u)
     _launch(_normalise_kernel, (B,), u.contiguous(), normed, rstd, d_u, eps, BLOCK_D=block)
     return normed, rstd
 

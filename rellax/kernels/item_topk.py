@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rellax.kernels._build import Build, record
+from rellax.kernels._host import cdiv
 from rellax.kernels._topk import (
     LIMIT,
     Blocks,
@@ -189,6 +190,12 @@ def _halves(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return halves, unit, (error * (1 + 2.0**-10)).masked_fill(overflows, torch.inf)
 
 
+def _blocks(k: int, itemsize: int) -> Blocks:
+    if torch.version.hip is None and itemsize == 2 and k <= 32:
+        return Blocks(64, 256, 64, 32, 8, 3)  # each tile of candidates reads the queries anew: large ones
+    return blocks(_QUERIES, k, itemsize)
+
+
 def _fp16_blocks() -> Blocks:
     return blocks(_QUERIES, _FOUND, 2) if torch.version.hip is not None else Blocks(64, 128, 64, _FOUND, 8, 3)
 
@@ -232,12 +239,12 @@ def _search(
     scores = table.new_empty((len(queries), k), dtype=torch.float32)
     if len(queries) == 0:
         return indices, scores
-    tiling = tiling or blocks(_QUERIES, k, table.itemsize)
+    tiling = tiling or _blocks(k, table.itemsize)
     last = queries.new_empty(len(queries)) if k > LIMIT else None
     ceiling = None
     with torch.cuda.device_of(table):
         for first in range(0, k, LIMIT):
-            _search_kernel[(triton.cdiv(len(queries), tiling.queries),)](
+            _search_kernel[(cdiv(len(queries), tiling.queries),)](
                 table,
                 queries,
                 ceiling,

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rellax.kernels._build import Build
+from rellax.kernels._host import cdiv
 from rellax.kernels._tuning import Tuned
 
 # What a program takes of a row: 64 bytes for each thread.
@@ -129,7 +130,7 @@ def soft_prompt_fwd(
     row = _ROW.on(y.device)
     block = row["bytes"] // words.element_size()
     with torch.cuda.device_of(y):
-        _soft_prompt_fwd_kernel[(tokens, triton.cdiv(d, block))](
+        _soft_prompt_fwd_kernel[(tokens, cdiv(d, block))](
             words,
             soft,
             input_ids.contiguous(),
@@ -183,10 +184,10 @@ def _row_sums(rows: Tensor, index: Tensor, table: Tensor) -> Tensor:
     block = row["bytes"] // rows.element_size()
     with torch.cuda.device_of(rows):
         if tokens:
-            _occurrences_kernel[(triton.cdiv(tokens, _COUNTED),)](
+            _occurrences_kernel[(cdiv(tokens, _COUNTED),)](
                 index, counts, occurrences, tokens, count, CAPACITY=_CAPACITY, BLOCK_T=_COUNTED
             )
-        _row_sums_kernel[(count, triton.cdiv(d, block))](
+        _row_sums_kernel[(count, cdiv(d, block))](
             rows,
             index,
             counts,
