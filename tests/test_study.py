@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score
 from workspace import Workspace
 
@@ -142,6 +143,16 @@ def test_runs_side_by_side(config: StudyConfig, tmp_path: Path) -> None:
     assert results[0] == results[1]
     with pytest.raises(InputError, match="jobs: expected a positive number, got 0"):
         reproduce(small, tmp_path / "1", jobs=0)
+
+
+def out_of_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+
+def test_too_many_at_a_time(tmp_path: Path) -> None:
+    step = lab.Step("a", 1.0, out_of_memory)
+    with pytest.raises(InputError, match="jobs: 2 at a time need more of the GPU's memory than there is"):
+        lab.run_steps([step, lab.Step("b", 1.0, out_of_memory, after=["a"])], tmp_path / "steps.json", jobs=2)
 
 
 def finished(

@@ -27,6 +27,7 @@ from rellax.ctr.prepare import prepare
 from rellax.ctr.retrieval import retrieve
 from rellax.ctr.sources import read_ml_100k
 from rellax.ctr.train import train
+from rellax.errors import InputError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,9 @@ def run_steps(
         done: as many steps of the comparison were finished before.
         seconds_per_cost: what a unit of cost takes, until some steps have told.
         jobs: so many at a time, each in a process with its share of the CPU threads; 1 is this process.
+
+    Raises:
+        InputError: several at a time need more of the GPU's memory than there is.
     """
     times = read_json(record) if record.exists() else {}
     left, spent, seconds = sum(step.cost for step in steps), 0.0, 0.0
@@ -72,12 +76,20 @@ def run_steps(
         rest = "" if rate is None else f", about {duration(left * rate / jobs)} left"
         logger.info("[%d/%d] %s%s", next(numbers), done + len(steps), step.title, rest)
 
-    for step, took, peak in _finished(steps, jobs, begins):
-        left -= step.cost
-        if step.title not in times:
-            spent, seconds = spent + step.cost, seconds + took
-            times[step.title] = {"seconds": round(took, 1), "peak_gib": round(peak, 2)}
-            write_json(record, times)
+    try:
+        for step, took, peak in _finished(steps, jobs, begins):
+            left -= step.cost
+            if step.title not in times:
+                spent, seconds = spent + step.cost, seconds + took
+                times[step.title] = {"seconds": round(took, 1), "peak_gib": round(peak, 2)}
+                write_json(record, times)
+    except torch.OutOfMemoryError as error:
+        if jobs == 1:
+            raise
+        raise InputError(
+            f"jobs: {jobs} at a time need more of the GPU's memory than there is; with fewer, or a smaller "
+            f"micro_batch_size, the same command goes on from here ({one_line(error)})"
+        ) from None
 
 
 def _finished(
@@ -106,7 +118,11 @@ def _finished(
 
 def _timed(run: Callable[[], Any]) -> tuple[float, float]:
     started = monotonic()
-    run()
+    try:
+        run()
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what this process keeps for itself, those beside it cannot have
     return monotonic() - started, runs.peak_memory_gib()
 
 

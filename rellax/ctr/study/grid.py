@@ -31,7 +31,7 @@ from rellax.errors import InputError
 logger = logging.getLogger(__name__)
 
 _TEST_SEED = 0  # whatever the seeds of the grid: all runs are scored on the same samples
-_AXES = ("methods", "crms", "k", "shots", "seeds")
+_FREE = ("methods", "crms", "k", "shots", "seeds", "micro_batch_size")  # axes, and what only rounds otherwise
 _RETRIEVED = 30  # at least, so that a larger K can be added later
 # What is assumed before anything has been run: training a prompt takes three times its forward pass, ...
 _TRAIN_COST = 3.0
@@ -186,7 +186,7 @@ class _Study:
         )
 
     def claim(self) -> None:
-        settings = {name: value for name, value in asdict(self.config).items() if name not in _AXES}
+        settings = {name: value for name, value in asdict(self.config).items() if name not in _FREE}
         if not runs.is_claimed(self.out, settings):
             write_json(self.out / "config.json", settings)
             write_json(self.out / "environment.json", runs.environment())

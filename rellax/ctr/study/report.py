@@ -275,8 +275,8 @@ def _heterogeneity(out: Path, config: StudyConfig, dataset: Dataset, test: Score
 def _machine(out: Path, config: StudyConfig) -> str:
     times = read_json(out / "steps.json") if (out / "steps.json").exists() else {}
     hours = sum(step["seconds"] for step in times.values()) / 3600
-    took = f"{len(times)} runs took {hours:.1f} hours."
-    return f"## Environment\n\n{machine()} {took}\n\n```\n{_command(config)}\n```"
+    took = f" {len(times)} runs took {hours:.1f} hours." if times else ""
+    return f"## Environment\n\n{machine()}{took}\n\n```\n{_command(config)}\n```"
 
 
 def _command(config: StudyConfig) -> str:
