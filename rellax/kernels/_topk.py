@@ -131,20 +131,18 @@ def insert(best, scores, rank):
     Each round takes every row's best candidate out of the tile, and into the place of the row's lowest key if
     it is better; it ends when that is so in no row. All but the first tiles take few rounds, most take none.
     """
+    rank = tl.broadcast_to(rank[None, :], scores.shape)
     lowest = tl.min(best, 1)
     top = tl.max(scores, 1)
-    least, _ = unpack(lowest)
-    if tl.max(((top >= least) & (top > -float("inf"))).to(tl.int32), 0) > 0:
-        ranks = tl.broadcast_to(rank[None, :], scores.shape)
-        first = tl.max(tl.where(scores == top[:, None], ranks, -1), 1)
+    first = tl.max(tl.where(scores == top[:, None], rank, -1), 1)
+    key = tl.where(top > -float("inf"), pack(top, first), lowest)
+    while tl.max((key > lowest).to(tl.int32), 0) > 0:
+        best = tl.where((best == lowest[:, None]) & (key > lowest)[:, None], key[:, None], best)
+        scores = tl.where(rank == first[:, None], -float("inf"), scores)
+        lowest = tl.min(best, 1)
+        top = tl.max(scores, 1)
+        first = tl.max(tl.where(scores == top[:, None], rank, -1), 1)
         key = tl.where(top > -float("inf"), pack(top, first), lowest)
-        while tl.max((key > lowest).to(tl.int32), 0) > 0:
-            best = tl.where((best == lowest[:, None]) & (key > lowest)[:, None], key[:, None], best)
-            scores = tl.where(ranks == first[:, None], -float("inf"), scores)
-            lowest = tl.min(best, 1)
-            top = tl.max(scores, 1)
-            first = tl.max(tl.where(scores == top[:, None], ranks, -1), 1)
-            key = tl.where(top > -float("inf"), pack(top, first), lowest)
     return best
 
 

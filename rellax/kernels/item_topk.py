@@ -38,8 +38,11 @@ from rellax.kernels._topk import (
     store,
     unpack,
 )
+from rellax.kernels._tuning import Tuned
 
 _QUERIES = 64  # of a block
+# Candidates of a tile, each of which reads the queries anew: as many as registers hold.
+_WIDE = Tuned("item_topk", {"candidates": 128}, sm_90={"candidates": 256})
 _SPARE = 16  # results of an fp16 search beyond those asked for, at least
 _FOUND = 64  # results of an fp16 search, at most
 _CHUNK = 2**18  # queries of an fp16 search, whose results are held at once
@@ -190,10 +193,10 @@ def _halves(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return halves, unit, (error * (1 + 2.0**-10)).masked_fill(overflows, torch.inf)
 
 
-def _blocks(k: int, itemsize: int) -> Blocks:
-    if torch.version.hip is None and itemsize == 2 and k <= 32:
-        return Blocks(64, 256, 64, 32, 8, 3)  # each tile of candidates reads the queries anew: large ones
-    return blocks(_QUERIES, k, itemsize)
+def _blocks(k: int, table: Tensor) -> Blocks:
+    if torch.version.hip is None and table.itemsize == 2 and k <= 32:
+        return Blocks(_QUERIES, _WIDE.on(table.device)["candidates"], 64, 32, 8, 3)
+    return blocks(_QUERIES, k, table.itemsize)
 
 
 def _fp16_blocks() -> Blocks:
@@ -239,7 +242,7 @@ def _search(
     scores = table.new_empty((len(queries), k), dtype=torch.float32)
     if len(queries) == 0:
         return indices, scores
-    tiling = tiling or _blocks(k, table.itemsize)
+    tiling = tiling or _blocks(k, table)
     last = queries.new_empty(len(queries)) if k > LIMIT else None
     ceiling = None
     with torch.cuda.device_of(table):
