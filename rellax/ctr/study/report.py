@@ -78,7 +78,8 @@ def _what(
         f"# {meta['name']}: methods, K, shots and seeds on the same {len(test.rows):,} test samples\n\n"
         f"{counts['users']:,} users, {counts['items']:,} items, {counts['samples']:,} samples. {model}. "
         f"Gates and soft prompts read a {config.crm} that was trained on {reads}. Steps, K and the best "
-        f"classical model are chosen on validation samples. ±: standard deviation over seeds.{partial}"
+        "classical model are chosen on validation samples. ±: standard deviation over seeds; without it, one "
+        f"run.{partial}"
     )
 
 
