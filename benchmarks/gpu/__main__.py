@@ -56,13 +56,13 @@ def sections(dry: bool) -> list[Section]:
     benchmarks = [[*timed, *files.values()]] if dry else [[*timed, file] for file in files.values()]
     benchmark = ["pytest", "pytest_benchmark"]
     return [
-        Section("machine", "the machine and its ceilings", [_module("machine")], 25),
-        Section("correctness", "operators against fp64, memory full of NaN", [_module("correctness")], 80),
-        Section("sweep", "operators over sizes, beside peers", [_module("sweep")], 90, needs=["pytest"]),
-        Section("tests", "the tests", [tests], 120, needs=["pytest"], variables={"OMP_NUM_THREADS": "1"}),
-        Section("sanitizer", "compute-sanitizer: memcheck and racecheck", [_module("sanitizer")], 50),
-        Section("benchmarks", "benchmarks with peers", benchmarks, 140, needs=benchmark),
-        Section("step", "the whole training step", [[*timed, step]] if step else [], 60, needs=benchmark,
+        Section("machine", "the machine and its ceilings", [_module("machine")], 15),
+        Section("correctness", "operators against fp64, memory full of NaN", [_module("correctness")], 110),
+        Section("sweep", "operators over sizes, beside peers", [_module("sweep")], 110, needs=["pytest"]),
+        Section("tests", "the tests", [tests], 110, needs=["pytest"], variables={"OMP_NUM_THREADS": "1"}),
+        Section("sanitizer", "compute-sanitizer: memcheck and racecheck", [_module("sanitizer")], 45),
+        Section("benchmarks", "benchmarks with peers", benchmarks, 100, needs=benchmark),
+        Section("step", "the whole training step", [[*timed, step]] if step else [], 80, needs=benchmark,
                 nothing="there is no benchmarks/bench_step.py"),
         Section(TUNE, "configurations of kernels, the fastest beside the present", [_module(TUNE)], 60),
     ]  # fmt: skip
