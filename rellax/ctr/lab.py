@@ -87,8 +87,8 @@ def run_steps(
         if jobs == 1:
             raise
         raise InputError(
-            f"jobs: {jobs} at a time need more of the GPU's memory than there is, with fewer the same command "
-            f"goes on from here ({one_line(error)})"
+            f"jobs: {jobs} at a time need more of the GPU's memory than there is; with fewer the same "
+            f"command goes on from here ({one_line(error)})"
         ) from None
 
 
