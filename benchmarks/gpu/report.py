@@ -134,11 +134,12 @@ def _sweep(results: Results) -> Iterator[str]:
             continue
         peers = ", ".join(f"{peer} {ratio:.2f}" for peer, ratio in record["over_rellax"].items())
         overhead = record.get("overhead", {}).get("rellax")
+        eager, ours = record.get("eager_s"), record["seconds"]["rellax"]
         rows.append(
             (
                 name,
-                _milliseconds(record["seconds"]["rellax"]),
-                _milliseconds(record.get("eager_s", record["seconds"])["rellax"]),
+                _milliseconds(ours) if eager else "",
+                _milliseconds(eager["rellax"] if eager else ours),
                 "" if overhead is None else f"{100 * overhead:+.1f} %",
                 _rate(record["bytes_per_s"], copy, 1e9),
                 _rate(record["flops_per_s"], product, 1e12),
@@ -150,6 +151,7 @@ def _sweep(results: Results) -> Iterator[str]:
         yield ""
         yield (
             "The GPU's own time, of a CUDA graph; eager: with the host's launches, as users meet it. "
+            "Where the first is missing, what follows is of the second. "
             "Peers: their time over ours. Overhead: over the frozen layers alone."
         )
         yield ""

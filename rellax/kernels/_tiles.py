@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rellax.kernels._host import cdiv
+
 
 def tile_tokens(tokens: int, instances: int) -> int:
     """Tokens of a tile: few where most of a larger tile would be empty."""
@@ -29,6 +31,6 @@ def tile_table(cu_seqlens: Tensor, tokens: int, size: int | None = None) -> Tens
     size = tile_tokens(tokens, instances) if size is None else size
     before = torch.zeros_like(cu_seqlens)
     before[1:] = ((cu_seqlens.diff() + (size - 1)) // size).cumsum(0)
-    tile = torch.arange(-(-tokens // size) + instances, dtype=torch.int32, device=cu_seqlens.device)
+    tile = torch.arange(cdiv(tokens, size) + instances, dtype=torch.int32, device=cu_seqlens.device)
     instance = torch.bucketize(tile, before[1:], right=True, out_int32=True)
     return torch.cat([before, instance])

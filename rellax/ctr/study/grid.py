@@ -210,13 +210,13 @@ class _Study:
     def plan(self) -> str:
         """How much of the grid is done, and how long the rest will take, by method."""
         left = [cell for cell in self.cells if not self._is_finished(cell)]
-        seconds = sum(map(self._seconds, left)) * self._correction() / self.jobs
+        rate = self._correction() / self.jobs
+        seconds = sum(map(self._seconds, left)) * rate
         lines = ["| runs | finished | of | time left |", "|---|---|---|---|"]
         for method in dict.fromkeys(cell.method for cell in self.cells):
             of = [cell for cell in self.cells if cell.method == method]
             todo = [cell for cell in of if not self._is_finished(cell)]
-            left_s = sum(map(self._seconds, todo)) * self._correction() / self.jobs
-            time = duration(left_s) if todo else "-"
+            time = duration(sum(map(self._seconds, todo)) * rate) if todo else "-"
             title = METHODS[method].title if method in METHODS else method
             lines.append(f"| {title} | {len(of) - len(todo)} | {len(of)} | {time} |")
         done = len(self.cells) - len(left)
