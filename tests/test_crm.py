@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -167,13 +168,14 @@ def test_a_layer_norm_leaves_the_lengths_of_instance_embeddings(dataset: Dataset
 def test_instance_embeddings_of_new_samples(dataset: Dataset, tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, epochs=1)
     train_crm(dataset, tmp_path / "crm", config)
-    known = load_crm(tmp_path / "crm", dataset).instance_embeddings
+    known = load_crm(tmp_path / "crm", dataset)
     rows = np.array([3, 500, 7])
     taken = {name: values[rows] for name, values in vars(dataset.samples).items()}
     taken["label"] = np.full(3, -1, dtype=np.int8)
     new = dataclasses.replace(dataset, samples=dataclasses.replace(dataset.samples, **taken))
-    found = crm.CRM(tmp_path / "crm", dataset).instance_embeddings(new)
-    assert torch.allclose(found, known[rows], atol=1e-6)
+    found, probabilities = crm.CRM(tmp_path / "crm", dataset).predict(new)
+    assert torch.allclose(found, known.instance_embeddings[rows], atol=1e-6)
+    assert torch.allclose(probabilities, known.probabilities[rows], atol=1e-6)
     assert not torch.allclose(found[0], found[1], atol=1e-2)
 
     (tmp_path / "crm" / "model.safetensors").write_bytes(b"\x00" * 20)
@@ -181,6 +183,13 @@ def test_instance_embeddings_of_new_samples(dataset: Dataset, tmp_path: Path) ->
         crm.CRM(tmp_path / "crm", dataset)
     with pytest.raises(InputError, match="expected a file of `rellax crm`, found none"):
         crm.CRM(tmp_path, dataset)
+
+
+def test_log_odds_are_finite() -> None:
+    odds = crm.log_odds(torch.tensor([0.0, 0.25, 0.5, 1.0]))
+    assert odds[1:3].tolist() == pytest.approx([-math.log(3), 0.0])
+    assert odds[0] < -15
+    assert 15 < odds[3] < 20
 
 
 def test_few_shots_and_the_global_generator_left_alone(dataset: Dataset, tmp_path: Path) -> None:

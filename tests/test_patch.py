@@ -669,6 +669,49 @@ def test_configurations_that_cannot_be(options: dict[str, Any], message: str) ->
 # ---- wrong arguments of the patched forward
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma3"])
+def test_answers_that_begin_from_another_models_log_odds(family: str, layout: str) -> None:
+    base = tiny.base_model(family)
+    if family == "gemma3":
+        base.lm_head = torch.nn.Linear(tiny.HIDDEN, tiny.VOCAB, dtype=base.dtype)
+    truth_base = copy.deepcopy(base)
+    model = tiny.patched(base)
+    truth, made = Truth(truth_base, model), tiny.instances()
+    begin = torch.tensor([1.5, -2.0, 0.25])
+    out = model(**tiny.batch(made, layout), base_logit=begin)
+    logits = truth.choice_logits(made) + torch.stack([torch.zeros(3), begin], dim=1)
+    loss = F.cross_entropy(logits, torch.tensor([int(one.tokens[-1] == YES) for one in made]))
+    close(out.loss, loss)
+    close(out.answer_logits, logits.detach())
+    close(tiny.gradients(model, out.loss), tiny.true_gradients(model, loss))
+    model.eval()
+    arguments = tiny.batch(made, layout, answers=False)
+    close(answer_logits(model, **arguments, base_logit=begin), logits.detach())
+
+
+def test_a_base_of_zero_changes_nothing() -> None:
+    """Instances without a label, a denominator, autocast and compilation included."""
+    model, _ = pair()
+    arguments = tiny.batch(tiny.instances())
+    arguments["labels"][1] = -100
+    for more in ({}, {"num_items_in_batch": 5}):
+        plain, based = (model(**arguments, **more, **base) for base in ({}, {"base_logit": torch.zeros(3)}))
+        close(based.loss, plain.loss)
+        assert_close(based.answer_logits, plain.answer_logits, equal_nan=True)
+        close(tiny.gradients(model, based.loss), tiny.gradients(model, plain.loss))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    close(compiled(**arguments, base_logit=torch.zeros(3)).loss, model(**arguments).loss)
+    with torch.autocast("cpu", torch.bfloat16):
+        based, plain = model(**arguments, base_logit=torch.zeros(3)), model(**arguments)
+    assert_close(based.loss, plain.loss)
+    assert based.loss.dtype == plain.loss.dtype
+    arguments["labels"][:] = -100
+    loss = model(**arguments, base_logit=torch.zeros(3)).loss
+    assert loss == 0
+    assert all(gradient.abs().max() == 0 for gradient in tiny.gradients(model, loss).values())
+
+
 def _wrong(**changes: Any) -> Any:
     def change(arguments: dict[str, Any]) -> dict[str, Any]:
         return arguments | {
@@ -718,6 +761,9 @@ def _wrong(**changes: Any) -> Any:
             "attention_mask: expected None for a packed",
         ),
         ("packed", _wrong(use_cache=True), "use_cache: expected no key-value cache"),
+        ("right", _wrong(base_logit=torch.zeros(3, 1)), r"base_logit: expected shape \(3,\), got \(3, 1\)"),
+        ("packed", _wrong(base_logit=torch.zeros(1)), r"base_logit: expected shape \(3,\), got \(1,\)"),
+        ("right", _wrong(base_logit=torch.zeros(3), labels=None), "base_logit: expected None without labels"),
     ],
 )
 def test_arguments_that_do_not_fit(layout: str, change: Any, message: str) -> None:
@@ -738,3 +784,6 @@ def test_arguments_for_parts_the_model_does_not_have() -> None:
         model(**arguments)
     with pytest.raises(InputError, match="gates: expected False"):
         model.rellax.set_trainable(gates=True)
+    model, _ = pair(loss="vocab")
+    with pytest.raises(InputError, match="base_logit: expected None with loss='vocab'"):
+        model(**tiny.batch(tiny.instances()), base_logit=torch.zeros(3))

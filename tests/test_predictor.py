@@ -30,7 +30,7 @@ ROUNDING = 2e-6  # of fp32, where other rows share the batch
 @pytest.fixture(scope="module")
 def run(workspace: Workspace) -> Path:
     folder = workspace.root / "served"
-    train(workspace.config(stage="joint", epochs=1, **GATED), folder, progress=False)
+    train(workspace.config(stage="joint", epochs=1, **GATED, crm_logit=True), folder, progress=False)
     return folder
 
 

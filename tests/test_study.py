@@ -30,7 +30,7 @@ def config(workspace: Workspace) -> StudyConfig:
         validation_samples=12,
         batch_size=4,
         crm_epochs=1,
-        methods=("zero-shot-recent", "zero-shot-retrieved", "lora-recent", "rellax"),
+        methods=("zero-shot-recent", "zero-shot-retrieved", "lora-recent", "rella-sum", "rellax-boosted"),
         crms=("DIN", "DeepFM"),
         crm="DIN",
         k=(2, 3),
@@ -61,7 +61,9 @@ def test_the_grid() -> None:
         "SIM, all but 256 samples, seed 0",
         "ReLLa + SPA + CFLoRA (ReLLaX), K = 5, 256 shots, seed 0",
     ]
-    assert len(cells(StudyConfig())) == 2 * 5 + 3 * 6 + 6 * (6 * 3) + 7 * 5 * 6 * 3
+    boosted = cells(dataclasses.replace(config, methods=("rellax-boosted",), seeds=(0,), shots=(256,)))
+    assert [cell.name for cell in boosted][-2:] == ["sim-without256-s0", "rellax-boosted-k5-n256-s0"]
+    assert len(cells(StudyConfig())) == 2 * 5 + 3 * 6 + 6 * (6 * 3) + 9 * 5 * 6 * 3 + 6 * 3
     assert Cell("zero-shot-recent", 10).result == "zero-shot-recent-k10/test/predictions.parquet"
 
 
@@ -95,7 +97,7 @@ def test_stopped_resumed_grown_and_reported(
     small = dataclasses.replace(config, seeds=(0,))
     plan = reproduce(small, tmp_path / "study", progress=False, only="plan")
     assert "| Zero-shot LLM, K most recent | 0 | 2 | 1 min |" in plan
-    assert "0 of 14 runs are finished, about 2 min left on this machine." in plan
+    assert "0 of 17 runs are finished, about 2 min left on this machine." in plan
     with pytest.raises(InputError, match="expected a finished run of the grid, found none"):
         reproduce(small, tmp_path / "study", only="report")
 
@@ -108,12 +110,12 @@ def test_stopped_resumed_grown_and_reported(
         with pytest.raises(KeyboardInterrupt):
             reproduce(small, tmp_path / "study", progress=False)
     report = reproduce(small, tmp_path / "study", only="report")
-    assert "**6 of 14 runs of the grid are not finished yet.**" in report
+    assert "**8 of 16 runs of the grid are not finished yet.**" in report
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "study").glob("*/**/predictions.parquet")}
     caplog.clear()
     report = reproduce(small, tmp_path / "study", progress=False)
-    assert "[9/14]" in caplog.text
-    assert "[14/14]" in caplog.text
+    assert "[9/17]" in caplog.text
+    assert "[17/17]" in caplog.text
     assert all(path.stat().st_mtime_ns == time for path, time in made.items())
     assert (tmp_path / "study" / "report.md").read_text() == report
     assert "not finished" not in report
@@ -121,12 +123,12 @@ def test_stopped_resumed_grown_and_reported(
         assert (tmp_path / "study" / name).read_bytes().startswith(b"\x89PNG")
 
     # A second seed only adds its own runs; other settings are refused.
-    assert "14 of 24 runs are finished" in reproduce(config, tmp_path / "study", progress=False, only="plan")
+    assert "17 of 30 runs are finished" in reproduce(config, tmp_path / "study", progress=False, only="plan")
     grown = reproduce(config, tmp_path / "study", progress=False)
     assert " ± " in grown
     with (tmp_path / "study" / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 24
+    assert len(rows) == 28
     assert {row["seed"] for row in rows} == {"", "0", "1"}
     assert all(0 <= float(row["auc"]) <= 1 for row in rows)
     assert all(bool(row["validation_auc"]) != row["method"].startswith("zero") for row in rows)
@@ -214,15 +216,17 @@ def test_targets_follow_from_the_numbers() -> None:
             shots = 0 if method.startswith("zero") else 256
             runs += finished(test, method, k, shots, strength, seeds=2 if shots else 1)
     runs += finished(test, "DIN", None, None, 1.8)
-    assert verdicts(Results(runs, test)) == ["met"] * 6
+    assert verdicts(Results(runs, test)) == ["met"] * 6 + ["not run"]
 
     # One K at which retrieval is behind, long histories that harm, a stronger classical model: missed.
     others = [run for run in runs if (run.cell.method, run.cell.k) != ("lora-retrieved", 30)]
     others += finished(test, "lora-retrieved", 30, 256, 0.3)
     others = [run for run in others if (run.cell.method, run.cell.k) != ("rellax", 30)]
     others += finished(test, "rellax", 30, 256, 0.5) + finished(test, "SIM", None, None, 4.0)
-    assert verdicts(Results(others, test)) == ["met", "missed", "missed", "met", "met", "missed"]
-    assert verdicts(Results(finished(test, "DIN", None, None, 1.0), test)) == ["not run"] * 6
+    assert verdicts(Results(others, test)) == ["met", "missed", "missed", "met", "met", "missed", "not run"]
+    assert verdicts(Results(finished(test, "DIN", None, None, 1.0), test)) == ["not run"] * 7
+    boosted = finished(test, "rellax-boosted", 5, 256, 5.0)
+    assert verdicts(Results(others + boosted, test))[-1] == "met"
 
     # The same strength is no evidence.
     even = [run for run in runs if run.cell.method != "rellax"]

@@ -23,7 +23,7 @@ import rellax
 from rellax.ctr import cli, runs
 from rellax.ctr.config import SCHEDULES, TrainConfig, read_config
 from rellax.ctr.dataset import Dataset
-from rellax.ctr.evaluate import evaluate
+from rellax.ctr.evaluate import evaluate, evaluate_sum
 from rellax.ctr.optimiser import learning_rate
 from rellax.ctr.task import Task, load_inputs
 from rellax.ctr.train import train
@@ -178,6 +178,28 @@ def test_stage_2_starts_at_the_stage_1_model(stage_1: Path, workspace: Workspace
         pq.read_table(run / "predictions.parquet")["probability"] for run in (stage_1, tmp_path / "run")
     )
     assert two.to_numpy() == pytest.approx(one.to_numpy(), abs=1e-6)
+
+
+def test_boosted_it_starts_at_the_sum_of_both_models(
+    stage_1: Path, workspace: Workspace, tmp_path: Path
+) -> None:
+    evaluate(stage_1, samples=9, progress=False)
+    parts = {"interaction": "full", "crm_logit": True, "lr": 1e-12, "dropout": 0.0}
+    train(workspace.config(stage="2", start=str(stage_1), **parts), tmp_path / "run", progress=False)
+    evaluate(tmp_path / "run", samples=9, progress=False)
+    evaluate_sum(stage_1, workspace.crm, tmp_path / "sum")
+    for name in (".", "test"):
+        plain, run, both = (
+            pq.read_table(folder / name / "predictions.parquet")
+            for folder in (stage_1, tmp_path / "run", tmp_path / "sum")
+        )
+        assert run["sample"].equals(both["sample"])
+        found = run["probability"].to_numpy()
+        assert found == pytest.approx(both["probability"].to_numpy(), abs=1e-6)
+        assert abs(found - plain["probability"].to_numpy()).max() > 1e-4
+    assert json.loads((tmp_path / "sum" / "test" / "metrics.json").read_text())["samples"] == 9
+    assert read_config(tmp_path / "run").crm_logit
+    assert "crm_logit" not in json.loads((stage_1 / "config.json").read_text())
 
 
 def test_stage_2_needs_a_trained_stage_1(stage_1: Path, workspace: Workspace, tmp_path: Path) -> None:
@@ -542,6 +564,12 @@ def test_mixture_has_each_sample_with_either_history(workspace: Workspace) -> No
         ({"schedule": "step"}, "schedule: expected one of linear, cosine, constant, got 'step'"),
         ({"patience": 0}, "patience: expected a positive number or None, got 0"),
         ({"weight_decay": -0.1}, "weight_decay: expected zero or more, got -0.1"),
+        ({"crm_logit": True}, "expected interaction='none', no soft prompt and no crm_logit"),
+        ({"stage": "joint", "crm_logit": True}, "stage joint trains gates or the soft-prompt projector"),
+        (
+            {"stage": "joint", **GATED, "crm_logit": True, "loss": "vocab"},
+            "loss: expected 'choice' with crm_",
+        ),
         ({"warmup": 1.0}, r"warmup: expected a fraction in \[0, 1\), got 1.0"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),

@@ -39,6 +39,7 @@ class Collator:
         pad_id: token to pad with.
         answer_ids: tokens of (No, Yes).
         instance_embeddings: (n, d_u) float32, a row per sample; None for a model without gates.
+        base_logits: (n,) float32, log-odds that a sample's answer begins from; None where it does from 0.
         soft_prompt: whether the model takes item ids.
         packed: put the prompts of a batch one after another, without padding.
     """
@@ -46,6 +47,7 @@ class Collator:
     pad_id: int
     answer_ids: tuple[int, int]
     instance_embeddings: Tensor | None = None
+    base_logits: Tensor | None = None
     soft_prompt: bool = False
     packed: bool = False
 
@@ -53,8 +55,8 @@ class Collator:
         """A batch to predict.
 
         Padded: input_ids and attention_mask (B, L); where the model takes them also item_ids (B, K), padded
-        with -1, and instance_embed (B, d_u). Packed: input_ids and position_ids (1, T), cu_seqlens (B + 1,)
-        int32, max_seqlen, an int; item_ids is (1, n).
+        with -1, instance_embed (B, d_u) and base_logit (B,). Packed: input_ids and position_ids (1, T),
+        cu_seqlens (B + 1,) int32, max_seqlen, an int; item_ids is (1, n).
         """
         return self._batch(examples, [example.input_ids for example in examples])
 
@@ -75,6 +77,7 @@ class Collator:
 
     def _batch(self, examples: Sequence[Example], rows: Sequence[Sequence[int]]) -> dict[str, Any]:
         items = [example.item_ids for example in examples]
+        samples = [example.sample for example in examples]
         batch: dict[str, Any]
         if self.packed:
             lengths = [len(row) for row in rows]
@@ -92,7 +95,9 @@ class Collator:
         if self.soft_prompt:
             batch["item_ids"] = _joined(items) if self.packed else _padded(items, -1)
         if self.instance_embeddings is not None:
-            batch["instance_embed"] = self.instance_embeddings[[example.sample for example in examples]]
+            batch["instance_embed"] = self.instance_embeddings[samples]
+        if self.base_logits is not None:
+            batch["base_logit"] = self.base_logits[samples]
         return batch
 
 

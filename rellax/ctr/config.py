@@ -20,6 +20,7 @@ INTERACTIONS = ("none", "diagonal", "full")
 CRM_SAMPLES = ("all", "held-out", "shots")
 SIMILARITIES = ("text", "text+crm")
 LEARNING_RATES = {"1": 1e-3, "2": 3e-4, "joint": 1e-3}
+_LATER = {"crm_logit"}  # fields of `TrainConfig` that early runs have not recorded
 CHOICES = {  # what fields of `TrainConfig` may be
     "stage": STAGES,
     "prompts": PROMPTS,
@@ -49,6 +50,8 @@ class TrainConfig:
             trained) or "joint" (everything from scratch).
         interaction: of the LoRA components, "none", "diagonal" or "full".
         soft_prompt: a soft prompt after each behaviour and after the target.
+        crm_logit: the answer's log-odds begin at those of the CRM, so that what is learnt is what it lacks.
+            The CRM should not have been trained on the shots: `rellax crm --hold-out`.
         r, alpha, dropout, target_modules: of LoRA; stage 2 takes them over from `start`.
 
     Prompts:
@@ -88,6 +91,7 @@ class TrainConfig:
     stage: str = "1"
     interaction: str = "none"
     soft_prompt: bool = False
+    crm_logit: bool = False
     r: int = 8
     alpha: float = 16
     dropout: float = 0.05
@@ -126,7 +130,11 @@ class TrainConfig:
                 f"retrieved: prompts={self.prompts!r} needs the folder of `rellax retrieve`, got None"
             )
         if self.uses_crm and self.crm is None:
-            raise InputError("crm: gates and soft prompts need the folder of `rellax crm`, got None")
+            raise InputError(
+                "crm: gates, soft prompts and crm_logit need the folder of `rellax crm`, got None"
+            )
+        if self.crm_logit and self.loss != "choice":
+            raise InputError(f"loss: expected 'choice' with crm_logit, got {self.loss!r}")
 
     @property
     def peak_lr(self) -> float:
@@ -134,6 +142,10 @@ class TrainConfig:
 
     @property
     def uses_crm(self) -> bool:
+        return self._is_conditional or self.crm_logit
+
+    @property
+    def _is_conditional(self) -> bool:
         return self.soft_prompt or self.interaction != "none"
 
     @property
@@ -141,8 +153,9 @@ class TrainConfig:
         return "recent" if self.prompts == "recent" else "retrieved"
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return {**dataclasses.asdict(self), "target_modules": list(self.target_modules)}
+        """The fields as JSON values; later ones only where they are used, so that older runs stay valid."""
+        values = {**dataclasses.asdict(self), "target_modules": list(self.target_modules)}
+        return {name: value for name, value in values.items() if value or name not in _LATER}
 
     def _check_values(self) -> None:
         for name, allowed in CHOICES.items():
@@ -164,10 +177,11 @@ class TrainConfig:
     def _check_stage(self) -> None:
         if self.stage == "1" and self.uses_crm:
             raise InputError(
-                "stage: stage 1 trains plain LoRA, expected interaction='none' and no soft prompt, "
-                f"got interaction={self.interaction!r}, soft_prompt={self.soft_prompt}"
+                "stage: stage 1 trains plain LoRA, expected interaction='none', no soft prompt and no "
+                f"crm_logit, got interaction={self.interaction!r}, soft_prompt={self.soft_prompt}, "
+                f"crm_logit={self.crm_logit}"
             )
-        if self.stage != "1" and not self.uses_crm:
+        if self.stage != "1" and not self._is_conditional:
             raise InputError(
                 f"stage: stage {self.stage} trains gates or the soft-prompt projector, "
                 "expected an interaction, a soft prompt or both, got neither"
@@ -255,10 +269,12 @@ class StudyConfig(Comparison):
         "lora-recent",
         "lora-retrieved",
         "rella",
+        "rella-sum",
         "rella-spa",
         "rella-cflora-diagonal",
         "rella-cflora",
         "rellax",
+        "rellax-boosted",
     )
     crms: tuple[str, ...] = ("DIN", "SIM", "ETA", "SDIM", "DeepFM", "DCNv2")
     k: tuple[int, ...] = (5, 10, 15, 20, 30)
@@ -290,13 +306,13 @@ def read_config(run: str | Path) -> TrainConfig:
     path = Path(run) / "config.json"
     values = read_json(path, maker="rellax train")
     names = [field.name for field in dataclasses.fields(TrainConfig)]
-    if not isinstance(values, dict) or not values.keys() >= set(names):
+    if not isinstance(values, dict) or not values.keys() >= set(names) - _LATER:
         raise InputError(f"{path}: expected the configuration of `rellax train`, found another")
     if not (Path(run) / "metrics.json").exists():
         raise InputError(
             f"{run}: expected a finished run, found one that was stopped; its command finishes it"
         )
-    values = {name: values[name] for name in names}
+    values = {name: values[name] for name in names if name in values}
     return TrainConfig(**values | {"target_modules": tuple(values["target_modules"])})
 
 

@@ -207,6 +207,11 @@ def load_crm(folder: str | Path, dataset: Dataset) -> CRMOutputs:
     return outputs
 
 
+def log_odds(probabilities: Tensor) -> Tensor:
+    """What a CRM says as the log-odds that answers begin from; certainty is cut where fp32 would."""
+    return probabilities.logit(eps=1e-7)
+
+
 class CRM:
     """A trained CRM on the CPU, ready for samples that it need not know.
 
@@ -240,14 +245,18 @@ class CRM:
                 f"{path}: expected the weights of a CRM for {dataset.folder} ({reason})"
             ) from None
 
-    def instance_embeddings(self, dataset: Dataset) -> Tensor:
-        """What `CRMOutputs` has, (S, d_u), for the samples of `dataset`: the same items, and any users.
+    def predict(self, dataset: Dataset) -> tuple[Tensor, Tensor]:
+        """What `CRMOutputs` has for the samples of `dataset`: the same items, and any users.
+
+        Returns:
+            instance embeddings (S, d_u) and probabilities (S,).
 
         Raises:
             InputError: a user is new and the CRM reads user ids.
         """
-        blocks = _outputs(self._model, self._features.of(dataset), np.arange(len(dataset.samples)))
-        return torch.cat([_instance_embeddings(self._model, hidden) for hidden, _ in blocks])
+        blocks = list(_outputs(self._model, self._features.of(dataset), np.arange(len(dataset.samples))))
+        hidden, probabilities = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+        return _instance_embeddings(self._model, hidden), probabilities
 
 
 def _read_config(path: Path, numbers: int) -> CRMConfig:

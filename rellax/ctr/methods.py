@@ -16,9 +16,11 @@ class Method:
     Attributes:
         title: for tables and legends.
         prompts: which behaviours it reads.
-        stage: None is the untrained model; "2" continues from the run of `start`.
-        start: the method whose adapter it begins with.
+        stage: None is the untrained model; "2" continues from the run of `start`; "sum" adds the classical
+            model's log-odds to that run's, and trains nothing.
+        start: the method whose adapter, or answers, it begins with.
         options: fields of `TrainConfig` that make it what it is.
+        crm_samples: what the classical model that it reads is trained on, where that is not a study's choice.
     """
 
     title: str
@@ -26,10 +28,11 @@ class Method:
     stage: str | None = None
     start: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    crm_samples: str | None = None
 
 
-def _on_rella(title: str, **options: Any) -> Method:
-    return Method(title, "retrieved", "2", "rella", options)
+def _on_rella(title: str, crm_samples: str | None = None, **options: Any) -> Method:
+    return Method(title, "retrieved", "2", "rella", options, crm_samples)
 
 
 METHODS = {
@@ -38,10 +41,19 @@ METHODS = {
     "lora-recent": Method("LoRA on recent prompts", "recent", "1"),
     "lora-retrieved": Method("LoRA on retrieved prompts", "retrieved", "1"),
     "rella": Method("LoRA on the mixture (ReLLa)", "mixture", "1"),
+    "rella-sum": Method("ReLLa and the classical model, summed", "mixture", "sum", "rella"),
     "rella-spa": _on_rella("ReLLa + SPA", soft_prompt=True),
     "rella-cflora-diagonal": _on_rella("ReLLa + CFLoRA, diagonal", interaction="diagonal"),
     "rella-cflora": _on_rella("ReLLa + CFLoRA", interaction="full"),
     "rellax": _on_rella("ReLLa + SPA + CFLoRA (ReLLaX)", soft_prompt=True, interaction="full"),
+    # A classical model knows the samples that it was trained on better than new ones.
+    "rellax-boosted": _on_rella(
+        "ReLLaX, boosted from the classical model",
+        "held-out",
+        soft_prompt=True,
+        interaction="full",
+        crm_logit=True,
+    ),
 }
 
 

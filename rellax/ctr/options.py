@@ -32,6 +32,7 @@ TRAIN_HELP = {
     "stage": "1: LoRA; 2: gates and soft-prompt projector over frozen LoRA; joint: all at once",
     "interaction": "gates between the LoRA components",
     "soft_prompt": "soft prompts after each behaviour and after the target",
+    "crm_logit": "begin from the classical model's log-odds and learn what they lack",
     "prompts": "the K most recent behaviours, the K retrieved ones, or each sample once with either",
     "k": "behaviours in a prompt",
     "max_tokens": "tokens in a prompt, at most",

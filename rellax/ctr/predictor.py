@@ -16,7 +16,7 @@ import numpy as np
 from rellax.ctr.batches import Collator, Example
 from rellax.ctr.calibration import at_temperature, read_temperature
 from rellax.ctr.config import read_config
-from rellax.ctr.crm import CRM
+from rellax.ctr.crm import CRM, log_odds
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.evaluate import predict_probabilities
 from rellax.ctr.llm import resolve_device
@@ -79,7 +79,7 @@ class Predictor:
         if config.evaluation_prompts == "retrieved":
             assert config.retrieved is not None, "TrainConfig asks for it with these prompts"
             self._embeddings = load_embeddings(config.retrieved, dataset).to(where)
-        if config.crm is not None and config.interaction != "none":
+        if config.crm is not None and (config.interaction != "none" or config.crm_logit):
             self._crm = CRM(config.crm, dataset)
         self._waiting: deque[_Job] = deque()
         # First come, first served: where callers took turns with a lock, the slowest waited twice as long.
@@ -183,11 +183,17 @@ class Predictor:
     def _prompts(self, requests: Sequence[Request]) -> tuple[list[Example | InputError], Collator]:
         """The prompt of each request, or why it has none, and what makes batches of them."""
         data = self._requests.dataset(requests)
-        retrieved = hidden = None
+        retrieved = None
+        collator = self._task.collator
         if self._embeddings is not None:
             retrieved = find_positions(self._embeddings, data, self._task.config.k)
         if self._crm is not None:
-            hidden = self._crm.instance_embeddings(data)
+            hidden, probabilities = self._crm.predict(data)
+            collator = replace(
+                collator,
+                instance_embeddings=hidden if self._task.config.interaction != "none" else None,
+                base_logits=log_odds(probabilities) if self._task.config.crm_logit else None,
+            )
         examples = Examples(
             self._task.prompts.of(data),
             Inputs(data, retrieved),
@@ -195,7 +201,7 @@ class Predictor:
             np.full(len(requests), retrieved is not None),
         )
         prompts = [_or_error(examples.__getitem__, row) for row in range(len(requests))]
-        return prompts, replace(self._task.collator, instance_embeddings=hidden)
+        return prompts, collator
 
 
 class _Job:

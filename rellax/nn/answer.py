@@ -52,6 +52,7 @@ class AnswerHead(nn.Module):
         cu_seqlens: Tensor | None = None,
         positions: Tensor | None = None,
         denominator: Tensor | float | None = None,
+        base_logit: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The loss, a scalar in fp32, and the logits (B, 2) of [No, Yes] at each instance's first label.
 
@@ -65,15 +66,21 @@ class AnswerHead(nn.Module):
             bias: (V,), or None.
             positions: (n,) int64, rising: where the labels are predicted, for who knows; see `find_answers`.
             denominator: what the sum of losses is divided by; None: the number of labels.
+            base_logit: (B,), added to the logit of Yes; for the choice loss alone.
 
         Raises:
-            InputError: labels do not fit hidden, or the choice loss has no `answer_ids`.
+            InputError: labels do not fit hidden, the choice loss has no `answer_ids`, or another loss has a
+                `base_logit`.
         """
         if labels.shape != hidden.shape[:-1]:
             raise InputError(f"labels: expected shape {tuple(hidden.shape[:-1])}, got {tuple(labels.shape)}")
         if self.loss == "choice":
             self._require_answer_ids()
+        elif base_logit is not None:
+            raise InputError(f'base_logit: expected None with loss={self.loss!r}, or loss="choice"')
         answers = find_answers(labels, cu_seqlens, positions, first_only=self.loss == "choice")
+        if base_logit is not None:
+            return self._boosted(hidden, answers, lm_head_weight, bias, denominator, base_logit)
         loss, logits = answer_loss(
             hidden.flatten(0, 1),
             lm_head_weight,
@@ -106,6 +113,37 @@ class AnswerHead(nn.Module):
             softcap=self.softcap,
         )[1]
 
+    def _boosted(
+        self,
+        hidden: Tensor,
+        answers: Answers,
+        lm_head_weight: Tensor,
+        bias: Tensor | None,
+        denominator: Tensor | float | None,
+        base_logit: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The choice loss with a base: B rows of `hidden` and two of the head are little to compute.
+
+        Products and sums are elementwise: autocast leaves them in fp32.
+        """
+        assert self.answer_ids is not None, "`forward` has asked for them"
+        no, yes = self.answer_ids
+        dtype = torch.promote_types(torch.promote_types(hidden.dtype, lm_head_weight.dtype), torch.float32)
+        rows = hidden.flatten(0, 1)[answers.positions].to(dtype)
+        two = torch.stack([lm_head_weight[no], lm_head_weight[yes]]).to(dtype)
+        logits = (rows[:, None] * two).sum(2)
+        if bias is not None:
+            logits = logits + torch.stack([bias[no], bias[yes]]).to(dtype)
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        logits = add_base(logits, base_logit)
+        answered = answers.labels != -100
+        signs = torch.where(answers.labels == yes, 1.0, -1.0)
+        losses = F.softplus(-signs * (logits[:, 1] - logits[:, 0]))
+        total = answered.sum().clamp(min=1) if denominator is None else denominator
+        loss = losses.where(answered, 0.0).sum() / total
+        return loss, logits.detach().where(answered[:, None], torch.nan)
+
     def _require_answer_ids(self) -> None:
         if self.answer_ids is None:
             raise InputError(
@@ -115,6 +153,11 @@ class AnswerHead(nn.Module):
 
     def extra_repr(self) -> str:
         return f"answer_ids={self.answer_ids}, loss={self.loss!r}, softcap={self.softcap}"
+
+
+def add_base(logits: Tensor, base_logit: Tensor) -> Tensor:
+    """[No, Yes] logits (B, 2) with the log-odds `base_logit` (B,) that they begin from added to Yes's."""
+    return logits + F.pad(base_logit.to(logits.dtype)[:, None], (1, 0))
 
 
 def find_answers(

@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from rellax.errors import InputError
 from rellax.nn import SoftPrompt
+from rellax.nn.answer import add_base
 from rellax.nn.cflora import CFLoRA, forward_together
 from rellax.ops import cflora_tiles
 from rellax.patch import attention, checkpoint
@@ -157,6 +158,7 @@ class CausalLM(nn.Module):
         logits_to_keep: int | Tensor = 0,
         instance_embed: Tensor | None = None,
         item_ids: Tensor | None = None,
+        base_logit: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         answer_positions: Tensor | None = None,
@@ -172,6 +174,9 @@ class CausalLM(nn.Module):
             labels: like input_ids, -100 where nothing is supervised.
             instance_embed: (B, cond_dim), the recommendation model's view of each instance; None: plain LoRA.
             item_ids: (B, K) int64 padded with -1; packed: (1, n). The k-th placeholder takes the k-th id.
+            base_logit: (B,), log-odds of Yes that the answers begin from, as the recommendation model's: they
+                are added to the answer logits, and to those in the choice loss, so that what is learnt is
+                what they lack. XGBoost calls it base_margin.
             cu_seqlens: (B + 1,) int32: input_ids is (1, T), B instances one after another; `cu_seq_lens_q` is
                 the same.
             max_seqlen: the longest instance of a packed batch; `max_length_q` is the same. A GPU is waited
@@ -222,8 +227,13 @@ class CausalLM(nn.Module):
             "rellax_context": ForwardContext(gates, cu_seqlens, tokens.shape[1]),
         }
         if labels is None and not answer_only:
+            if base_logit is not None:
+                raise InputError("base_logit: expected None without labels, but in `rellax.answer_logits`")
             return super().forward(**kwargs, logits_to_keep=logits_to_keep)
-        return self._rellax_answer(kwargs, None if answer_only else labels, cu_seqlens, answer_positions)
+        if base_logit is not None and base_logit.shape != (instances,):
+            raise InputError(f"base_logit: expected shape ({instances},), got {tuple(base_logit.shape)}")
+        labels = None if answer_only else labels
+        return self._rellax_answer(kwargs, labels, cu_seqlens, answer_positions, base_logit)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *, inputs_embeds: Tensor | None = None, **kwargs: Any
@@ -269,6 +279,7 @@ class CausalLM(nn.Module):
         labels: Tensor | None,
         cu_seqlens: Tensor | None,
         positions: Tensor | None,
+        base_logit: Tensor | None,
     ) -> AnswerOutput:
         """The decoder, then the answers alone: where the labels are, else at each instance's last token."""
         denominator = inputs.pop("num_items_in_batch", None)
@@ -282,6 +293,8 @@ class CausalLM(nn.Module):
         if labels is None:
             last = _last_tokens(hidden, inputs["attention_mask"], cu_seqlens)
             logits = head.logits(hidden, last, *vocabulary)
+            if base_logit is not None:
+                logits = add_base(logits, base_logit)
         else:
             loss, logits = head(
                 hidden,
@@ -290,6 +303,7 @@ class CausalLM(nn.Module):
                 cu_seqlens=cu_seqlens,
                 positions=positions,
                 denominator=denominator,
+                base_logit=base_logit,
             )
         return AnswerOutput(loss, logits, outputs.get(CACHE), outputs.hidden_states, outputs.attentions)
 

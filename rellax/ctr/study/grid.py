@@ -137,29 +137,29 @@ def cells(config: StudyConfig) -> list[Cell]:
             found += [Cell(name, None, shots, seed) for name in config.crms]
             for k in config.k:
                 for method in methods:
-                    if METHODS[method].stage == "2":
-                        found.append(gates_crm(config, shots, seed))
+                    if METHODS[method].start is not None:
+                        found.append(gates_crm(config, method, shots, seed))
                     if METHODS[method].stage is not None:
                         found.append(Cell(method, k, shots, seed))
     return list(dict.fromkeys(found))
 
 
-def gates_crm(config: StudyConfig, shots: int, seed: int) -> Cell:
-    """The classical model that gates and soft prompts read."""
-    if config.crm_samples == "held-out":
+def gates_crm(config: StudyConfig, method: str, shots: int, seed: int) -> Cell:
+    """The classical model that a method's gates and soft prompts read."""
+    samples = METHODS[method].crm_samples or config.crm_samples
+    if samples == "held-out":
         return Cell(config.crm, None, None, seed, hold_out=shots)
-    return Cell(config.crm, None, shots if config.crm_samples == "shots" else None, seed)
+    return Cell(config.crm, None, shots if samples == "shots" else None, seed)
 
 
 def starts(config: StudyConfig, cell: Cell) -> list[Cell]:
-    """What a run builds on: for stage 2 the LoRA that it continues and the classical model that it reads."""
-    if cell.method not in METHODS or METHODS[cell.method].stage != "2":
+    """What a run builds on: the LoRA that it continues, or adds to, and the classical model that it reads."""
+    start = METHODS[cell.method].start if cell.method in METHODS else None
+    if start is None:
         return []
-    start = METHODS[cell.method].start
-    assert start is not None, "stage 2 continues a run, "
     assert cell.shots is not None, "`cells` gives shots to what is trained, "
     assert cell.seed is not None, "and a seed"
-    return [Cell(start, cell.k, cell.shots, cell.seed), gates_crm(config, cell.shots, cell.seed)]
+    return [Cell(start, cell.k, cell.shots, cell.seed), gates_crm(config, cell.method, cell.shots, cell.seed)]
 
 
 def _run(config: StudyConfig, lab: Lab, cell: Cell) -> None:
@@ -173,6 +173,9 @@ def _run(config: StudyConfig, lab: Lab, cell: Cell) -> None:
     assert cell.shots is not None, "`cells` gives shots to what is trained, "
     assert cell.seed is not None, "and a seed"
     start, crm = [before.name for before in starts(config, cell)] or ["", ""]
+    if METHODS[cell.method].stage == "sum":
+        lab.sum(cell.name, start, crm)
+        return
     lab.train(cell.name, cell.method, k=cell.k, shots=cell.shots, seed=cell.seed, start=start, crm=crm)
 
 
@@ -248,7 +251,8 @@ class _Study:
         finished = list(self._finished(test))
         if not finished:
             raise InputError(f"{self.out}: expected a finished run of the grid, found none")
-        return write(self.out, self.config, dataset, test, finished, len(self.cells))
+        reported = sum(cell.hold_out is None for cell in self.cells)
+        return write(self.out, self.config, dataset, test, finished, reported)
 
     def _finished(self, test: Scored) -> Iterator[Finished]:
         for cell in self.cells:
@@ -266,6 +270,8 @@ class _Study:
             return _CRM_SECONDS[0] + _CRM_SECONDS[1] * shots
         assert cell.k is not None, "a prompt has behaviours"
         method = METHODS[cell.method]
+        if method.stage == "sum":
+            return 1.0
         prompts = float(self._count("test", config.test_samples))
         if method.stage is not None:
             epochs = config.epochs if method.stage == "1" else config.epochs2
