@@ -30,7 +30,7 @@ from rellax.errors import InputError
 @pytest.fixture(scope="module")
 def run(workspace: Workspace) -> Path:
     folder = workspace.root / "predicting"
-    train(workspace.config(stage="joint", epochs=1, **GATED), folder, progress=False)
+    train(workspace.config(stage="joint", epochs=1, **GATED, crm_logit=True), folder, progress=False)
     evaluate(folder, progress=False)
     return folder
 
