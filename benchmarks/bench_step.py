@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from rellax._files import sha256_file
 from rellax.ctr.batches import Collator, Example, on_device
 from rellax.errors import InputError
-from rellax.patch import CFLoRAConfig, SoftPromptConfig, packing_pays, patch_model
+from rellax.patch import CFLoRAConfig, SoftPromptConfig, compile_frozen, packing_pays, patch_model
 
 if TYPE_CHECKING:
     from rellax.ctr.config import TrainConfig
@@ -67,18 +67,21 @@ TINY_LLAMA = {
 class Setting:
     """A measurement: behaviours in a prompt, rounds, and a random Llama's shape; None is SmolLM2-135M.
 
-    `tokens` is the mean of a random prompt; the default is MovieLens-100K's with 30 behaviours.
+    `tokens` is the mean of a random prompt; the default is MovieLens-100K's with 30 behaviours. `compiled`:
+    rellax's model has its norms and MLPs compiled; floor and published step are as they are.
     """
 
     k: int
     rounds: int
     shape: dict[str, Any] | None = None
     tokens: int = 315
+    compiled: bool = False
 
 
 SETTINGS = {"smollm2-135m-k10": Setting(10, 8), "smollm2-135m-k30": Setting(30, 5)}
 if DEVICE.type == "cuda":
     SETTINGS = {"llama-7b-k30": Setting(30, 10, LLAMA_7B)} | SETTINGS
+SETTINGS |= {f"{name}-compiled": replace(setting, compiled=True) for name, setting in SETTINGS.items()}
 dry(globals(), BATCH=2, BATCHES=1, SETTINGS={"tiny-llama-k2": Setting(2, 1, TINY_LLAMA, tokens=14)})
 
 
@@ -213,7 +216,10 @@ def _contest(setting: Setting) -> tuple[Steps, list[list[Example]]]:
         given, examples = _loaded(setting.k)
     else:
         given, examples = synthetic(setting, BATCH * BATCHES, torch.bfloat16, DEVICE)
-    return Steps(*given), [examples[start : start + BATCH] for start in range(0, len(examples), BATCH)]
+    steps = Steps(*given)
+    if setting.compiled:
+        compile_frozen(steps.model)
+    return steps, [examples[start : start + BATCH] for start in range(0, len(examples), BATCH)]
 
 
 Given = tuple[Any, CFLoRAConfig, SoftPromptConfig, Collator]

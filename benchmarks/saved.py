@@ -1,4 +1,4 @@
-"""What a stage-2 step keeps for its backward pass at a 7B Llama's widths, rellax's and the published one.
+"""What a stage-2 step keeps for its backward pass at a 7B Llama's widths: of rellax, compiled too, and published.
 
 Counted on a CPU, for models of one and of two layers: autograd's saved tensors, each storage once, without
 parameters. What lives in between, such as gradients or copies of the logits, is not counted.
@@ -18,6 +18,7 @@ from bench_step import BATCH, LLAMA_7B, Setting, Steps, synthetic
 from torch import Tensor
 
 from rellax.ctr.batches import Example
+from rellax.patch import compile_frozen
 
 LAYERS, D, WIDE = (LLAMA_7B[name] for name in ("num_hidden_layers", "hidden_size", "intermediate_size"))
 WIDTHS = (D, WIDE, D // LLAMA_7B["num_attention_heads"], LLAMA_7B["vocab_size"])
@@ -54,19 +55,23 @@ def saved(loss_of: Callable[[Sequence[Example]], Tensor], model: Any, examples: 
     return sizes
 
 
+STEPS = ("rellax", "rellax, compiled", "published")
+
+
 def count(layers: int) -> tuple[list[Sizes], list[int]]:
-    """What rellax's and the published step keep of a token, and the tokens of their batches."""
+    """What each of the steps keeps of a token, and the tokens of their batches."""
     gc.collect()
     torch.manual_seed(0)
     setting = Setting(30, 1, LLAMA_7B | {"num_hidden_layers": layers})
     given, examples = synthetic(setting, BATCH, torch.bfloat16, torch.device("cpu"))
     steps = Steps(*given)
     lengths = [len(example.input_ids) + 1 for example in examples]
-    tokens = [sum(lengths), BATCH * max(lengths)]  # packed and padded
-    sizes = [
-        saved(steps.rellax_loss, steps.model, examples),
-        saved(steps.published_loss, steps.published_model, examples),
-    ]
+    tokens = [sum(lengths), sum(lengths), BATCH * max(lengths)]  # packed, packed and padded
+    sizes = [saved(steps.rellax_loss, steps.model, examples)]
+    published = saved(steps.published_loss, steps.published_model, examples)
+    compile_frozen(steps.model)
+    steps.rellax_loss(examples)  # compiles
+    sizes += [saved(steps.rellax_loss, steps.model, examples), published]
     per_token = [
         {name: n / count for name, n in found.items()} for found, count in zip(sizes, tokens, strict=True)
     ]
@@ -81,25 +86,29 @@ def main() -> None:
     in_all = [a + b for a, b in zip(in_layers, outside, strict=True)]
     weights = 2 * (LAYERS * (4 * D * D + 3 * D * WIDE) + 2 * LLAMA_7B["vocab_size"] * D)
 
-    print(HEAD.format(torch=torch.__version__, batch=BATCH, packed=tokens[0], padded=tokens[1]))
-    print("| KiB of a token and layer, by dtype and last dimension | rellax | published |\n|---|---|---|")
-    for name in sorted(layer[0] | layer[1]):
+    print(HEAD.format(torch=torch.__version__, batch=BATCH, packed=tokens[0], padded=tokens[-1]))
+    print(_row("KiB of a token and layer, by dtype and last dimension", STEPS))
+    print(_row("---", ["---"] * len(STEPS)))
+    for name in sorted(set().union(*layer)):
         cells = [f"{sizes.get(name, 0) / 1024:.1f}" for sizes in layer]
         if set(cells) - {"0.0", "-0.0"}:
-            print(f"| {name} | {cells[0]} | {cells[1]} |")
-    print("| in all | {:.1f} | {:.1f} |".format(*(sum(sizes.values()) / 1024 for sizes in layer)))
-    print(f"\n| GiB, {LAYERS} layers | rellax | published | rellax / published |\n|---|---|---|---|")
+            print(_row(name, cells))
+    print(_row("in all", [f"{sum(sizes.values()) / 1024:.1f}" for sizes in layer]))
+    print("\n" + _row(f"GiB, {LAYERS} layers", [*STEPS, "rellax / published", "compiled / published"]))
+    print(_row("---", ["---"] * 5))
     _line("layers", in_layers)
     _line("outside of the layers", outside)
     _line("all saved tensors", in_all)
-    _line(
-        f"beside weights in bf16, {weights / 2**30:.1f} GiB, which both have", [n + weights for n in in_all]
-    )
+    _line(f"beside weights in bf16, {weights / 2**30:.1f} GiB, which all have", [n + weights for n in in_all])
 
 
 def _line(what: str, sizes: Sequence[float]) -> None:
-    ours, theirs = sizes
-    print(f"| {what} | {ours / 2**30:.2f} | {theirs / 2**30:.2f} | {ours / theirs:.2f} |")
+    shares = [f"{size / sizes[-1]:.2f}" for size in sizes[:-1]]
+    print(_row(what, [f"{size / 2**30:.2f}" for size in sizes] + shares))
+
+
+def _row(what: str, cells: Sequence[str]) -> str:
+    return f"| {what} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

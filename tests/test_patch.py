@@ -23,7 +23,14 @@ from rellax.errors import InputError
 from rellax.kernels import _tiles
 from rellax.kernels import cflora as kernels
 from rellax.ops import cflora as operators
-from rellax.patch import CFLoRAConfig, answer_logits, checkpoint, patch_model, unpatch_model
+from rellax.patch import (
+    CFLoRAConfig,
+    answer_logits,
+    checkpoint,
+    compile_frozen,
+    patch_model,
+    unpatch_model,
+)
 from rellax.patch import forward as patched_forward
 from rellax.patch.forward import ForwardContext, Handed
 
@@ -409,6 +416,37 @@ def test_compiled_with_checkpoints(kind: str) -> None:
     made = tiny.instances()
     loss = torch.compile(model, backend="aot_eager")(**tiny.batch(made)).loss
     close(tiny.gradients(model, loss), tiny.true_gradients(model, truth.choice_loss(made)))
+
+
+@pytest.mark.parametrize("layout", ["right", "packed"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_with_norms_and_mlps_compiled(family: str, layout: str) -> None:
+    model, truth = pair(family, target_modules=("q_proj", "v_proj"))
+    assert compile_frozen(model, backend="aot_eager") is model
+    for lengths in (slice(None), slice(1, None)):  # one piece of code for batches of any size
+        made = tiny.instances()[lengths]
+        loss = model(**tiny.batch(made, layout)).loss
+        close(tiny.gradients(model, loss), tiny.true_gradients(model, truth.choice_loss(made)))
+    compiled = {name for name, module in model.named_modules() if module._compiled_call_impl is not None}
+    first = {name.removeprefix("model.layers.0.") for name in compiled if name.startswith("model.layers.0.")}
+    expected = {"input_layernorm", "post_attention_layernorm", "mlp"}
+    expected |= {"qwen3": {"self_attn.q_norm", "self_attn.k_norm"}}.get(family, set())
+    expected |= {"gemma2": {"pre_feedforward_layernorm", "post_feedforward_layernorm"}}.get(family, set())
+    assert first == expected
+    assert "model.norm" in compiled
+    unpatch_model(model)
+    assert all(module._compiled_call_impl is None for module in model.modules())
+
+
+def test_what_is_adapted_is_not_compiled() -> None:
+    model, truth = pair(target_modules=("q_proj", "up_proj"))
+    compile_frozen(model, backend="aot_eager")
+    assert not any(type(part).__name__.endswith("MLP") for part in model.rellax.compiled)
+    made = tiny.instances()
+    loss = model(**tiny.batch(made)).loss
+    close(tiny.gradients(model, loss), tiny.true_gradients(model, truth.choice_loss(made)))
+    with pytest.raises(InputError, match="model: expected a patched model, got an unpatched Llama"):
+        compile_frozen(unpatch_model(model))
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)

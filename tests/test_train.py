@@ -16,6 +16,7 @@ import pytest
 import torch
 from launched import job, launch, run
 from safetensors.torch import load_file
+from torch._inductor.exc import InvalidCxxCompiler
 from transformers import get_scheduler
 from workspace import GATED, Workspace
 
@@ -490,6 +491,43 @@ def test_gradient_checkpointing_changes_nothing(workspace: Workspace, tmp_path: 
             changes = {"packing": packing, "gradient_checkpointing": bool(on)}
             train(dataclasses.replace(config, **changes), folder, progress=False)
         assert_same_run(*runs)
+
+
+def test_compiling_changes_rounding_and_keeps_less(workspace: Workspace, tmp_path: Path) -> None:
+    kept, aucs = [], []
+    for options in ({}, {"compile": True}):
+        config = workspace.config(dtype="bfloat16", dropout=0.0, epochs=1, **options)
+        out = tmp_path / f"run{len(kept)}"
+        train(config, out, progress=False)
+        aucs.append(np.array(pq.read_table(out / "predictions.parquet")["probability"]))
+        task = Task(config, load_inputs(config))
+        if config.compile:
+            rellax.patch.compile_frozen(task.model)
+        batch = task.collator.supervised(task.examples([0, 1], "recent"))
+        task.model(**batch)  # compiles
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = task.model(**batch).loss
+        loss.backward()
+        kept.append(sum(sizes.values()))
+    assert aucs[1] == pytest.approx(aucs[0], abs=0.02)
+    assert kept[1] < 0.9 * kept[0]
+
+
+def test_a_machine_without_a_compiler(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", none)
+    with pytest.raises(InputError, match=r"compile: expected a C\+\+ compiler on this machine, found none"):
+        train(workspace.config(compile=True), tmp_path / "run", progress=False)
 
 
 def test_patience_ends_a_run(workspace: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

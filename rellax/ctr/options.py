@@ -55,6 +55,7 @@ TRAIN_HELP = {
     "patience": "validations without a better one after which the run ends (default: all epochs)",
     "checkpoint_every": "steps between checkpoints",
     "gradient_checkpointing": "less memory for more time: each layer is computed again in the backward pass",
+    "compile": "the frozen model's norms and MLPs: steps are faster, the first one waits for the compiler",
     "packing": "a batch's prompts one after another, not padded; auto: where that is no slower",
     "dtype": "of the frozen weights; auto: bfloat16 where the hardware has it",
     "quantize": "of the frozen linear layers; int8, nf4, fp4: bitsandbytes, the others: torchao",

@@ -27,7 +27,7 @@ from rellax.ctr.llm import resolve_device
 from rellax.ctr.optimiser import adamw, learning_rate
 from rellax.ctr.task import Task, input_hashes, load_inputs, start_folder
 from rellax.errors import InputError
-from rellax.patch import load_adapter, save_adapter
+from rellax.patch import compile_frozen, load_adapter, save_adapter
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -112,6 +112,8 @@ class _Trainer:
         device = accelerator.device
         self.task = Task(config, inputs, device="cpu" if sharded else device)
         self._begin_stage()
+        if config.compile:
+            compile_frozen(self.task.model)
         if sharded:
             self.task.place(lambda model: parallel.shard(model, device))
         self.examples = self.task.examples(shots, config.prompts)

@@ -98,6 +98,8 @@ def unpatch_model(model: Model) -> Model:
                 f"model: expected the classes patch_model gave, got {type(module)}; undo that change first"
             )
     state = inner.rellax
+    for part in state.compiled:
+        part._compiled_call_impl = None
     for module in swapped:
         if isinstance(module, Projection):
             module.release()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,7 @@ class RellaxState(nn.Module):
         self.answer_head = answer_head
         self.projections = dict(projections)
         self.original_requires_grad = dict(original_requires_grad)
+        self.compiled: Sequence[nn.Module] = ()  # of the model's own modules
 
     def active_bank(self) -> GateBank | None:
         """The gate bank that a call of the model takes its gates from."""
