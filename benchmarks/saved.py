@@ -1,4 +1,4 @@
-"""What a stage-2 step keeps for its backward pass at a 7B Llama's widths: of rellax, compiled too, and published.
+"""What a stage-2 step of a 7B Llama keeps for its backward pass: rellax's, compiled too, and published.
 
 Counted on a CPU, for models of one and of two layers: autograd's saved tensors, each storage once, without
 parameters. What lives in between, such as gradients or copies of the logits, is not counted.

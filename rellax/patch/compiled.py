@@ -1,7 +1,7 @@
 """The frozen model's norms and MLPs, compiled: fewer passes over the activations, and fewer of them kept.
 
-Attention and adapted layers stay as they are: their operators are kernels already, and packed attention looks at
-the batch. So no graph breaks, and batches of all lengths share one piece of code.
+Attention and adapted layers stay as they are: their operators are kernels already, and packed attention looks
+at the batch. So no graph breaks, and batches of all lengths share one piece of code.
 """
 
 from __future__ import annotations
