@@ -16,7 +16,7 @@ from rellax._files import read_json
 from rellax.ctr import lab
 from rellax.ctr.config import StudyConfig
 from rellax.ctr.lab import duration
-from rellax.ctr.study import Cell, cells, report, reproduce
+from rellax.ctr.study import Cell, cells, grid, report, reproduce
 from rellax.ctr.study.results import Finished, Results, Scored
 from rellax.errors import InputError
 
@@ -70,6 +70,10 @@ def test_the_grid() -> None:
 def test_retrieval_by_the_classical_model_too(config: StudyConfig, tmp_path: Path) -> None:
     both = dataclasses.replace(config, similarity="text+crm")
     reproduce(both, tmp_path, progress=False, only="plan")
+    assert not (tmp_path / "embeddings").exists()
+    study = grid._Study(both, tmp_path, "cpu", progress=False, jobs=1)
+    study.prepare()
+    study.retrieve()
     assert read_json(tmp_path / "embeddings" / "config.json")["crm"] == str(tmp_path / "din-all-s0")
 
 
@@ -165,7 +169,7 @@ def finished(
     for seed in range(seeds):
         noise = np.random.default_rng((seed, k or 0, shots or 0)).normal(size=len(test.rows))
         probabilities = 1 / (1 + np.exp(-(noise + strength * (test.labels - 0.5))))
-        found.append(Finished(Cell(method, k, shots, seed), probabilities, strength))
+        found.append(Finished.of(Cell(method, k, shots, seed), probabilities, strength, test))
     return found
 
 

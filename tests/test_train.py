@@ -182,8 +182,9 @@ def test_stage_2_starts_at_the_stage_1_model(stage_1: Path, workspace: Workspace
 
 
 def test_boosted_it_starts_at_the_sum_of_both_models(
-    stage_1: Path, workspace: Workspace, tmp_path: Path
+    stage_1: Path, workspace: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", logger="rellax")
     evaluate(stage_1, samples=9, progress=False)
     parts = {"interaction": "full", "crm_logit": True, "lr": 1e-12, "dropout": 0.0}
     train(workspace.config(stage="2", start=str(stage_1), **parts), tmp_path / "run", progress=False)
@@ -200,6 +201,13 @@ def test_boosted_it_starts_at_the_sum_of_both_models(
         assert abs(found - plain["probability"].to_numpy()).max() > 1e-4
     assert json.loads((tmp_path / "sum" / "test" / "metrics.json").read_text())["samples"] == 9
     assert read_config(tmp_path / "run").crm_logit
+    assert "`rellax crm --hold-out 10 --seed 0` makes one that has not" in caplog.text
+    caplog.clear()
+    held_out = shutil.copytree(workspace.crm, tmp_path / "crm") / "config.json"
+    held_out.write_text(json.dumps(json.loads(held_out.read_text()) | {"hold_out": 10}))
+    parts |= {"crm": str(held_out.parent), "epochs": 1}
+    train(workspace.config(stage="2", start=str(stage_1), **parts), tmp_path / "again", progress=False)
+    assert "rellax crm" not in caplog.text
     assert "crm_logit" not in json.loads((stage_1 / "config.json").read_text())
 
 

@@ -112,6 +112,8 @@ class _Trainer:
         device = accelerator.device
         self.task = Task(config, inputs, device="cpu" if sharded else device)
         self._begin_stage()
+        if config.crm_logit:
+            self._compare_shots()
         if config.compile:
             compile_frozen(self.task.model)
         if sharded:
@@ -171,6 +173,18 @@ class _Trainer:
                 f"start: expected a trained adapter, but B is zero in {start}: gates would get no gradient"
             )
         state.set_trainable(lora=False)
+
+    def _compare_shots(self) -> None:
+        """Say so where the log-odds that answers begin from are of a CRM that was trained on the shots."""
+        config = self.config
+        assert config.crm is not None, "TrainConfig asks for it"
+        known = read_json(Path(config.crm) / "config.json", maker="rellax crm")
+        shots = len(self.task.inputs.dataset.indices("train")) if config.shots is None else config.shots
+        if known.get("seed") != config.seed or (known.get("hold_out") or 0) < shots:
+            self._say(
+                f"train: {config.crm} has been trained on the shots and seems to know more than it does; "
+                f"`rellax crm --hold-out {shots} --seed {config.seed}` makes one that has not"
+            )
 
     def _epoch_batches(self, epoch: int) -> EpochBatches:
         return EpochBatches(

@@ -196,11 +196,14 @@ class _Study:
 
     def prepare(self) -> None:
         self.lab.prepare()
-        self.lab.embed(self._similar_by())
-        self.lab.retrieve()
         self.dataset = Dataset.load(self.lab.data)
         self.tokens = {k: self._tokens(k) for k in self.config.k}
         self.speed = self._speed()
+
+    def retrieve(self) -> None:
+        """What all retrieved prompts are made from."""
+        self.lab.embed(self._similar_by())
+        self.lab.retrieve()
 
     def _similar_by(self) -> str | None:
         """The folder of the classical model whose item embeddings stand beside the text's."""
@@ -227,6 +230,7 @@ class _Study:
         return "\n".join([*lines, "", f"{done} of {len(self.cells)} runs are finished, {rest}."])
 
     def run(self) -> None:
+        self.retrieve()
         left = [cell for cell in self.cells if not self._is_finished(cell)]
         correction = self._correction()
         lab = copy(self.lab)

@@ -13,7 +13,6 @@ import numpy as np
 
 from rellax import subr
 from rellax._files import atomic_file, read_json
-from rellax.ctr import metrics
 from rellax.ctr.config import StudyConfig
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.methods import METHODS
@@ -40,7 +39,7 @@ def write(
         planned: runs of the whole grid that have results.
     """
     results = Results(finished, test)
-    _write_csv(out / "results.csv", finished, test)
+    _write_csv(out / "results.csv", finished)
     sections = [_what(config, dataset, test, finished, planned), _targets(results)]
     shots, ks = results.axis(2), results.axis(1)
     if ks:
@@ -294,19 +293,18 @@ def _command(config: StudyConfig) -> str:
     return " ".join(words)
 
 
-def _write_csv(path: Path, finished: Sequence[Finished], test: Scored) -> None:
+def _write_csv(path: Path, finished: Sequence[Finished]) -> None:
     """A line for each run."""
     with atomic_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["method", "k", "shots", "seed", "validation_auc", *METRICS])
         for run in finished:
             cell = run.cell
-            values = metrics.evaluate(test.labels, run.probabilities, test.users, bootstrap=0)
             shots = "all" if cell.shots is None else cell.shots
             row: list[Any] = [cell.method, cell.k, shots, cell.seed]
             row += [
                 None if value is None else round(value, 6)
-                for value in (run.validation, *map(values.get, METRICS))
+                for value in (run.validation, *map(run.metrics.get, METRICS))
             ]
             writer.writerow(["" if value is None else value for value in row])
 

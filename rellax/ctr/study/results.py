@@ -34,11 +34,18 @@ class Scored:
 
 @dataclass(frozen=True)
 class Finished:
-    """A run's probabilities (n,) of the test samples, and its AUC on the validation samples if it has one."""
+    """A run.
+
+    Attributes:
+        probabilities: (n,), of the test samples.
+        validation: AUC on the validation samples; None for an untrained model.
+        metrics: of the test samples, as `metrics.evaluate` gives them.
+    """
 
     cell: Cell
     probabilities: np.ndarray
     validation: float | None
+    metrics: dict[str, Any]
 
     @classmethod
     def read(cls, out: Path, cell: Cell, test: Scored) -> Finished:
@@ -56,7 +63,12 @@ class Finished:
                 f"{out / cell.result}: expected predictions of the study's {len(test.rows)} test samples, "
                 f"found others ({len(samples)})"
             )
-        return cls(cell, probabilities, validation)
+        return cls.of(cell, probabilities, validation, test)
+
+    @classmethod
+    def of(cls, cell: Cell, probabilities: np.ndarray, validation: float | None, test: Scored) -> Finished:
+        values = metrics.evaluate(test.labels, probabilities, test.users, bootstrap=0)
+        return cls(cell, probabilities, validation, values)
 
 
 @dataclass(frozen=True)
@@ -141,13 +153,9 @@ class Results:
         return found
 
     def _result(self, key: tuple[str, int | None, int | None], runs: list[Finished]) -> Result:
-        each = [
-            metrics.evaluate(self.test.labels, run.probabilities, self.test.users, bootstrap=0)
-            for run in runs
-        ]
         spread: dict[str, tuple[float, float] | None] = {}
         for name in METRICS:
-            values = [one[name] for one in each]
+            values = [run.metrics[name] for run in runs]
             spread[name] = None
             if None not in values:
                 deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
