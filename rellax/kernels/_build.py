@@ -9,6 +9,8 @@ from unittest import mock
 
 import torch
 
+from rellax.kernels import _tuning
+
 
 @dataclass(frozen=True)
 class Build:
@@ -27,7 +29,8 @@ class Build:
             constants among them do not count.
         num_warps, num_stages: as in the launch.
         uses_dot: whether matrix instructions are expected in the result.
-        backend: "cuda" or "hip" where the launcher asks for this on that one only.
+        backend: "cuda" or "hip" where the launcher asks for this on that one only; "sm_90" or the like where
+            that architecture has a configuration of its own.
     """
 
     name: str
@@ -47,7 +50,7 @@ def record(case: str, launch: Callable[[], object], backend: str) -> Iterator[Bu
     Args:
         case: what the names of the builds say besides the kernel.
         launch: launches kernels for tensors on the device "meta".
-        backend: "cuda" or "hip".
+        backend: "cuda", "hip", or an architecture, as "sm_90".
     """
     from triton.runtime.jit import JITFunction, mangle_type
 
@@ -56,8 +59,13 @@ def record(case: str, launch: Callable[[], object], backend: str) -> Iterator[Bu
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
         calls.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | keywords))
 
-    version = "any" if backend == "hip" else None
-    with mock.patch.object(JITFunction, "run", run), mock.patch.object(torch.version, "hip", version):
+    version = "any" if backend == "hip" or backend.startswith("gfx") else None
+    name = "" if backend in ("cuda", "hip") else backend
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(torch.version, "hip", version),
+        mock.patch.object(_tuning, "architecture", lambda _device: name),
+    ):
         launch()
     for kernel, arguments in calls:
         signature, constants, aligned = {}, {}, []

@@ -292,3 +292,6 @@ def builds() -> Iterator[Build]:
         )
         for case, launch in launches.items():
             yield list(record(f"item {case.removeprefix('torch.')}", launch, backend))[-1]
+    case, launch = next(iter(launches.items()))  # where a configuration of its own counts
+    for architecture in _WIDE.architectures:
+        yield list(record(f"item {case.removeprefix('torch.')}", launch, architecture))[-1]

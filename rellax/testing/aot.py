@@ -99,8 +99,14 @@ def heaviest(builds: Iterable[Build]) -> list[Build]:
 
 def compile_all(builds: Iterable[Build], targets: Sequence[str]) -> list[tuple[Build, Compiled]]:
     """Each build for each of the targets that it is for, on all cores."""
-    pairs = itertools.product(builds, targets)
-    tasks = [(build, target) for build, target in pairs if build.backend in ("", TARGETS[target].backend)]
+    builds = list(builds)
+    own = {(build.name, build.backend) for build in builds}
+    tasks = [
+        (build, target)
+        for build, target in itertools.product(builds, targets)
+        if build.backend == target
+        or (build.backend in ("", TARGETS[target].backend) and (build.name, target) not in own)
+    ]
     # A kernel cannot be pickled: forked processes inherit the tasks and are told their numbers.
     with multiprocessing.get_context("fork").Pool(initializer=_TASKS.extend, initargs=(tasks,)) as pool:
         results = pool.map(_compile_task, range(len(tasks)), chunksize=1)
