@@ -64,7 +64,7 @@ def record(case: str, launch: Callable[[], object], backend: str) -> Iterator[Bu
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(torch.version, "hip", version),
-        mock.patch.object(_tuning, "architecture", lambda _device: name),
+        mock.patch.object(_tuning, "architecture", return_value=name),
     ):
         launch()
     for kernel, arguments in calls:
