@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rellax._files import sha256_file
 from rellax.ctr.batches import Collator, Example, on_device
+from rellax.ctr.llm import checkpoint_activations
 from rellax.errors import InputError
 from rellax.patch import CFLoRAConfig, SoftPromptConfig, compile_frozen, packing_pays, patch_model
 
@@ -67,8 +68,9 @@ TINY_LLAMA = {
 class Setting:
     """A measurement: behaviours in a prompt, rounds, and a random Llama's shape; None is SmolLM2-135M.
 
-    `tokens` is the mean of a random prompt; the default is MovieLens-100K's with 30 behaviours. `compiled`:
-    rellax's model has its norms and MLPs compiled; floor and published step are as they are.
+    `tokens` is the mean of a random prompt; the default is MovieLens-100K's with 30 behaviours. Of the three,
+    rellax's model alone may have its norms and MLPs `compiled`, or its layers `checkpointed`: computed again in
+    the backward pass.
     """
 
     k: int
@@ -76,12 +78,21 @@ class Setting:
     shape: dict[str, Any] | None = None
     tokens: int = 315
     compiled: bool = False
+    checkpointed: bool = False
 
 
-SETTINGS = {"smollm2-135m-k10": Setting(10, 8), "smollm2-135m-k30": Setting(30, 5)}
+SETTINGS = {
+    "smollm2-135m-k10": Setting(10, 8),
+    "smollm2-135m-k10-compiled": Setting(10, 8, compiled=True),
+    "smollm2-135m-k30": Setting(30, 5),
+}
 if DEVICE.type == "cuda":
-    SETTINGS = {"llama-7b-k30": Setting(30, 10, LLAMA_7B)} | SETTINGS
-SETTINGS |= {f"{name}-compiled": replace(setting, compiled=True) for name, setting in SETTINGS.items()}
+    large = Setting(30, 10, LLAMA_7B)
+    SETTINGS = {
+        "llama-7b-k30": large,
+        "llama-7b-k30-compiled": replace(large, compiled=True),
+        "llama-7b-k30-checkpointed": replace(large, checkpointed=True),
+    } | SETTINGS
 dry(globals(), BATCH=2, BATCHES=1, SETTINGS={"tiny-llama-k2": Setting(2, 1, TINY_LLAMA, tokens=14)})
 
 
@@ -219,6 +230,8 @@ def _contest(setting: Setting) -> tuple[Steps, list[list[Example]]]:
     steps = Steps(*given)
     if setting.compiled:
         compile_frozen(steps.model)
+    if setting.checkpointed:
+        checkpoint_activations(steps.model)
     return steps, [examples[start : start + BATCH] for start in range(0, len(examples), BATCH)]
 
 

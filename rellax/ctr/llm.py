@@ -179,3 +179,10 @@ def _load(auto_class: Any, name: str | Path, **options: Any) -> Any:
     finally:
         if bars:
             logging.enable_progress_bar()
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Keep each layer's input alone, and compute the layer again in the backward pass."""
+    name = "activation_checkpointing_enable"  # gradient_checkpointing_enable before transformers 5.24
+    enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
+    enable({"use_reentrant": False})

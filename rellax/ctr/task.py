@@ -17,7 +17,7 @@ from rellax.ctr import crm
 from rellax.ctr.batches import Collator, Example
 from rellax.ctr.config import TrainConfig
 from rellax.ctr.dataset import Dataset
-from rellax.ctr.llm import load_model, load_tokenizer
+from rellax.ctr.llm import checkpoint_activations, load_model, load_tokenizer
 from rellax.ctr.prompts import PromptBuilder, add_placeholder, answer_ids, recent
 from rellax.ctr.retrieval import read_positions
 from rellax.errors import InputError
@@ -220,7 +220,5 @@ class Task:
         )
         patch_model(model, lora, soft_prompt=soft_prompt)
         if config.gradient_checkpointing:
-            name = "activation_checkpointing_enable"  # gradient_checkpointing_enable before transformers 5.24
-            enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
-            enable({"use_reentrant": False})
+            checkpoint_activations(model)
         return model
