@@ -69,8 +69,8 @@ class Setting:
     """A measurement: behaviours in a prompt, rounds, and a random Llama's shape; None is SmolLM2-135M.
 
     `tokens` is the mean of a random prompt; the default is MovieLens-100K's with 30 behaviours. Of the three,
-    rellax's model alone may have its norms and MLPs `compiled`, or its layers `checkpointed`: computed again in
-    the backward pass.
+    rellax's model alone may have its norms and MLPs `compiled`, or its layers `checkpointed`, computed again
+    in the backward pass.
     """
 
     k: int
