@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+import pytest
 import torch
 
 from rellax.ctr.batches import Collator, EpochBatches, Example, scoring_batches
@@ -88,3 +91,11 @@ def test_packed_answers_end_their_prompts() -> None:
     assert batch["answer_positions"].tolist() == [2, 4, 7]
     assert batch["cu_seqlens"].tolist() == [0, 4, 6, 9]
     assert batch["max_seqlen"] == 4
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_answers_begin_from_log_odds(packed: bool) -> None:
+    examples = [Example(sample, 1, [5, 6], ()) for sample in (2, 0, 3, 1)]
+    known = torch.tensor([0.0, 0.25, 0.5, 1.0])
+    batch = Collator(0, (1, 2), base_probabilities=known, packed=packed).prompts(examples)
+    assert batch["base_logit"].tolist() == pytest.approx([0.0, -16.1, 15.9, -math.log(3)], abs=0.1)

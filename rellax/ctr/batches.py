@@ -39,7 +39,7 @@ class Collator:
         pad_id: token to pad with.
         answer_ids: tokens of (No, Yes).
         instance_embeddings: (n, d_u) float32, a row per sample; None for a model without gates.
-        base_logits: (n,) float32, log-odds that a sample's answer begins from; None where it does from 0.
+        base_probabilities: (n,) float32, whose log-odds the answers begin from; None where they do from 0.
         soft_prompt: whether the model takes item ids.
         packed: put the prompts of a batch one after another, without padding.
     """
@@ -47,7 +47,7 @@ class Collator:
     pad_id: int
     answer_ids: tuple[int, int]
     instance_embeddings: Tensor | None = None
-    base_logits: Tensor | None = None
+    base_probabilities: Tensor | None = None
     soft_prompt: bool = False
     packed: bool = False
 
@@ -96,9 +96,14 @@ class Collator:
             batch["item_ids"] = _joined(items) if self.packed else _padded(items, -1)
         if self.instance_embeddings is not None:
             batch["instance_embed"] = self.instance_embeddings[samples]
-        if self.base_logits is not None:
-            batch["base_logit"] = self.base_logits[samples]
+        if self.base_probabilities is not None:
+            batch["base_logit"] = log_odds(self.base_probabilities[samples])
         return batch
+
+
+def log_odds(probabilities: Tensor) -> Tensor:
+    """The log-odds of probabilities, of which fp32 rounds some to 0 or 1: finite all the same."""
+    return probabilities.logit(eps=1e-7)
 
 
 def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -207,11 +207,6 @@ def load_crm(folder: str | Path, dataset: Dataset) -> CRMOutputs:
     return outputs
 
 
-def log_odds(probabilities: Tensor) -> Tensor:
-    """What a CRM says as the log-odds that answers begin from; certainty is cut where fp32 would."""
-    return probabilities.logit(eps=1e-7)
-
-
 class CRM:
     """A trained CRM on the CPU, ready for samples that it need not know.
 

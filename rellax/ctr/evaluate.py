@@ -14,9 +14,8 @@ from tqdm import tqdm
 
 from rellax._files import atomic_file, atomic_folder, read_json, sha256_file, write_json
 from rellax.ctr import calibration, metrics, runs
-from rellax.ctr.batches import Collator, Example, on_device, scoring_batches
+from rellax.ctr.batches import Collator, Example, log_odds, on_device, scoring_batches
 from rellax.ctr.config import TrainConfig, read_config
-from rellax.ctr.crm import log_odds
 from rellax.ctr.llm import resolve_device
 from rellax.ctr.task import Task, input_hashes, load_inputs
 from rellax.errors import InputError

@@ -16,7 +16,7 @@ import numpy as np
 from rellax.ctr.batches import Collator, Example
 from rellax.ctr.calibration import at_temperature, read_temperature
 from rellax.ctr.config import read_config
-from rellax.ctr.crm import CRM, log_odds
+from rellax.ctr.crm import CRM
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.evaluate import predict_probabilities
 from rellax.ctr.llm import resolve_device
@@ -192,7 +192,7 @@ class Predictor:
             collator = replace(
                 collator,
                 instance_embeddings=hidden if self._task.config.interaction != "none" else None,
-                base_logits=log_odds(probabilities) if self._task.config.crm_logit else None,
+                base_probabilities=probabilities if self._task.config.crm_logit else None,
             )
         examples = Examples(
             self._task.prompts.of(data),

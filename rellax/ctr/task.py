@@ -40,14 +40,14 @@ class Inputs:
         retrieved: (S, k) positions in a sample's history by falling similarity to its target, then -1.
         item_embeddings: (N, E) float32, of the recommendation model.
         instance_embeddings: (S, d_u) float32, of the recommendation model.
-        base_logits: (S,) float32, what the recommendation model says, as log-odds.
+        probabilities: (S,) float32, of Yes by the recommendation model.
     """
 
     dataset: Dataset
     retrieved: np.ndarray | None = None
     item_embeddings: Tensor | None = None
     instance_embeddings: Tensor | None = None
-    base_logits: Tensor | None = None
+    probabilities: Tensor | None = None
 
 
 def load_inputs(config: TrainConfig, *, progress: bool = False) -> Inputs:
@@ -63,13 +63,8 @@ def load_inputs(config: TrainConfig, *, progress: bool = False) -> Inputs:
     if config.crm is None:
         return Inputs(dataset, retrieved)
     outputs = crm.load_crm(config.crm, dataset)
-    return Inputs(
-        dataset,
-        retrieved,
-        outputs.item_embeddings,
-        outputs.instance_embeddings,
-        crm.log_odds(outputs.probabilities),
-    )
+    known = (outputs.item_embeddings, outputs.instance_embeddings, outputs.probabilities)
+    return Inputs(dataset, retrieved, *known)
 
 
 def input_hashes(config: TrainConfig, *, progress: bool = False) -> dict[str, str]:
@@ -178,7 +173,7 @@ class Task:
             pad_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
             answer_ids=answers,
             instance_embeddings=inputs.instance_embeddings if config.interaction != "none" else None,
-            base_logits=inputs.base_logits if config.crm_logit else None,
+            base_probabilities=inputs.probabilities if config.crm_logit else None,
             soft_prompt=placeholder is not None,
         )
         model = load_model(config.model, dtype=config.dtype, quantize=config.quantize, device=device)
