@@ -16,6 +16,7 @@ import pytest
 import torch
 from launched import job, launch, run
 from safetensors.torch import load_file
+from scipy.special import expit, logit
 from torch._inductor.exc import InvalidCxxCompiler
 from transformers import get_scheduler
 from workspace import GATED, Workspace
@@ -24,7 +25,7 @@ import rellax
 from rellax.ctr import cli, runs
 from rellax.ctr.config import SCHEDULES, TrainConfig, read_config
 from rellax.ctr.dataset import Dataset
-from rellax.ctr.evaluate import evaluate, evaluate_sum
+from rellax.ctr.evaluate import evaluate
 from rellax.ctr.optimiser import learning_rate
 from rellax.ctr.task import Task, load_inputs
 from rellax.ctr.train import train
@@ -189,17 +190,16 @@ def test_boosted_it_starts_at_the_sum_of_both_models(
     parts = {"interaction": "full", "crm_logit": True, "lr": 1e-12, "dropout": 0.0}
     train(workspace.config(stage="2", start=str(stage_1), **parts), tmp_path / "run", progress=False)
     evaluate(tmp_path / "run", samples=9, progress=False)
-    evaluate_sum(stage_1, workspace.crm, tmp_path / "sum")
+    crm = pq.read_table(workspace.crm / "predictions.parquet")["probability"].to_numpy()
     for name in (".", "test"):
-        plain, run, both = (
-            pq.read_table(folder / name / "predictions.parquet")
-            for folder in (stage_1, tmp_path / "run", tmp_path / "sum")
+        plain, run = (
+            pq.read_table(folder / name / "predictions.parquet") for folder in (stage_1, tmp_path / "run")
         )
-        assert run["sample"].equals(both["sample"])
-        found = run["probability"].to_numpy()
-        assert found == pytest.approx(both["probability"].to_numpy(), abs=1e-6)
-        assert abs(found - plain["probability"].to_numpy()).max() > 1e-4
-    assert json.loads((tmp_path / "sum" / "test" / "metrics.json").read_text())["samples"] == 9
+        assert run["sample"].equals(plain["sample"])
+        begin = logit(crm[plain["sample"].to_numpy()].astype(float))
+        found, alone = (table["probability"].to_numpy() for table in (run, plain))
+        assert found == pytest.approx(expit(logit(alone) + begin), abs=1e-6)
+        assert abs(found - alone).max() > 1e-4
     assert read_config(tmp_path / "run").crm_logit
     assert "`rellax crm --hold-out 10 --seed 0` makes one that has not" in caplog.text
     caplog.clear()

@@ -272,7 +272,6 @@ class StudyConfig(Comparison):
         "lora-recent",
         "lora-retrieved",
         "rella",
-        "rella-sum",
         "rella-spa",
         "rella-cflora-diagonal",
         "rella-cflora",

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from rellax._files import atomic_file, atomic_folder, read_json, sha256_file, write_json
 from rellax.ctr import calibration, metrics, runs
-from rellax.ctr.batches import Collator, Example, log_odds, on_device, scoring_batches
+from rellax.ctr.batches import Collator, Example, on_device, scoring_batches
 from rellax.ctr.config import TrainConfig, read_config
 from rellax.ctr.llm import resolve_device
 from rellax.ctr.task import Task, input_hashes, load_inputs
@@ -124,38 +124,6 @@ def evaluate_zero_shot(
 ) -> dict[str, Any]:
     """Score the language model as it is, with the prompts of `config`; else as `evaluate`."""
     return _evaluate(config, None, Path(folder), split, samples, seed, device, progress)
-
-
-def evaluate_sum(run: str | Path, crm: str | Path, folder: str | Path) -> dict[str, Any]:
-    """What a run and a CRM say together, their log-odds added: no weights, nothing is trained.
-
-    Of the run's validation samples and of the test samples that `evaluate` has scored. What gates and soft
-    prompts bring should be more than this.
-
-    Args:
-        run: folder of `rellax train`, with its folder test.
-        crm: folder of `rellax crm`.
-        folder: gets metrics.json and predictions.parquet, and the same in a folder test.
-
-    Returns:
-        The metrics of the test samples.
-    """
-    known = pq.read_table(Path(crm) / "predictions.parquet")["probability"].to_numpy()
-    found: dict[str, Any] = {}
-    with atomic_folder(folder) as part:
-        for split, name in (("validation", "."), ("test", "test")):
-            table = pq.read_table(Path(run) / name / "predictions.parquet")
-            samples, labels, own = (table[column].to_numpy() for column in table.column_names)
-            both = torch.from_numpy(np.stack([own, known[samples].astype(np.float64)]))
-            probabilities = log_odds(both).sum(0).sigmoid().numpy()
-            found[split] = metrics.evaluate(labels, probabilities)
-            (part / name).mkdir(exist_ok=True)
-            write_predictions(part / name / "predictions.parquet", samples, labels, probabilities)
-        write_json(part / "metrics.json", found)
-        write_json(part / "test" / "metrics.json", found["test"])
-        write_json(part / "config.json", {"run": str(run), "crm": str(crm)})
-        write_json(part / "environment.json", runs.environment())
-    return found["test"]
 
 
 def write_predictions(

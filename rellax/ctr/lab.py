@@ -20,7 +20,7 @@ from rellax.ctr.config import Comparison, TrainConfig
 from rellax.ctr.crm import CRMConfig, train_crm
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.embedding import embed
-from rellax.ctr.evaluate import evaluate, evaluate_sum, evaluate_zero_shot
+from rellax.ctr.evaluate import evaluate, evaluate_zero_shot
 from rellax.ctr.llm import resolve_device
 from rellax.ctr.methods import METHODS
 from rellax.ctr.prepare import prepare
@@ -209,10 +209,6 @@ class Lab:
         options |= {"k": k, "shots": shots, "seed": seed, "prompts": what.prompts, **what.options}
         train(self._train_config(**options), self.out / name, device=self.device, progress=self.progress)
         evaluate(self.out / name, **self._scoring())
-
-    def sum(self, name: str, start: str, crm: str) -> None:
-        """In the folder `name`, what the run `start` and the classical model `crm` say together."""
-        evaluate_sum(self.out / start, self.out / crm, self.out / name)
 
     def _train_config(self, **options: Any) -> TrainConfig:
         assert self.model is not None, "the first step sets it"

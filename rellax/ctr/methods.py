@@ -16,9 +16,8 @@ class Method:
     Attributes:
         title: for tables and legends.
         prompts: which behaviours it reads.
-        stage: None is the untrained model; "2" continues from the run of `start`; "sum" adds the classical
-            model's log-odds to that run's, and trains nothing.
-        start: the method whose adapter, or answers, it begins with.
+        stage: None is the untrained model; "2" continues from the run of `start`.
+        start: the method whose adapter it begins with.
         options: fields of `TrainConfig` that make it what it is.
         crm_samples: what the classical model that it reads is trained on, where that is not a study's choice.
     """
@@ -41,7 +40,6 @@ METHODS = {
     "lora-recent": Method("LoRA on recent prompts", "recent", "1"),
     "lora-retrieved": Method("LoRA on retrieved prompts", "retrieved", "1"),
     "rella": Method("LoRA on the mixture (ReLLa)", "mixture", "1"),
-    "rella-sum": Method("ReLLa and the classical model, summed", "mixture", "sum", "rella"),
     "rella-spa": _on_rella("ReLLa + SPA", soft_prompt=True),
     "rella-cflora-diagonal": _on_rella("ReLLa + CFLoRA, diagonal", interaction="diagonal"),
     "rella-cflora": _on_rella("ReLLa + CFLoRA", interaction="full"),

@@ -153,7 +153,7 @@ def gates_crm(config: StudyConfig, method: str, shots: int, seed: int) -> Cell:
 
 
 def starts(config: StudyConfig, cell: Cell) -> list[Cell]:
-    """What a run builds on: the LoRA that it continues, or adds to, and the classical model that it reads."""
+    """What a run builds on: for stage 2 the LoRA that it continues and the classical model that it reads."""
     start = METHODS[cell.method].start if cell.method in METHODS else None
     if start is None:
         return []
@@ -173,9 +173,6 @@ def _run(config: StudyConfig, lab: Lab, cell: Cell) -> None:
     assert cell.shots is not None, "`cells` gives shots to what is trained, "
     assert cell.seed is not None, "and a seed"
     start, crm = [before.name for before in starts(config, cell)] or ["", ""]
-    if METHODS[cell.method].stage == "sum":
-        lab.sum(cell.name, start, crm)
-        return
     lab.train(cell.name, cell.method, k=cell.k, shots=cell.shots, seed=cell.seed, start=start, crm=crm)
 
 
@@ -252,16 +249,18 @@ class _Study:
         chosen = dataset.choose("test", self.config.test_samples, _TEST_SEED)
         samples = dataset.samples
         test = Scored(chosen, samples.label[chosen], samples.user[chosen], samples.position[chosen])
-        finished = list(self._finished(test))
+        finished = list(self._finished(dataset, test))
         if not finished:
             raise InputError(f"{self.out}: expected a finished run of the grid, found none")
         reported = sum(cell.hold_out is None for cell in self.cells)
         return write(self.out, self.config, dataset, test, finished, reported)
 
-    def _finished(self, test: Scored) -> Iterator[Finished]:
+    def _finished(self, dataset: Dataset, test: Scored) -> Iterator[Finished]:
         for cell in self.cells:
             if self._is_finished(cell) and cell.hold_out is None:
-                yield Finished.read(self.out, cell, test)
+                seed = _TEST_SEED if cell.seed is None else cell.seed
+                valid = dataset.choose("valid", self.config.validation_samples, seed)
+                yield Finished.read(self.out, cell, test, valid)
 
     def _is_finished(self, cell: Cell) -> bool:
         return (self.out / cell.result).exists()
@@ -274,8 +273,6 @@ class _Study:
             return _CRM_SECONDS[0] + _CRM_SECONDS[1] * shots
         assert cell.k is not None, "a prompt has behaviours"
         method = METHODS[cell.method]
-        if method.stage == "sum":
-            return 1.0
         prompts = float(self._count("test", config.test_samples))
         if method.stage is not None:
             epochs = config.epochs if method.stage == "1" else config.epochs2

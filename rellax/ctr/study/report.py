@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sklearn.metrics import roc_auc_score
 
 from rellax import subr
 from rellax._files import atomic_file, read_json
+from rellax.ctr import metrics
 from rellax.ctr.config import StudyConfig
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.methods import METHODS
@@ -45,6 +47,7 @@ def write(
     if ks:
         k = _chosen_k(results, ks, shots)
         sections += [_main_table(results, k, shots[-1] if shots else 0)]
+        sections += [_stacked(results, k, shots[-1])] if shots and results.best_classical(None) else []
         sections += [_by_k(results, ks, n) for n in (shots or [0])]
         _plot_by_k(out / "auc-by-k.png", results, ks, shots)
         sections.append("![AUC by K](auc-by-k.png)")
@@ -204,6 +207,32 @@ def _main_table(results: Results, k: int, shots: int) -> str:
         for best in known.values():
             cells.append("-" if best is result else _signed(results.compare(result, best)))
         lines.append(_row(cells))
+    return "\n".join(lines)
+
+
+def _stacked(results: Results, k: int, shots: int) -> str:
+    """What each trained method knows that the best classical model does not."""
+    best = results.best_classical(None)
+    assert best is not None, "`write` has looked"
+    head = ["method", "seeds", "AUC alone", f"AUC stacked on {best.method}", f"less {best.method} alone"]
+    lines = [
+        f"## Stacked on {best.method}, all training samples: K = {k}, {shots:,} shots",
+        "",
+        f"A logistic regression on the log-odds of a method and of {best.method}, fitted on the validation "
+        "samples.",
+        "",
+        _row(head),
+        _row(["---"] * len(head)),
+    ]
+    for result in _rows(results, k, shots):
+        if result is best or result.validation is None:
+            continue
+        both, alone = results.stacked(result, best)
+        if len(both):
+            aucs = [roc_auc_score(results.test.labels, one) for one in both]
+            less = _signed(metrics.paired_bootstrap(results.test.labels, both, alone))
+            cells = [result.title, str(len(both)), result.show("auc"), f"{np.mean(aucs):.3f}", less]
+            lines.append(_row(cells))
     return "\n".join(lines)
 
 

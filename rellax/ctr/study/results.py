@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from scipy.special import logit
+from sklearn.linear_model import LogisticRegression
 
 from rellax._files import read_json
 from rellax.ctr import metrics
@@ -40,35 +42,71 @@ class Finished:
         probabilities: (n,), of the test samples.
         validation: AUC on the validation samples; None for an untrained model.
         metrics: of the test samples, as `metrics.evaluate` gives them.
+        valid: labels and probabilities, (2, m), of the validation samples of its seed; None as above.
     """
 
     cell: Cell
     probabilities: np.ndarray
     validation: float | None
     metrics: dict[str, Any]
+    valid: np.ndarray | None = None
 
     @classmethod
-    def read(cls, out: Path, cell: Cell, test: Scored) -> Finished:
-        table = pq.read_table(out / cell.result)
-        samples, probabilities = table["sample"].to_numpy(), table["probability"].to_numpy()
+    def read(cls, out: Path, cell: Cell, test: Scored, valid: np.ndarray) -> Finished:
+        """Read a run's predictions; `valid` (m,) are the validation samples of its seed."""
+        samples, _, probabilities = _columns(out / cell.result)
+        validation = on_valid = None
         if cell.method in METHODS:
-            validation = None
             if METHODS[cell.method].stage is not None:
                 validation = read_json(out / cell.name / "metrics.json")["validation"]["auc"]
+                on_valid = np.stack(_columns(out / cell.name / "predictions.parquet")[1:])
         else:  # has predicted all samples
-            samples, probabilities = samples[test.rows], probabilities[test.rows]
             validation = read_json(out / cell.name / "metrics.json")["valid"]["auc"]
+            on_valid = np.stack(_columns(out / cell.result)[1:])[:, valid]
+            samples, probabilities = samples[test.rows], probabilities[test.rows]
         if not np.array_equal(samples, test.rows):
             raise InputError(
                 f"{out / cell.result}: expected predictions of the study's {len(test.rows)} test samples, "
                 f"found others ({len(samples)})"
             )
-        return cls.of(cell, probabilities, validation, test)
+        return cls.of(cell, probabilities, validation, test, on_valid)
 
     @classmethod
-    def of(cls, cell: Cell, probabilities: np.ndarray, validation: float | None, test: Scored) -> Finished:
+    def of(
+        cls,
+        cell: Cell,
+        probabilities: np.ndarray,
+        validation: float | None,
+        test: Scored,
+        valid: np.ndarray | None = None,
+    ) -> Finished:
         values = metrics.evaluate(test.labels, probabilities, test.users, bootstrap=0)
-        return cls(cell, probabilities, validation, values)
+        return cls(cell, probabilities, validation, values, valid)
+
+
+def _columns(path: Path) -> list[np.ndarray]:
+    """Samples, labels and probabilities of a predictions.parquet."""
+    table = pq.read_table(path)
+    return [table[name].to_numpy() for name in ("sample", "label", "probability")]
+
+
+def stacked(run: Finished, base: Finished) -> np.ndarray:
+    """P(Yes) of the test samples by what both runs say: a logistic regression on their log-odds.
+
+    It is fitted on the validation samples of their seed.
+    """
+    assert run.valid is not None, "a trained run has predicted validation samples, "
+    assert base.valid is not None, "and so has a classical model"
+    features, test = (
+        np.stack([_log_odds(one), _log_odds(other)], axis=1)
+        for one, other in ((run.valid[1], base.valid[1]), (run.probabilities, base.probabilities))
+    )
+    model = LogisticRegression(C=np.inf).fit(features, run.valid[0])
+    return np.asarray(model.predict_proba(test)[:, 1])
+
+
+def _log_odds(probabilities: np.ndarray) -> np.ndarray:
+    return np.asarray(logit(np.clip(probabilities.astype(np.float64), 1e-7, 1 - 1e-7)))
 
 
 @dataclass(frozen=True)
@@ -111,6 +149,7 @@ class Results:
 
     def __init__(self, finished: Sequence[Finished], test: Scored) -> None:
         self.test = test
+        self.runs = {run.cell: run for run in finished}
         groups: dict[tuple[str, int | None, int | None], list[Finished]] = {}
         for run in finished:
             groups.setdefault((run.cell.method, run.cell.k, run.cell.shots), []).append(run)
@@ -135,6 +174,22 @@ class Results:
 
     def compare(self, a: Result, b: Result) -> dict[str, Any]:
         return metrics.paired_bootstrap(self.test.labels, a.probabilities, b.probabilities)
+
+    def stacked(self, result: Result, base: Result) -> tuple[np.ndarray, np.ndarray]:
+        """Probabilities (seeds, n) of a result stacked on another, and the other's: of seeds both have."""
+        pairs = [
+            (run, self.runs[other])
+            for run in self._of(result)
+            for other in self.runs
+            if (other.method, other.k, other.shots) == (base.method, base.k, base.shots)
+            and other.seed == run.cell.seed
+        ]
+        both = [stacked(run, other) for run, other in pairs]
+        return np.array(both), np.array([other.probabilities for _, other in pairs])
+
+    def _of(self, result: Result) -> list[Finished]:
+        key = (result.method, result.k, result.shots)
+        return [run for cell, run in self.runs.items() if (cell.method, cell.k, cell.shots) == key]
 
     def by_history(self, result: Result) -> list[tuple[int, float | None]]:
         """Number of samples and mean AUC in each bin of history lengths."""
