@@ -8,11 +8,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM
 from workspace import GATED, Workspace
 
 from rellax.ctr.batches import Example
-from rellax.ctr.evaluate import evaluate, evaluate_zero_shot, predict_probabilities
+from rellax.ctr.dataset import Dataset
+from rellax.ctr.evaluate import evaluate, evaluate_share, evaluate_zero_shot, predict_probabilities
+from rellax.ctr.retrieval import read_positions
 from rellax.ctr.task import Task, load_inputs
 from rellax.ctr.train import train
 from rellax.errors import InputError
@@ -107,3 +110,26 @@ def test_placeholders_and_items_must_match(workspace: Workspace) -> None:
     short = Example(3, 1, example.input_ids, example.item_ids[:-1])
     with pytest.raises(InputError, match=r"item_ids: .*placeholder"):
         predict_probabilities(task.model, task.collator, [short])
+
+
+@pytest.mark.parametrize("kind", ["recent", "retrieved"])
+def test_the_share_of_liked_behaviours(workspace: Workspace, tmp_path: Path, kind: str) -> None:
+    dataset = Dataset.load(workspace.data)
+    dataset.meta["unrated"] = 1.0  # what such a rating says does not count
+    retrieved = workspace.retrieved if kind == "retrieved" else None
+    result = evaluate_share(dataset, tmp_path / "share", k=3, retrieved=retrieved)
+    table = pq.read_table(tmp_path / "share" / "predictions.parquet")
+    assert table["label"].to_numpy().tolist() == dataset.samples.label.tolist()
+    assert table["sample"].to_numpy().tolist() == list(range(len(dataset.samples)))
+    found, positions = table["probability"].to_numpy(), read_positions(workspace.retrieved, dataset, 3)
+    for sample in range(0, len(found), 7):
+        ratings = dataset.behaviour_ratings[dataset.history(sample)]
+        shown = ratings[-3:] if kind == "recent" else ratings[[p for p in positions[sample] if p >= 0]]
+        shown = shown[shown != 1.0]
+        expected = ((shown > dataset.meta["positive_above"]).sum() + 1) / (len(shown) + 2)
+        assert found[sample] == pytest.approx(expected)
+    test = dataset.indices("test")
+    assert result["test"]["auc"] == pytest.approx(roc_auc_score(dataset.samples.label[test], found[test]))
+    assert evaluate_share(dataset, tmp_path / "share", k=3, retrieved=retrieved) == result
+    with pytest.raises(InputError, match="holds a run with k = 3, expected 2"):
+        evaluate_share(dataset, tmp_path / "share", k=2, retrieved=retrieved)

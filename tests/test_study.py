@@ -18,7 +18,7 @@ from rellax.ctr import lab
 from rellax.ctr.config import StudyConfig
 from rellax.ctr.lab import duration
 from rellax.ctr.study import Cell, cells, grid, report, reproduce
-from rellax.ctr.study.results import Finished, Results, Scored
+from rellax.ctr.study.results import Finished, Predictions, Results, Scored
 from rellax.errors import InputError
 
 
@@ -31,7 +31,13 @@ def config(workspace: Workspace) -> StudyConfig:
         validation_samples=12,
         batch_size=4,
         crm_epochs=1,
-        methods=("zero-shot-recent", "zero-shot-retrieved", "lora-recent", "rellax-boosted"),
+        methods=(
+            "share-retrieved",
+            "zero-shot-recent",
+            "zero-shot-retrieved",
+            "lora-recent",
+            "rellax-boosted",
+        ),
         crms=("DIN", "DeepFM"),
         crm="DIN",
         k=(2, 3),
@@ -64,7 +70,7 @@ def test_the_grid() -> None:
     ]
     boosted = cells(dataclasses.replace(config, methods=("rellax-boosted",), seeds=(0,), shots=(256,)))
     assert [cell.name for cell in boosted][-2:] == ["sim-without256-s0", "rellax-boosted-k5-n256-s0"]
-    assert len(cells(StudyConfig())) == 2 * 5 + 3 * 6 + 6 * (6 * 3) + 8 * 5 * 6 * 3 + 6 * 3
+    assert len(cells(StudyConfig())) == 4 * 5 + 3 * 6 + 6 * (6 * 3) + 8 * 5 * 6 * 3 + 6 * 3
     assert Cell("zero-shot-recent", 10).result == "zero-shot-recent-k10/test/predictions.parquet"
 
 
@@ -82,7 +88,7 @@ def test_retrieval_by_the_classical_model_too(config: StudyConfig, tmp_path: Pat
     ("options", "words"),
     [
         ({"similarity": "crm"}, r"similarity: expected one of text, text\+crm, got 'crm'"),
-        ({"methods": ("lora",)}, "methods: expected some of zero-shot-recent, .*, got 'lora'"),
+        ({"methods": ("lora",)}, "methods: expected some of share-recent, .*, got 'lora'"),
         ({"crms": ("GRU",)}, "crms: expected some of DIN, .*, got 'GRU'"),
         ({"k": (5, 5)}, "k: expected distinct numbers of at least 1, got 5, 5"),
         ({"shots": ()}, "shots: expected distinct numbers of at least 1, got none"),
@@ -102,7 +108,7 @@ def test_stopped_resumed_grown_and_reported(
     small = dataclasses.replace(config, seeds=(0,))
     plan = reproduce(small, tmp_path / "study", progress=False, only="plan")
     assert "| Zero-shot LLM, K most recent | 0 | 2 | 1 min |" in plan
-    assert "0 of 15 runs are finished, about 2 min left on this machine." in plan
+    assert "0 of 17 runs are finished, about 2 min left on this machine." in plan
     with pytest.raises(InputError, match="expected a finished run of the grid, found none"):
         reproduce(small, tmp_path / "study", only="report")
 
@@ -115,12 +121,12 @@ def test_stopped_resumed_grown_and_reported(
         with pytest.raises(KeyboardInterrupt):
             reproduce(small, tmp_path / "study", progress=False)
     report = reproduce(small, tmp_path / "study", only="report")
-    assert "**6 of 14 runs of the grid are not finished yet.**" in report
+    assert "**6 of 16 runs of the grid are not finished yet.**" in report
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "study").glob("*/**/predictions.parquet")}
     caplog.clear()
     report = reproduce(small, tmp_path / "study", progress=False)
-    assert "[9/15]" in caplog.text
-    assert "[15/15]" in caplog.text
+    assert "[11/17]" in caplog.text
+    assert "[17/17]" in caplog.text
     assert all(path.stat().st_mtime_ns == time for path, time in made.items())
     assert (tmp_path / "study" / "report.md").read_text() == report
     assert "not finished" not in report
@@ -128,12 +134,12 @@ def test_stopped_resumed_grown_and_reported(
         assert (tmp_path / "study" / name).read_bytes().startswith(b"\x89PNG")
 
     # A second seed only adds its own runs; other settings are refused.
-    assert "15 of 26 runs are finished" in reproduce(config, tmp_path / "study", progress=False, only="plan")
+    assert "17 of 28 runs are finished" in reproduce(config, tmp_path / "study", progress=False, only="plan")
     grown = reproduce(config, tmp_path / "study", progress=False)
     assert " ± " in grown
     with (tmp_path / "study" / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 24
+    assert len(rows) == 26
     assert {row["seed"] for row in rows} == {"", "0", "1"}
     assert all(0 <= float(row["auc"]) <= 1 for row in rows)
     assert all(bool(row["validation_auc"]) != row["method"].startswith("zero") for row in rows)
@@ -170,8 +176,8 @@ def finished(
     for seed in range(seeds):
         noise = np.random.default_rng((seed, k or 0, shots or 0)).normal(size=len(test.rows))
         probabilities = 1 / (1 + np.exp(-(noise + strength * (test.labels - 0.5))))
-        valid = np.stack([test.labels, probabilities])[:, ::2]
-        found.append(Finished.of(Cell(method, k, shots, seed), probabilities, strength, test, valid))
+        known = Predictions(test.rows, test.labels, probabilities)
+        found.append(Finished.of(Cell(method, k, shots, seed), probabilities, strength, test, known))
     return found
 
 
@@ -180,10 +186,14 @@ def scored(n: int = 400) -> Scored:
     return Scored(np.arange(n), rng.integers(0, 2, n), rng.integers(0, 30, n), rng.integers(5, 300, n))
 
 
+def results_of(runs: list[Finished], test: Scored) -> Results:
+    return Results(runs, test, lambda _seed: test.rows[::2])
+
+
 def test_results_are_means_over_seeds() -> None:
     test = scored()
     runs = finished(test, "rella", 5, 256, 1.0, seeds=3)
-    results = Results(runs, test)
+    results = results_of(runs, test)
     result = results.get("rella", 5, 256)
     assert result is not None
     aucs = [roc_auc_score(test.labels, run.probabilities) for run in runs]
@@ -201,7 +211,7 @@ def test_stacked_on_the_best_classical_model() -> None:
     test = scored(4000)
     runs = finished(test, "SIM", None, None, 1.0, seeds=3) + finished(test, "rella", 5, 256, 1.0)
     runs += [dataclasses.replace(run, cell=dataclasses.replace(run.cell, method="DIN")) for run in runs[:3]]
-    results = Results(runs, test)
+    results = results_of(runs, test)
     rella, best = results.get("rella", 5, 256), results.best_classical(None)
     assert rella is not None
     assert best is not None
@@ -224,10 +234,10 @@ def test_the_best_classical_model_is_chosen_on_validation_samples() -> None:
     test = scored()
     runs = finished(test, "DIN", None, None, 0.5) + finished(test, "SIM", None, None, 2.0)
     runs = [dataclasses.replace(run, validation=1 - run.validation / 4) for run in runs]
-    best = Results(runs, test).best_classical(None)
+    best = results_of(runs, test).best_classical(None)
     assert best is not None
     assert best.method == "DIN"  # although the other is better on the test samples
-    assert Results(runs, test).best_classical(256) is None
+    assert results_of(runs, test).best_classical(256) is None
 
 
 def verdicts(results: Results) -> list[str]:
@@ -245,22 +255,30 @@ def test_targets_follow_from_the_numbers() -> None:
             shots = 0 if method.startswith("zero") else 256
             runs += finished(test, method, k, shots, strength, seeds=2 if shots else 1)
     runs += finished(test, "DIN", None, None, 1.8)
-    assert verdicts(Results(runs, test)) == ["met"] * 6 + ["not run"]
+    assert verdicts(results_of(runs, test)) == ["met"] * 6 + ["not run"]
 
     # One K at which retrieval is behind, long histories that harm, a stronger classical model: missed.
     others = [run for run in runs if (run.cell.method, run.cell.k) != ("lora-retrieved", 30)]
     others += finished(test, "lora-retrieved", 30, 256, 0.3)
     others = [run for run in others if (run.cell.method, run.cell.k) != ("rellax", 30)]
     others += finished(test, "rellax", 30, 256, 0.5) + finished(test, "SIM", None, None, 4.0)
-    assert verdicts(Results(others, test)) == ["met", "missed", "missed", "met", "met", "missed", "not run"]
-    assert verdicts(Results(finished(test, "DIN", None, None, 1.0), test)) == ["not run"] * 7
+    assert verdicts(results_of(others, test)) == [
+        "met",
+        "missed",
+        "missed",
+        "met",
+        "met",
+        "missed",
+        "not run",
+    ]
+    assert verdicts(results_of(finished(test, "DIN", None, None, 1.0), test)) == ["not run"] * 7
     boosted = finished(test, "rellax-boosted", 5, 256, 5.0)
-    assert verdicts(Results(others + boosted, test))[-1] == "met"
+    assert verdicts(results_of(others + boosted, test))[-1] == "met"
 
     # The same strength is no evidence.
     even = [run for run in runs if run.cell.method != "rellax"]
     even += [run for k in (5, 10, 30) for run in finished(test, "rellax", k, 256, 1.6)]
-    assert verdicts(Results(even, test))[3] == "missed"
+    assert verdicts(results_of(even, test))[3] == "missed"
 
 
 @pytest.mark.parametrize(

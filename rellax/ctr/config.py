@@ -267,6 +267,8 @@ class StudyConfig(Comparison):
     batch_size: int = 16
     data: str | None = None
     methods: tuple[str, ...] = (
+        "share-recent",
+        "share-retrieved",
         "zero-shot-recent",
         "zero-shot-retrieved",
         "lora-recent",

@@ -16,7 +16,10 @@ from rellax._files import atomic_file, atomic_folder, read_json, sha256_file, wr
 from rellax.ctr import calibration, metrics, runs
 from rellax.ctr.batches import Collator, Example, on_device, scoring_batches
 from rellax.ctr.config import TrainConfig, read_config
+from rellax.ctr.dataset import Dataset
 from rellax.ctr.llm import resolve_device
+from rellax.ctr.prompts import recent
+from rellax.ctr.retrieval import read_positions
 from rellax.ctr.task import Task, input_hashes, load_inputs
 from rellax.errors import InputError
 from rellax.patch import answer_logits
@@ -124,6 +127,51 @@ def evaluate_zero_shot(
 ) -> dict[str, Any]:
     """Score the language model as it is, with the prompts of `config`; else as `evaluate`."""
     return _evaluate(config, None, Path(folder), split, samples, seed, device, progress)
+
+
+def evaluate_share(
+    dataset: Dataset, folder: str | Path, *, k: int, retrieved: str | Path | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """Score all samples without a model: by how many of K behaviours were liked.
+
+    P(Yes) = (liked + 1) / (rated + 2) of the behaviours that a prompt would show. A model that reads them
+    should know more.
+
+    Args:
+        folder: gets config.json, environment.json, metrics.json and predictions.parquet (all samples), as
+            those of `train_crm`.
+        retrieved: folder of `rellax retrieve`; None takes the K most recent behaviours.
+
+    Returns:
+        The contents of metrics.json: `metrics.evaluate` for `valid` and `test`.
+
+    Raises:
+        InputError: `folder` holds another result.
+    """
+    request = {
+        "data": str(dataset.folder),
+        "retrieved": None if retrieved is None else str(retrieved),
+        "k": k,
+    }
+    if runs.is_claimed(folder, request):
+        return read_json(Path(folder) / "metrics.json")
+    samples, meta = dataset.samples, dataset.meta
+    shown = recent(samples.position, k) if retrieved is None else read_positions(retrieved, dataset, k)
+    rows = dataset.offsets[samples.user][:, None] + np.maximum(shown, 0)
+    ratings = dataset.behaviour_ratings[rows]
+    rated = (shown >= 0) & (ratings != meta["unrated"])
+    liked = rated & (ratings > meta["positive_above"])
+    probabilities = (liked.sum(1) + 1) / (rated.sum(1) + 2)
+    result = {}
+    for split in ("valid", "test"):
+        of = dataset.indices(split)
+        result[split] = metrics.evaluate(samples.label[of], probabilities[of], samples.user[of], seed=seed)
+    with atomic_folder(folder) as part:
+        write_predictions(part / "predictions.parquet", np.arange(len(samples)), samples.label, probabilities)
+        write_json(part / "metrics.json", result)
+        write_json(part / "environment.json", runs.environment())
+        write_json(part / "config.json", request)
+    return result
 
 
 def write_predictions(

@@ -20,7 +20,7 @@ from rellax.ctr.config import Comparison, TrainConfig
 from rellax.ctr.crm import CRMConfig, train_crm
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.embedding import embed
-from rellax.ctr.evaluate import evaluate, evaluate_zero_shot
+from rellax.ctr.evaluate import evaluate, evaluate_share, evaluate_zero_shot
 from rellax.ctr.llm import resolve_device
 from rellax.ctr.methods import METHODS
 from rellax.ctr.prepare import prepare
@@ -186,6 +186,11 @@ class Lab:
         if not runs.is_claimed(self.out / name, asdict(config)):
             device = str(resolve_device(self.device))
             train_crm(Dataset.load(self.data), self.out / name, config, device=device)
+
+    def share(self, name: str, method: str, k: int) -> None:
+        """Score all samples by the share of liked behaviours, in the folder `name`."""
+        retrieved = self._path("retrieved") if METHODS[method].prompts == "retrieved" else None
+        evaluate_share(Dataset.load(self.data), self.out / name, k=k, retrieved=retrieved)
 
     def zero_shot(self, name: str, method: str, k: int) -> None:
         """Score the untrained model on the test samples; the folder `name`/test gets the result."""

@@ -11,15 +11,16 @@ from rellax.errors import InputError
 
 @dataclass(frozen=True)
 class Method:
-    """One way to use the language model.
+    """One way to use the language model, or what would be known without one.
 
     Attributes:
         title: for tables and legends.
         prompts: which behaviours it reads.
-        stage: None is the untrained model; "2" continues from the run of `start`.
+        stage: None is untrained; "2" continues from the run of `start`.
         start: the method whose adapter it begins with.
         options: fields of `TrainConfig` that make it what it is.
         crm_samples: what the classical model that it reads is trained on, where that is not a study's choice.
+        is_model: whether a language model reads the behaviours, or their ratings alone are counted.
     """
 
     title: str
@@ -28,6 +29,7 @@ class Method:
     start: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     crm_samples: str | None = None
+    is_model: bool = True
 
 
 def _on_rella(title: str, crm_samples: str | None = None, **options: Any) -> Method:
@@ -35,6 +37,8 @@ def _on_rella(title: str, crm_samples: str | None = None, **options: Any) -> Met
 
 
 METHODS = {
+    "share-recent": Method("Share of liked among the K most recent, no model", "recent", is_model=False),
+    "share-retrieved": Method("Share of liked among the K retrieved, no model", "retrieved", is_model=False),
     "zero-shot-recent": Method("Zero-shot LLM, K most recent", "recent"),
     "zero-shot-retrieved": Method("Zero-shot LLM, K retrieved (SUBR)", "retrieved"),
     "lora-recent": Method("LoRA on recent prompts", "recent", "1"),
@@ -53,6 +57,11 @@ METHODS = {
         crm_logit=True,
     ),
 }
+
+
+def is_language_model(name: str) -> bool:
+    """Whether a method has a language model, and so predicts the samples that it is asked for alone."""
+    return name in METHODS and METHODS[name].is_model
 
 
 def with_starts(names: Iterable[str]) -> list[str]:

@@ -21,7 +21,7 @@ from rellax.ctr.dataset import Dataset
 from rellax.ctr.evaluate import predict_probabilities
 from rellax.ctr.lab import Lab, Step, duration, run_steps
 from rellax.ctr.llm import load_tokenizer, resolve_device
-from rellax.ctr.methods import METHODS, with_starts
+from rellax.ctr.methods import METHODS, is_language_model, with_starts
 from rellax.ctr.prompts import PromptBuilder, recent
 from rellax.ctr.study.report import write
 from rellax.ctr.study.results import Finished, Scored
@@ -84,7 +84,7 @@ class Cell:
     @property
     def result(self) -> str:
         """Where, in the study's folder, its predictions are once it is finished."""
-        return f"{self.name}/{'test/' if self.method in METHODS else ''}predictions.parquet"
+        return f"{self.name}/{'test/' if is_language_model(self.method) else ''}predictions.parquet"
 
 
 def reproduce(
@@ -168,7 +168,8 @@ def _run(config: StudyConfig, lab: Lab, cell: Cell) -> None:
         return
     assert cell.k is not None, "a prompt has behaviours"
     if METHODS[cell.method].stage is None:
-        lab.zero_shot(cell.name, cell.method, cell.k)
+        score = lab.zero_shot if METHODS[cell.method].is_model else lab.share
+        score(cell.name, cell.method, cell.k)
         return
     assert cell.shots is not None, "`cells` gives shots to what is trained, "
     assert cell.seed is not None, "and a seed"
@@ -249,18 +250,16 @@ class _Study:
         chosen = dataset.choose("test", self.config.test_samples, _TEST_SEED)
         samples = dataset.samples
         test = Scored(chosen, samples.label[chosen], samples.user[chosen], samples.position[chosen])
-        finished = list(self._finished(dataset, test))
+        finished = list(self._finished(test))
         if not finished:
             raise InputError(f"{self.out}: expected a finished run of the grid, found none")
         reported = sum(cell.hold_out is None for cell in self.cells)
         return write(self.out, self.config, dataset, test, finished, reported)
 
-    def _finished(self, dataset: Dataset, test: Scored) -> Iterator[Finished]:
+    def _finished(self, test: Scored) -> Iterator[Finished]:
         for cell in self.cells:
             if self._is_finished(cell) and cell.hold_out is None:
-                seed = _TEST_SEED if cell.seed is None else cell.seed
-                valid = dataset.choose("valid", self.config.validation_samples, seed)
-                yield Finished.read(self.out, cell, test, valid)
+                yield Finished.read(self.out, cell, test)
 
     def _is_finished(self, cell: Cell) -> bool:
         return (self.out / cell.result).exists()
@@ -273,6 +272,8 @@ class _Study:
             return _CRM_SECONDS[0] + _CRM_SECONDS[1] * shots
         assert cell.k is not None, "a prompt has behaviours"
         method = METHODS[cell.method]
+        if not method.is_model:
+            return 1.0
         prompts = float(self._count("test", config.test_samples))
         if method.stage is not None:
             epochs = config.epochs if method.stage == "1" else config.epochs2

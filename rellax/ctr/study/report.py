@@ -6,6 +6,7 @@ import csv
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def write(
     Args:
         planned: runs of the whole grid that have results.
     """
-    results = Results(finished, test)
+    results = Results(finished, test, partial(dataset.choose, "valid", config.validation_samples))
     _write_csv(out / "results.csv", finished)
     sections = [_what(config, dataset, test, finished, planned), _targets(results)]
     shots, ks = results.axis(2), results.axis(1)
@@ -211,7 +212,7 @@ def _main_table(results: Results, k: int, shots: int) -> str:
 
 
 def _stacked(results: Results, k: int, shots: int) -> str:
-    """What each trained method knows that the best classical model does not."""
+    """What each method knows that the best classical model does not."""
     best = results.best_classical(None)
     assert best is not None, "`write` has looked"
     head = ["method", "seeds", "AUC alone", f"AUC stacked on {best.method}", f"less {best.method} alone"]
@@ -225,7 +226,7 @@ def _stacked(results: Results, k: int, shots: int) -> str:
         _row(["---"] * len(head)),
     ]
     for result in _rows(results, k, shots):
-        if result is best or result.validation is None:
+        if result is best:
             continue
         both, alone = results.stacked(result, best)
         if len(both):

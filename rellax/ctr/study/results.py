@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 
 from rellax._files import read_json
 from rellax.ctr import metrics
-from rellax.ctr.methods import METHODS
+from rellax.ctr.methods import METHODS, is_language_model
 from rellax.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,6 +35,26 @@ class Scored:
 
 
 @dataclass(frozen=True)
+class Predictions:
+    """What a predictions.parquet holds: samples, labels and probabilities, each (m,)."""
+
+    samples: np.ndarray
+    labels: np.ndarray
+    probabilities: np.ndarray
+
+    @classmethod
+    def read(cls, path: Path) -> Predictions:
+        table = pq.read_table(path)
+        return cls(*(table[name].to_numpy() for name in ("sample", "label", "probability")))
+
+    def at(self, samples: np.ndarray) -> Predictions:
+        """Those of some of the samples, in their order."""
+        order = np.argsort(self.samples, kind="stable")
+        rows = order[np.searchsorted(self.samples, samples, sorter=order)]
+        return Predictions(self.samples[rows], self.labels[rows], self.probabilities[rows])
+
+
+@dataclass(frozen=True)
 class Finished:
     """A run.
 
@@ -42,34 +62,35 @@ class Finished:
         probabilities: (n,), of the test samples.
         validation: AUC on the validation samples; None for an untrained model.
         metrics: of the test samples, as `metrics.evaluate` gives them.
-        valid: labels and probabilities, (2, m), of the validation samples of its seed; None as above.
+        known: of the validation samples, by a language model; of all samples, where there is none; None for
+            an untrained model.
     """
 
     cell: Cell
     probabilities: np.ndarray
     validation: float | None
     metrics: dict[str, Any]
-    valid: np.ndarray | None = None
+    known: Predictions | None = None
 
     @classmethod
-    def read(cls, out: Path, cell: Cell, test: Scored, valid: np.ndarray) -> Finished:
-        """Read a run's predictions; `valid` (m,) are the validation samples of its seed."""
-        samples, _, probabilities = _columns(out / cell.result)
-        validation = on_valid = None
-        if cell.method in METHODS:
-            if METHODS[cell.method].stage is not None:
-                validation = read_json(out / cell.name / "metrics.json")["validation"]["auc"]
-                on_valid = np.stack(_columns(out / cell.name / "predictions.parquet")[1:])
-        else:  # has predicted all samples
+    def read(cls, out: Path, cell: Cell, test: Scored) -> Finished:
+        found = Predictions.read(out / cell.result)
+        known: Predictions | None = None
+        validation: float | None = None
+        if not is_language_model(cell.method):
+            known = found
             validation = read_json(out / cell.name / "metrics.json")["valid"]["auc"]
-            on_valid = np.stack(_columns(out / cell.result)[1:])[:, valid]
-            samples, probabilities = samples[test.rows], probabilities[test.rows]
-        if not np.array_equal(samples, test.rows):
+        elif METHODS[cell.method].stage is not None:
+            known = Predictions.read(out / cell.name / "predictions.parquet")
+            validation = read_json(out / cell.name / "metrics.json")["validation"]["auc"]
+        if known is found:
+            found = found.at(test.rows)
+        if not np.array_equal(found.samples, test.rows):
             raise InputError(
                 f"{out / cell.result}: expected predictions of the study's {len(test.rows)} test samples, "
-                f"found others ({len(samples)})"
+                f"found others ({len(found.samples)})"
             )
-        return cls.of(cell, probabilities, validation, test, on_valid)
+        return cls.of(cell, found.probabilities, validation, test, known)
 
     @classmethod
     def of(
@@ -78,35 +99,29 @@ class Finished:
         probabilities: np.ndarray,
         validation: float | None,
         test: Scored,
-        valid: np.ndarray | None = None,
+        known: Predictions | None = None,
     ) -> Finished:
         values = metrics.evaluate(test.labels, probabilities, test.users, bootstrap=0)
-        return cls(cell, probabilities, validation, values, valid)
+        return cls(cell, probabilities, validation, values, known)
 
 
-def _columns(path: Path) -> list[np.ndarray]:
-    """Samples, labels and probabilities of a predictions.parquet."""
-    table = pq.read_table(path)
-    return [table[name].to_numpy() for name in ("sample", "label", "probability")]
-
-
-def stacked(run: Finished, base: Finished) -> np.ndarray:
+def stacked(run: Finished, base: Finished, samples: np.ndarray) -> np.ndarray:
     """P(Yes) of the test samples by what both runs say: a logistic regression on their log-odds.
 
-    It is fitted on the validation samples of their seed.
+    Args:
+        samples: the validation samples that it is fitted on.
     """
-    assert run.valid is not None, "a trained run has predicted validation samples, "
-    assert base.valid is not None, "and so has a classical model"
-    features, test = (
-        np.stack([_log_odds(one), _log_odds(other)], axis=1)
-        for one, other in ((run.valid[1], base.valid[1]), (run.probabilities, base.probabilities))
-    )
-    model = LogisticRegression(C=np.inf).fit(features, run.valid[0])
-    return np.asarray(model.predict_proba(test)[:, 1])
+    assert run.known is not None, "a trained run has predicted validation samples, "
+    assert base.known is not None, "and a classical model all"
+    one, other = run.known.at(samples), base.known.at(samples)
+    model = LogisticRegression(C=np.inf)
+    model.fit(_features(one.probabilities, other.probabilities), other.labels)
+    return np.asarray(model.predict_proba(_features(run.probabilities, base.probabilities))[:, 1])
 
 
-def _log_odds(probabilities: np.ndarray) -> np.ndarray:
-    return np.asarray(logit(np.clip(probabilities.astype(np.float64), 1e-7, 1 - 1e-7)))
+def _features(*probabilities: np.ndarray) -> np.ndarray:
+    """Their log-odds, side by side."""
+    return np.stack([logit(np.clip(p.astype(np.float64), 1e-7, 1 - 1e-7)) for p in probabilities], axis=1)
 
 
 @dataclass(frozen=True)
@@ -145,11 +160,18 @@ class Result:
 
 
 class Results:
-    """All results of a study, found by method, K and shots."""
+    """All results of a study, found by method, K and shots.
 
-    def __init__(self, finished: Sequence[Finished], test: Scored) -> None:
+    Args:
+        valid: the validation samples of a seed.
+    """
+
+    def __init__(
+        self, finished: Sequence[Finished], test: Scored, valid: Callable[[int], np.ndarray]
+    ) -> None:
         self.test = test
-        self.runs = {run.cell: run for run in finished}
+        self.runs = finished
+        self.valid = valid
         groups: dict[tuple[str, int | None, int | None], list[Finished]] = {}
         for run in finished:
             groups.setdefault((run.cell.method, run.cell.k, run.cell.shots), []).append(run)
@@ -176,20 +198,22 @@ class Results:
         return metrics.paired_bootstrap(self.test.labels, a.probabilities, b.probabilities)
 
     def stacked(self, result: Result, base: Result) -> tuple[np.ndarray, np.ndarray]:
-        """Probabilities (seeds, n) of a result stacked on another, and the other's: of seeds both have."""
+        """Probabilities (seeds, n) of a result stacked on another, and the other's: of seeds both have.
+
+        What has no seed is stacked on each.
+        """
         pairs = [
-            (run, self.runs[other])
+            (run, other)
+            for other in self._of(base)
             for run in self._of(result)
-            for other in self.runs
-            if (other.method, other.k, other.shots) == (base.method, base.k, base.shots)
-            and other.seed == run.cell.seed
+            if run.cell.seed in (None, other.cell.seed) and run.known is not None
         ]
-        both = [stacked(run, other) for run, other in pairs]
+        both = [stacked(run, other, self.valid(other.cell.seed or 0)) for run, other in pairs]
         return np.array(both), np.array([other.probabilities for _, other in pairs])
 
     def _of(self, result: Result) -> list[Finished]:
         key = (result.method, result.k, result.shots)
-        return [run for cell, run in self.runs.items() if (cell.method, cell.k, cell.shots) == key]
+        return [run for run in self.runs if (run.cell.method, run.cell.k, run.cell.shots) == key]
 
     def by_history(self, result: Result) -> list[tuple[int, float | None]]:
         """Number of samples and mean AUC in each bin of history lengths."""
