@@ -75,12 +75,14 @@ def _what(
         "held-out": "all training samples but the language model's shots",
         "shots": "the language model's shots alone",
     }[config.crm_samples]
+    held_out = any(method.crm_samples for method in map(METHODS.get, config.methods) if method is not None)
+    own = ", what is boosted one that was not trained on the shots" if held_out else ""
     missing = planned - len(finished)
     partial = f" **{missing} of {planned} runs of the grid are not finished yet.**" if missing > 0 else ""
     return (
         f"# {meta['name']}: methods, K, shots and seeds on the same {len(test.rows):,} test samples\n\n"
         f"{counts['users']:,} users, {counts['items']:,} items, {counts['samples']:,} samples. {model}. "
-        f"Gates and soft prompts read a {config.crm} that was trained on {reads}. Steps, K and the best "
+        f"Gates and soft prompts read a {config.crm} that was trained on {reads}{own}. Steps, K and the best "
         "classical model are chosen on validation samples. ±: standard deviation over seeds; without it, one "
         f"run.{partial}"
     )
