@@ -36,6 +36,7 @@ def config(workspace: Workspace) -> StudyConfig:
             "zero-shot-recent",
             "zero-shot-retrieved",
             "lora-recent",
+            "lora-boosted",
             "rellax-boosted",
         ),
         crms=("DIN", "DeepFM"),
@@ -70,7 +71,7 @@ def test_the_grid() -> None:
     ]
     boosted = cells(dataclasses.replace(config, methods=("rellax-boosted",), seeds=(0,), shots=(256,)))
     assert [cell.name for cell in boosted][-2:] == ["sim-without256-s0", "rellax-boosted-k5-n256-s0"]
-    assert len(cells(StudyConfig())) == 4 * 5 + 3 * 6 + 6 * (6 * 3) + 8 * 5 * 6 * 3 + 6 * 3
+    assert len(cells(StudyConfig())) == 4 * 5 + 3 * 6 + 6 * (6 * 3) + 9 * 5 * 6 * 3 + 6 * 3
     assert Cell("zero-shot-recent", 10).result == "zero-shot-recent-k10/test/predictions.parquet"
 
 
@@ -108,7 +109,7 @@ def test_stopped_resumed_grown_and_reported(
     small = dataclasses.replace(config, seeds=(0,))
     plan = reproduce(small, tmp_path / "study", progress=False, only="plan")
     assert "| Zero-shot LLM, K most recent | 0 | 2 | 1 min |" in plan
-    assert "0 of 17 runs are finished, about 2 min left on this machine." in plan
+    assert "0 of 19 runs are finished, about 2 min left on this machine." in plan
     with pytest.raises(InputError, match="expected a finished run of the grid, found none"):
         reproduce(small, tmp_path / "study", only="report")
 
@@ -121,12 +122,12 @@ def test_stopped_resumed_grown_and_reported(
         with pytest.raises(KeyboardInterrupt):
             reproduce(small, tmp_path / "study", progress=False)
     report = reproduce(small, tmp_path / "study", only="report")
-    assert "**6 of 16 runs of the grid are not finished yet.**" in report
+    assert "**8 of 18 runs of the grid are not finished yet.**" in report
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "study").glob("*/**/predictions.parquet")}
     caplog.clear()
     report = reproduce(small, tmp_path / "study", progress=False)
-    assert "[11/17]" in caplog.text
-    assert "[17/17]" in caplog.text
+    assert "[11/19]" in caplog.text
+    assert "[19/19]" in caplog.text
     assert all(path.stat().st_mtime_ns == time for path, time in made.items())
     assert (tmp_path / "study" / "report.md").read_text() == report
     assert "not finished" not in report
@@ -134,12 +135,12 @@ def test_stopped_resumed_grown_and_reported(
         assert (tmp_path / "study" / name).read_bytes().startswith(b"\x89PNG")
 
     # A second seed only adds its own runs; other settings are refused.
-    assert "17 of 28 runs are finished" in reproduce(config, tmp_path / "study", progress=False, only="plan")
+    assert "19 of 32 runs are finished" in reproduce(config, tmp_path / "study", progress=False, only="plan")
     grown = reproduce(config, tmp_path / "study", progress=False)
     assert " ± " in grown
     with (tmp_path / "study" / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 26
+    assert len(rows) == 30
     assert {row["seed"] for row in rows} == {"", "0", "1"}
     assert all(0 <= float(row["auc"]) <= 1 for row in rows)
     assert all(bool(row["validation_auc"]) != row["method"].startswith("zero") for row in rows)

@@ -211,6 +211,19 @@ def test_boosted_it_starts_at_the_sum_of_both_models(
     assert "crm_logit" not in json.loads((stage_1 / "config.json").read_text())
 
 
+def test_what_begins_with_a_boosted_run_is_boosted(workspace: Workspace, tmp_path: Path) -> None:
+    train(workspace.config(crm_logit=True, epochs=1), tmp_path / "one", progress=False)
+    config = workspace.config(
+        stage="2", start=str(tmp_path / "one"), interaction="full", lr=1e-12, dropout=0.0
+    )
+    train(config, tmp_path / "two", progress=False)
+    assert read_config(tmp_path / "two").crm_logit
+    one, two = (
+        pq.read_table(tmp_path / run / "predictions.parquet")["probability"] for run in ("one", "two")
+    )
+    assert two.to_numpy() == pytest.approx(one.to_numpy(), abs=1e-6)
+
+
 def test_stage_2_needs_a_trained_stage_1(stage_1: Path, workspace: Workspace, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="B is zero and frozen, so the gates would get no gradient"):
         workspace.config(stage="2", interaction="full")
@@ -610,7 +623,7 @@ def test_mixture_has_each_sample_with_either_history(workspace: Workspace) -> No
         ({"schedule": "step"}, "schedule: expected one of linear, cosine, constant, got 'step'"),
         ({"patience": 0}, "patience: expected a positive number or None, got 0"),
         ({"weight_decay": -0.1}, "weight_decay: expected zero or more, got -0.1"),
-        ({"crm_logit": True}, "expected interaction='none', no soft prompt and no crm_logit"),
+        ({"crm_logit": True, "crm": None}, "crm: gates, soft prompts and crm_logit need the folder"),
         ({"stage": "joint", "crm_logit": True}, "stage joint trains gates or the soft-prompt projector"),
         (
             {"stage": "joint", **GATED, "crm_logit": True, "loss": "vocab"},

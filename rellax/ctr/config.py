@@ -52,7 +52,7 @@ class TrainConfig:
         soft_prompt: a soft prompt after each behaviour and after the target.
         crm_logit: the answer's log-odds begin at those of the CRM, so that what is learnt is what it lacks.
             The CRM should not have been trained on the shots: `rellax crm --hold-out`.
-        r, alpha, dropout, target_modules: of LoRA; stage 2 takes them over from `start`.
+        r, alpha, dropout, target_modules: of LoRA; stage 2 takes them over from `start`, and crm_logit.
 
     Prompts:
         prompts: "recent" (the K last behaviours), "retrieved" (the K nearest to the target) or "mixture"
@@ -178,11 +178,10 @@ class TrainConfig:
             raise InputError(f"weight_decay: expected zero or more, got {self.weight_decay!r}")
 
     def _check_stage(self) -> None:
-        if self.stage == "1" and self.uses_crm:
+        if self.stage == "1" and self._is_conditional:
             raise InputError(
-                "stage: stage 1 trains plain LoRA, expected interaction='none', no soft prompt and no "
-                f"crm_logit, got interaction={self.interaction!r}, soft_prompt={self.soft_prompt}, "
-                f"crm_logit={self.crm_logit}"
+                "stage: stage 1 trains plain LoRA, expected interaction='none' and no soft prompt, "
+                f"got interaction={self.interaction!r}, soft_prompt={self.soft_prompt}"
             )
         if self.stage != "1" and not self._is_conditional:
             raise InputError(
@@ -274,6 +273,7 @@ class StudyConfig(Comparison):
         "lora-recent",
         "lora-retrieved",
         "rella",
+        "lora-boosted",
         "rella-spa",
         "rella-cflora-diagonal",
         "rella-cflora",
@@ -341,4 +341,4 @@ def inherited(config: TrainConfig) -> TrainConfig:
     if first.model != config.model:
         raise InputError(f"start: expected an adapter of {config.model}, found one of {first.model}")
     lora = {name: getattr(first, name) for name in ("r", "alpha", "dropout", "target_modules")}
-    return dataclasses.replace(config, **lora)
+    return dataclasses.replace(config, **lora, crm_logit=config.crm_logit or first.crm_logit)

@@ -204,13 +204,14 @@ class Lab:
 
         Args:
             start: folder of the run that a method of stage 2 continues.
-            crm: folder of the classical model that it reads.
+            crm: folder of the classical model that a method reads.
         """
         what, config = METHODS[method], self.config
         options: dict[str, Any] = {"epochs": config.epochs, "lr": config.lr}
         if what.stage == "2":
-            options = {"epochs": config.epochs2, "lr": config.lr2, "stage": "2"}
-            options |= {"start": self._path(start), "crm": self._path(crm)}
+            options = {"epochs": config.epochs2, "lr": config.lr2, "stage": "2", "start": self._path(start)}
+        if what.reads_crm:
+            options["crm"] = self._path(crm)
         options |= {"k": k, "shots": shots, "seed": seed, "prompts": what.prompts, **what.options}
         train(self._train_config(**options), self.out / name, device=self.device, progress=self.progress)
         evaluate(self.out / name, **self._scoring())

@@ -20,6 +20,7 @@ class Method:
         start: the method whose adapter it begins with.
         options: fields of `TrainConfig` that make it what it is.
         crm_samples: what the classical model that it reads is trained on, where that is not a study's choice.
+            It knows those samples better than new ones, so what is boosted from it takes others.
         is_model: whether a language model reads the behaviours, or their ratings alone are counted.
     """
 
@@ -30,6 +31,10 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
     crm_samples: str | None = None
     is_model: bool = True
+
+    @property
+    def reads_crm(self) -> bool:
+        return self.stage == "2" or self.crm_samples is not None
 
 
 def _on_rella(title: str, crm_samples: str | None = None, **options: Any) -> Method:
@@ -44,11 +49,17 @@ METHODS = {
     "lora-recent": Method("LoRA on recent prompts", "recent", "1"),
     "lora-retrieved": Method("LoRA on retrieved prompts", "retrieved", "1"),
     "rella": Method("LoRA on the mixture (ReLLa)", "mixture", "1"),
+    "lora-boosted": Method(
+        "LoRA on retrieved prompts, boosted from the classical model",
+        "retrieved",
+        "1",
+        options={"crm_logit": True},
+        crm_samples="held-out",
+    ),
     "rella-spa": _on_rella("ReLLa + SPA", soft_prompt=True),
     "rella-cflora-diagonal": _on_rella("ReLLa + CFLoRA, diagonal", interaction="diagonal"),
     "rella-cflora": _on_rella("ReLLa + CFLoRA", interaction="full"),
     "rellax": _on_rella("ReLLa + SPA + CFLoRA (ReLLaX)", soft_prompt=True, interaction="full"),
-    # A classical model knows the samples that it was trained on better than new ones.
     "rellax-boosted": _on_rella(
         "ReLLaX, boosted from the classical model",
         "held-out",

@@ -137,7 +137,7 @@ def cells(config: StudyConfig) -> list[Cell]:
             found += [Cell(name, None, shots, seed) for name in config.crms]
             for k in config.k:
                 for method in methods:
-                    if METHODS[method].start is not None:
+                    if METHODS[method].reads_crm:
                         found.append(gates_crm(config, method, shots, seed))
                     if METHODS[method].stage is not None:
                         found.append(Cell(method, k, shots, seed))
@@ -153,13 +153,15 @@ def gates_crm(config: StudyConfig, method: str, shots: int, seed: int) -> Cell:
 
 
 def starts(config: StudyConfig, cell: Cell) -> list[Cell]:
-    """What a run builds on: for stage 2 the LoRA that it continues and the classical model that it reads."""
-    start = METHODS[cell.method].start if cell.method in METHODS else None
-    if start is None:
+    """What a run builds on: the LoRA that it continues in stage 2, and the classical model that it reads."""
+    if cell.method not in METHODS or cell.shots is None or cell.seed is None:
         return []
-    assert cell.shots is not None, "`cells` gives shots to what is trained, "
-    assert cell.seed is not None, "and a seed"
-    return [Cell(start, cell.k, cell.shots, cell.seed), gates_crm(config, cell.method, cell.shots, cell.seed)]
+    method, found = METHODS[cell.method], []
+    if method.start is not None:
+        found.append(Cell(method.start, cell.k, cell.shots, cell.seed))
+    if method.reads_crm:
+        found.append(gates_crm(config, cell.method, cell.shots, cell.seed))
+    return found
 
 
 def _run(config: StudyConfig, lab: Lab, cell: Cell) -> None:
@@ -173,8 +175,16 @@ def _run(config: StudyConfig, lab: Lab, cell: Cell) -> None:
         return
     assert cell.shots is not None, "`cells` gives shots to what is trained, "
     assert cell.seed is not None, "and a seed"
-    start, crm = [before.name for before in starts(config, cell)] or ["", ""]
-    lab.train(cell.name, cell.method, k=cell.k, shots=cell.shots, seed=cell.seed, start=start, crm=crm)
+    before = {cell.method in METHODS: cell.name for cell in starts(config, cell)}
+    lab.train(
+        cell.name,
+        cell.method,
+        k=cell.k,
+        shots=cell.shots,
+        seed=cell.seed,
+        start=before.get(True, ""),
+        crm=before.get(False, ""),
+    )
 
 
 class _Study:
