@@ -157,6 +157,20 @@ def test_two_processes_run_as_one(workspace: Workspace, tmp_path: Path) -> None:
     _assert_same_curve(tmp_path / "always-1", tmp_path / "left")
 
 
+def test_compiled_and_boosted_on_two_processes(workspace: Workspace, tmp_path: Path) -> None:
+    config = workspace.config(
+        stage="joint", dropout=0.0, epochs=1, lr=1e-3, shots=8, compile=True, crm_logit=True, **GATED
+    )
+    done = launch(
+        [job(config, tmp_path / f"run-{fsdp}", options={"fsdp": fsdp}) for fsdp in (False, True)],
+        processes=RANKS,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    train(dataclasses.replace(config, compile=False), tmp_path / "run", progress=False)
+    for fsdp in (False, True):
+        _assert_same_curve(tmp_path / "run", tmp_path / f"run-{fsdp}", rel=1e-3)
+
+
 @pytest.mark.parametrize("fail", range(RANKS))
 def test_an_error_of_one_process_ends_all(workspace: Workspace, tmp_path: Path, fail: int) -> None:
     config = workspace.config(epochs=20)

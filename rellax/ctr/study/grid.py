@@ -175,16 +175,10 @@ def _run(config: StudyConfig, lab: Lab, cell: Cell) -> None:
         return
     assert cell.shots is not None, "`cells` gives shots to what is trained, "
     assert cell.seed is not None, "and a seed"
-    before = {cell.method in METHODS: cell.name for cell in starts(config, cell)}
-    lab.train(
-        cell.name,
-        cell.method,
-        k=cell.k,
-        shots=cell.shots,
-        seed=cell.seed,
-        start=before.get(True, ""),
-        crm=before.get(False, ""),
-    )
+    before = starts(config, cell)
+    start = next((first.name for first in before if first.method in METHODS), "")
+    crm = next((first.name for first in before if first.method not in METHODS), "")
+    lab.train(cell.name, cell.method, k=cell.k, shots=cell.shots, seed=cell.seed, start=start, crm=crm)
 
 
 class _Study:
