@@ -79,6 +79,13 @@ def load_model(
     return model
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Keep each layer's input alone, and compute the layer again in the backward pass."""
+    name = "activation_checkpointing_enable"  # gradient_checkpointing_enable before transformers 5.24
+    enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
+    enable({"use_reentrant": False})
+
+
 def _check_blocks(model: Any, kind: str) -> None:
     """bitsandbytes 0.50 dequantises 4 bits wrongly on a CPU where a row of weights is not whole blocks."""
     for name, module in model.named_modules():
@@ -179,10 +186,3 @@ def _load(auto_class: Any, name: str | Path, **options: Any) -> Any:
     finally:
         if bars:
             logging.enable_progress_bar()
-
-
-def checkpoint_activations(model: Any) -> None:
-    """Keep each layer's input alone, and compute the layer again in the backward pass."""
-    name = "activation_checkpointing_enable"  # gradient_checkpointing_enable before transformers 5.24
-    enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
-    enable({"use_reentrant": False})
