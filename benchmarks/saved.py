@@ -22,6 +22,7 @@ from rellax.patch import compile_frozen
 
 LAYERS, D, WIDE = (LLAMA_7B[name] for name in ("num_hidden_layers", "hidden_size", "intermediate_size"))
 WIDTHS = (D, WIDE, D // LLAMA_7B["num_attention_heads"], LLAMA_7B["vocab_size"])
+STEPS = ("rellax", "rellax, compiled", "published")
 HEAD = """# What a stage-2 step keeps for its backward pass
 
 `python benchmarks/saved.py`, torch {torch}, no GPU: a Llama of 7B's shape in bf16, K = 30, batch {batch},
@@ -53,9 +54,6 @@ def saved(loss_of: Callable[[Sequence[Example]], Tensor], model: Any, examples: 
     for name, size in found.values():
         sizes[name] += size
     return sizes
-
-
-STEPS = ("rellax", "rellax, compiled", "published")
 
 
 def count(layers: int) -> tuple[list[Sizes], list[int]]:

@@ -91,7 +91,7 @@ def test_a_run_is_calibrated_on_validation_samples(
 
     used = pq.read_table(run / "predictions.parquet")["sample"].to_numpy()
     assert (Dataset.load(workspace.data).samples.split[used] == 1).all()
-    labels, probabilities = read_predictions(run / "predictions.parquet")
+    _, labels, probabilities = read_predictions(run / "predictions.parquet")
     assert result["temperature"] == fit_temperature(labels, probabilities)
     assert (result["samples"], result["split"]) == (len(used), "valid")
     assert result["log_loss"]["after"] <= result["log_loss"]["before"]
@@ -104,7 +104,7 @@ def test_a_run_is_calibrated_on_validation_samples(
         assert found == json.loads((run / "test" / "metrics.json").read_text())
     assert {key: found[key] for key in plain} == plain
     assert found.keys() - plain.keys() == {"calibrated"}
-    labels, probabilities = read_predictions(run / "test" / "predictions.parquet")
+    _, labels, probabilities = read_predictions(run / "test" / "predictions.parquet")
     changed = at_temperature(probabilities, result["temperature"])
     assert found["calibrated"]["temperature"] == result["temperature"]
     assert found["calibrated"]["log_loss"] == pytest.approx(log_loss(labels, changed), abs=1e-12)

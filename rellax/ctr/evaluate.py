@@ -112,7 +112,8 @@ def calibrate(run: str | Path) -> dict[str, Any]:
     """
     run = Path(run)
     read_config(run)
-    return calibration.write_calibration(run, *read_predictions(run / "predictions.parquet"))
+    _, labels, probabilities = read_predictions(run / "predictions.parquet")
+    return calibration.write_calibration(run, labels, probabilities)
 
 
 def evaluate_zero_shot(
@@ -189,10 +190,10 @@ def write_predictions(
         pq.write_table(table, part)
 
 
-def read_predictions(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Labels and probabilities of a predictions.parquet."""
+def read_predictions(path: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Samples, labels and probabilities of a predictions.parquet."""
     table = pq.read_table(path)
-    return table["label"].to_numpy(), table["probability"].to_numpy()
+    return table["sample"].to_numpy(), table["label"].to_numpy(), table["probability"].to_numpy()
 
 
 def _evaluate(
@@ -236,8 +237,9 @@ def _with_calibration(result: dict[str, Any], folder: Path, temperature: float, 
     plain = {key: value for key, value in result.items() if key != "calibrated"}
     found = plain
     if temperature != 1.0:
-        predictions = read_predictions(folder / "predictions.parquet")
-        found = plain | {"calibrated": calibration.calibrated_metrics(*predictions, temperature, seed=seed)}
+        _, labels, probabilities = read_predictions(folder / "predictions.parquet")
+        calibrated = calibration.calibrated_metrics(labels, probabilities, temperature, seed=seed)
+        found = plain | {"calibrated": calibrated}
     if found != result:
         write_json(folder / "metrics.json", found)
     return found

@@ -7,7 +7,6 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError, ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,17 +182,11 @@ class Predictor:
     def _prompts(self, requests: Sequence[Request]) -> tuple[list[Example | InputError], Collator]:
         """The prompt of each request, or why it has none, and what makes batches of them."""
         data = self._requests.dataset(requests)
-        retrieved = None
-        collator = self._task.collator
+        retrieved, collator = None, self._task.collator
         if self._embeddings is not None:
             retrieved = find_positions(self._embeddings, data, self._task.config.k)
         if self._crm is not None:
-            hidden, probabilities = self._crm.predict(data)
-            collator = replace(
-                collator,
-                instance_embeddings=hidden if self._task.config.interaction != "none" else None,
-                base_probabilities=probabilities if self._task.config.crm_logit else None,
-            )
+            collator = self._task.collator_of(*self._crm.predict(data))
         examples = Examples(
             self._task.prompts.of(data),
             Inputs(data, retrieved),

@@ -172,10 +172,9 @@ class Task:
         self.collator = Collator(
             pad_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
             answer_ids=answers,
-            instance_embeddings=inputs.instance_embeddings if config.interaction != "none" else None,
-            base_probabilities=inputs.probabilities if config.crm_logit else None,
             soft_prompt=placeholder is not None,
         )
+        self.collator = self.collator_of(inputs.instance_embeddings, inputs.probabilities)
         model = load_model(config.model, dtype=config.dtype, quantize=config.quantize, device=device)
         model = self._patched(model, placeholder) if adapter is None else load_adapter(model, adapter)
         self.model = model
@@ -187,6 +186,14 @@ class Task:
         packing = self.config.packing
         packed = packing == "always" or (packing == "auto" and packing_pays(self.model))
         self.collator = replace(self.collator, packed=packed)
+
+    def collator_of(self, instance_embeddings: Tensor | None, probabilities: Tensor | None) -> Collator:
+        """The collator for samples of which the recommendation model says this, as far as it is read."""
+        return replace(
+            self.collator,
+            instance_embeddings=instance_embeddings if self.config.interaction != "none" else None,
+            base_probabilities=probabilities if self.config.crm_logit else None,
+        )
 
     def examples(self, samples: Sequence[int] | np.ndarray, prompts: str) -> Examples:
         """The prompts of `samples`: "recent", "retrieved", or a "mixture" of one of each."""

@@ -113,7 +113,7 @@ class _Trainer:
         self.task = Task(config, inputs, device="cpu" if sharded else device)
         self._begin_stage()
         if config.crm_logit:
-            self._compare_shots()
+            self._compare_shots(len(shots))
         if config.compile:
             compile_frozen(self.task.model)
         if sharded:
@@ -174,12 +174,11 @@ class _Trainer:
             )
         state.set_trainable(lora=False)
 
-    def _compare_shots(self) -> None:
+    def _compare_shots(self, shots: int) -> None:
         """Say so where the log-odds that answers begin from are of a CRM that was trained on the shots."""
         config = self.config
         assert config.crm is not None, "TrainConfig asks for it"
         known = read_json(Path(config.crm) / "config.json", maker="rellax crm")
-        shots = len(self.task.inputs.dataset.indices("train")) if config.shots is None else config.shots
         if known.get("seed") != config.seed or (known.get("hold_out") or 0) < shots:
             self._say(
                 f"train: {config.crm} has been trained on the shots and seems to know more than it does; "
@@ -328,7 +327,7 @@ class _Trainer:
             shutil.copytree(best / "adapter", part, dirs_exist_ok=True)
         with atomic_file(self.folder / "predictions.parquet") as part:
             shutil.copyfile(best / "predictions.parquet", part)
-        labels, probabilities = read_predictions(self.folder / "predictions.parquet")
+        _, labels, probabilities = read_predictions(self.folder / "predictions.parquet")
         result = {
             "best_step": self.best["step"],
             "steps": self.step,

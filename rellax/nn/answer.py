@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rellax.errors import InputError
 from rellax.ops.answer import answer_loss
+from rellax.reference.answer import select_rows
 
 LOSSES = ("choice", "vocab")
 
@@ -127,21 +128,19 @@ class AnswerHead(nn.Module):
         Products and sums are elementwise: autocast leaves them in fp32.
         """
         assert self.answer_ids is not None, "`forward` has asked for them"
-        no, yes = self.answer_ids
+        two, two_bias = select_rows(lm_head_weight, bias, self.answer_ids)
         dtype = torch.promote_types(torch.promote_types(hidden.dtype, lm_head_weight.dtype), torch.float32)
         rows = hidden.flatten(0, 1)[answers.positions].to(dtype)
-        two = torch.stack([lm_head_weight[no], lm_head_weight[yes]]).to(dtype)
-        logits = (rows[:, None] * two).sum(2)
-        if bias is not None:
-            logits = logits + torch.stack([bias[no], bias[yes]]).to(dtype)
+        logits = (rows[:, None] * two.to(dtype)).sum(2)
+        if two_bias is not None:
+            logits = logits + two_bias.to(dtype)
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         logits = add_base(logits, base_logit)
         answered = answers.labels != -100
-        signs = torch.where(answers.labels == yes, 1.0, -1.0)
-        losses = F.softplus(-signs * (logits[:, 1] - logits[:, 0]))
+        choices = (answers.labels == self.answer_ids[1]).long().where(answered, -100)
         total = answered.sum().clamp(min=1) if denominator is None else denominator
-        loss = losses.where(answered, 0.0).sum() / total
+        loss = F.cross_entropy(logits, choices, reduction="sum") / total
         return loss, logits.detach().where(answered[:, None], torch.nan)
 
     def _require_answer_ids(self) -> None:

@@ -15,7 +15,7 @@ from rellax._files import atomic_folder, read_json, sha256_file, write_json
 from rellax.errors import InputError, one_line
 from rellax.patch import peft_files
 from rellax.patch.config import CFLoRAConfig, SoftPromptConfig
-from rellax.patch.engine import hf_model, patch_model, unpatch_model
+from rellax.patch.engine import hf_model, patch_model, patched_model, unpatch_model
 from rellax.patch.forward import CausalLM
 from rellax.patch.rules import find_family
 
@@ -37,7 +37,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     Raises:
         InputError: the model is not patched, or its gates are PEFT's to save.
     """
-    inner = _patched(model)
+    inner = patched_model(model)
     if inner.rellax.active_bank() is not inner.rellax.gate_bank:
         raise InputError("model: expected one of patch_model, got one of CFLoraConfig, which PEFT saves")
     state = inner.rellax
@@ -134,13 +134,6 @@ def export_peft(adapter: str | Path, folder: str | Path, *, base_model: str | No
             stacklevel=2,
         )
     peft_files.write(folder, description["config"], lora, base_model)
-
-
-def _patched(model: nn.Module) -> Any:
-    inner = hf_model(model)
-    if not isinstance(inner, CausalLM):
-        raise InputError(f"model: expected a patched model, got an unpatched {type(inner).__name__}")
-    return inner
 
 
 def _describe(model: Any) -> dict[str, Any]:

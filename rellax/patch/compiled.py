@@ -12,8 +12,8 @@ from torch import nn
 
 from rellax.errors import InputError, one_line
 from rellax.patch import quantised
-from rellax.patch.engine import hf_model
-from rellax.patch.forward import CausalLM, Projection
+from rellax.patch.engine import patched_model
+from rellax.patch.forward import Projection
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,9 +33,7 @@ def compile_frozen(model: Model, *, backend: str = "inductor") -> Model:
     Raises:
         InputError: the model is not patched, or this machine has no C++ compiler that a CPU's code needs.
     """
-    inner = hf_model(model)
-    if not isinstance(inner, CausalLM):
-        raise InputError(f"model: expected a patched model, got an unpatched {type(inner).__name__}")
+    inner = patched_model(model)
     if backend == "inductor" and next(inner.parameters()).device.type == "cpu":
         _check_compiler()
     inner.rellax.compiled = _parts(inner)

@@ -86,9 +86,7 @@ def unpatch_model(model: Model) -> Model:
     Raises:
         InputError: the model is not patched, or its modules were changed by something else since.
     """
-    inner = hf_model(model)
-    if not isinstance(inner, CausalLM):
-        raise InputError(f"model: expected a patched model, got an unpatched {type(inner).__name__}")
+    inner = patched_model(model)
     _check_forward(inner)
     ours = (CausalLM, Attention, Projection, quantised.Frozen)
     swapped = [module for module in inner.modules() if isinstance(module, ours)]
@@ -145,6 +143,18 @@ def hf_model(model: Any) -> Any:
         if isinstance(model, PeftModel):
             return model.get_base_model()
     return model
+
+
+def patched_model(model: Any) -> Any:
+    """The patched transformers model inside a PEFT model, or the model itself.
+
+    Raises:
+        InputError: it is not patched.
+    """
+    inner = hf_model(model)
+    if not isinstance(inner, CausalLM):
+        raise InputError(f"model: expected a patched model, got an unpatched {type(inner).__name__}")
+    return inner
 
 
 def _put_in_front(module: nn.Module, mixin: Any) -> None:

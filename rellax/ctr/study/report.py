@@ -75,7 +75,7 @@ def _what(
         "held-out": "all training samples but the language model's shots",
         "shots": "the language model's shots alone",
     }[config.crm_samples]
-    held_out = any(method.crm_samples for method in map(METHODS.get, config.methods) if method is not None)
+    held_out = any(METHODS[name].crm_samples for name in config.methods)
     own = ", what is boosted one that was not trained on the shots" if held_out else ""
     missing = planned - len(finished)
     partial = f" **{missing} of {planned} runs of the grid are not finished yet.**" if missing > 0 else ""

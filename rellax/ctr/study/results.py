@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.parquet as pq
-from scipy.special import logit
+import torch
 from sklearn.linear_model import LogisticRegression
 
 from rellax._files import read_json
 from rellax.ctr import metrics
+from rellax.ctr.batches import log_odds
+from rellax.ctr.evaluate import read_predictions
 from rellax.ctr.methods import METHODS, is_language_model
 from rellax.errors import InputError
 
@@ -42,11 +43,6 @@ class Predictions:
     labels: np.ndarray
     probabilities: np.ndarray
 
-    @classmethod
-    def read(cls, path: Path) -> Predictions:
-        table = pq.read_table(path)
-        return cls(*(table[name].to_numpy() for name in ("sample", "label", "probability")))
-
     def at(self, samples: np.ndarray) -> Predictions:
         """Those of some of the samples, in their order."""
         order = np.argsort(self.samples, kind="stable")
@@ -74,14 +70,14 @@ class Finished:
 
     @classmethod
     def read(cls, out: Path, cell: Cell, test: Scored) -> Finished:
-        found = Predictions.read(out / cell.result)
+        found = Predictions(*read_predictions(out / cell.result))
         known: Predictions | None = None
         validation: float | None = None
         if not is_language_model(cell.method):
             known = found
             validation = read_json(out / cell.name / "metrics.json")["valid"]["auc"]
         elif METHODS[cell.method].stage is not None:
-            known = Predictions.read(out / cell.name / "predictions.parquet")
+            known = Predictions(*read_predictions(out / cell.name / "predictions.parquet"))
             validation = read_json(out / cell.name / "metrics.json")["validation"]["auc"]
         if known is found:
             found = found.at(test.rows)
@@ -121,7 +117,7 @@ def stacked(run: Finished, base: Finished, samples: np.ndarray) -> np.ndarray:
 
 def _features(*probabilities: np.ndarray) -> np.ndarray:
     """Their log-odds, side by side."""
-    return np.stack([logit(np.clip(p.astype(np.float64), 1e-7, 1 - 1e-7)) for p in probabilities], axis=1)
+    return log_odds(torch.from_numpy(np.stack(probabilities, axis=1).astype(np.float64))).numpy()
 
 
 @dataclass(frozen=True)
@@ -170,12 +166,11 @@ class Results:
         self, finished: Sequence[Finished], test: Scored, valid: Callable[[int], np.ndarray]
     ) -> None:
         self.test = test
-        self.runs = finished
-        self.valid = valid
-        groups: dict[tuple[str, int | None, int | None], list[Finished]] = {}
+        self._valid = valid
+        self._runs: dict[tuple[str, int | None, int | None], list[Finished]] = {}
         for run in finished:
-            groups.setdefault((run.cell.method, run.cell.k, run.cell.shots), []).append(run)
-        self.all = {key: self._result(key, runs) for key, runs in groups.items()}
+            self._runs.setdefault((run.cell.method, run.cell.k, run.cell.shots), []).append(run)
+        self.all = {key: self._result(key, runs) for key, runs in self._runs.items()}
 
     def get(self, method: str, k: int | None, shots: int | None) -> Result | None:
         """An untrained model has no shots, and is found for any number of them; a classical one has no K."""
@@ -204,16 +199,12 @@ class Results:
         """
         pairs = [
             (run, other)
-            for other in self._of(base)
-            for run in self._of(result)
+            for other in self._runs[base.method, base.k, base.shots]
+            for run in self._runs[result.method, result.k, result.shots]
             if run.cell.seed in (None, other.cell.seed) and run.known is not None
         ]
-        both = [stacked(run, other, self.valid(other.cell.seed or 0)) for run, other in pairs]
+        both = [stacked(run, other, self._valid(other.cell.seed or 0)) for run, other in pairs]
         return np.array(both), np.array([other.probabilities for _, other in pairs])
-
-    def _of(self, result: Result) -> list[Finished]:
-        key = (result.method, result.k, result.shots)
-        return [run for run in self.runs if (run.cell.method, run.cell.k, run.cell.shots) == key]
 
     def by_history(self, result: Result) -> list[tuple[int, float | None]]:
         """Number of samples and mean AUC in each bin of history lengths."""
