@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -12,6 +13,8 @@ from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM
 from workspace import GATED, Workspace
 
+from rellax._files import read_json
+from rellax.ctr import evaluate as evaluation
 from rellax.ctr.batches import Example
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.evaluate import evaluate, evaluate_share, evaluate_zero_shot, predict_probabilities
@@ -89,8 +92,10 @@ def test_evaluation_needs_the_files_of_training(workspace: Workspace, tmp_path: 
     train(workspace.config(), stage_1, progress=False)
     result = evaluate(stage_1, samples=6, folder=tmp_path / "test", progress=False)
     assert result == evaluate(stage_1, samples=6, folder=tmp_path / "test", progress=False)
+    with pytest.raises(InputError, match="holds a run with samples = 6, expected 5"):
+        evaluate(stage_1, samples=5, folder=tmp_path / "test", progress=False)
     with pytest.raises(InputError, match="holds a run with samples = 6, expected 7"):
-        evaluate(stage_1, samples=7, folder=tmp_path / "test", progress=False)
+        evaluate(stage_1, samples=7, seed=1, folder=tmp_path / "test", progress=False)
     with pytest.raises(InputError, match="n: expected 1 to 12 samples of split 'test', got 99"):
         evaluate(stage_1, samples=99, folder=tmp_path / "none", progress=False)
     assert not (tmp_path / "none").exists()
@@ -101,6 +106,52 @@ def test_evaluation_needs_the_files_of_training(workspace: Workspace, tmp_path: 
     pq.write_table(pq.read_table(path), path, compression="none")
     with pytest.raises(InputError, match="expected the files it was trained with, but one has changed"):
         evaluate(tmp_path / "run", progress=False)
+
+
+def test_a_stopped_evaluation_goes_on_and_a_finished_one_grows(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[int] = []
+
+    def counted(model: object, collator: object, examples: list, **options: object) -> np.ndarray:
+        if len(scored) == stop_after:
+            raise KeyboardInterrupt
+        scored.append(len(examples))
+        return predict_probabilities(model, collator, examples, **options)
+
+    monkeypatch.setattr(evaluation, "predict_probabilities", counted)
+    monkeypatch.setattr(evaluation, "_AT_ONCE", 4)
+    config = workspace.config(prompts="recent", k=2)
+
+    def table(name: str, samples: int | None) -> list[dict]:
+        result = evaluate_zero_shot(config, tmp_path / name, samples=samples, seed=2, progress=False)
+        assert result == read_json(tmp_path / name / "metrics.json")
+        assert not [entry for entry in (tmp_path / name).iterdir() if entry.name.startswith(".")]
+        return pq.read_table(tmp_path / name / "predictions.parquet").to_pylist()
+
+    stop_after = 2
+    with pytest.raises(KeyboardInterrupt):
+        table("stopped", 10)
+    assert [entry.name for entry in (tmp_path / "stopped").iterdir()] == [".part"]
+    stop_after = -1
+    stopped = table("stopped", 10)
+    assert scored == [4, 4, 2]  # the last two alone, then at once
+    assert stopped == table("at-once", 10)
+
+    scored.clear()
+    grown = table("stopped", None)
+    assert scored == [2]  # of 12 that there are
+    assert len(grown) == 12
+    assert [row for row in grown if row in stopped] == stopped
+
+    # What other prompts were given, or another model, is no part of it.
+    stop_after = len(scored) + 1
+    with pytest.raises(KeyboardInterrupt):
+        table("other", 10)
+    stop_after, config = -1, workspace.config(prompts="recent", k=3)
+    scored.clear()
+    assert table("other", 10) == table("other-at-once", 10)
+    assert scored == [4, 4, 2] * 2
 
 
 def test_placeholders_and_items_must_match(workspace: Workspace) -> None:

@@ -147,6 +147,17 @@ def test_stopped_resumed_grown_and_reported(
     with pytest.raises(InputError, match=r"holds a run with batch_size = 4, expected 5"):
         reproduce(dataclasses.replace(config, batch_size=5), tmp_path / "study", progress=False)
 
+    # More test samples: what is trained stays, all is scored on the others; fewer ones are among them.
+    more = dataclasses.replace(config, test_samples=12)
+    trained = {path: path.stat().st_mtime_ns for path in (tmp_path / "study").glob("*/log.jsonl")}
+    plan = reproduce(more, tmp_path / "study", progress=False, only="plan")
+    assert "| Zero-shot LLM, K most recent | 0 | 2 | 1 min |" in plan
+    assert "12 of 32 runs are finished" in plan  # the classical models and the counts of liked ones
+    assert "on the same 12 test samples" in reproduce(more, tmp_path / "study", progress=False)
+    assert "nothing left to run" in reproduce(more, tmp_path / "study", progress=False, only="plan")
+    assert {path: path.stat().st_mtime_ns for path in trained} == trained
+    assert reproduce(config, tmp_path / "study", progress=False) == grown
+
 
 def test_runs_side_by_side(config: StudyConfig, tmp_path: Path) -> None:
     small = dataclasses.replace(config, methods=("rellax",), crms=(), k=(2, 3), seeds=(0,))

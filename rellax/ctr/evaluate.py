@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,12 @@ from rellax.ctr.dataset import Dataset
 from rellax.ctr.llm import resolve_device
 from rellax.ctr.prompts import recent
 from rellax.ctr.retrieval import read_positions
-from rellax.ctr.task import Task, input_hashes, load_inputs
+from rellax.ctr.task import Examples, Task, input_hashes, load_inputs
 from rellax.errors import InputError
 from rellax.patch import answer_logits
+
+_AT_ONCE = 512  # prompts between two saves of an evaluation: whole batches, a minute or two of a CPU
+_PART = ".part"
 
 
 @torch.inference_mode()
@@ -40,9 +45,9 @@ def predict_probabilities(
 
     The model runs on the device it is on, in evaluation mode, and is left in that mode. Which prompts share
     a batch, and so how they are padded, changes a probability by rounding alone; None is 16 prompts, on a GPU
-    64. Of several processes each
-    runs as many batches of its `share` (process, processes), the same as one process would, and has 0 for
-    all others: the sum is whole. `done` is told of each batch how many prompts it had.
+    64. Of several processes each runs as many batches of its `share` (process, processes), the same as one
+    process would, and has 0 for all others: the sum is whole. `done` is told of each batch how many prompts
+    it had.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -78,12 +83,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score a finished training run on a split and return the metrics.
 
+    A stopped evaluation goes on from the last 512 prompts that it scored.
+
     Args:
         run: folder of `rellax train`.
         samples: random samples of the split, chosen by `seed`; None takes all.
         folder: gets config.json, environment.json, metrics.json and predictions.parquet (sample, label,
             probability); None is a folder named after the split in `run`. Where it holds this very result
-            already, that is only read.
+            already, that is only read; where it holds that of fewer samples, only the others are scored.
 
     Returns:
         What `metrics.evaluate` does, and `split`. Predictions and metrics are uncalibrated; where the run has
@@ -214,14 +221,14 @@ def _evaluate(
         "samples": samples,
         "seed": seed,
     }
-    if runs.is_claimed(folder, request):
+    if not _is_part(folder, request) and runs.is_claimed(folder, request):
         return read_json(folder / "metrics.json")
     where = resolve_device(device)
     inputs = load_inputs(config)
     chosen = inputs.dataset.choose(split, samples, seed)
     task = Task(config, inputs, adapter, device=where)
     examples = task.examples(chosen, config.evaluation_prompts)
-    probabilities = predict_probabilities(task.model, task.collator, examples, progress=progress)
+    probabilities = _score(task, examples, folder, request, progress)
     labels, users = inputs.dataset.samples.label[chosen], inputs.dataset.samples.user[chosen]
     result = {"split": split} | metrics.evaluate(labels, probabilities, users, seed=seed)
     with atomic_folder(folder) as part:
@@ -230,6 +237,56 @@ def _evaluate(
         write_json(part / "environment.json", runs.environment())
         write_json(part / "config.json", request)
     return result
+
+
+def _is_part(folder: Path, request: dict[str, Any]) -> bool:
+    """Whether a folder holds the result of fewer of the samples that are asked for."""
+    if not (folder / "config.json").exists():
+        return False
+    found = read_json(folder / "config.json")
+    fewer = found.get("samples") is not None and found["samples"] < (request["samples"] or math.inf)
+    return fewer and _same_predictions(found, request) and found["seed"] == request["seed"]
+
+
+def _same_predictions(found: dict[str, Any], request: dict[str, Any]) -> bool:
+    """Whether two requests give a sample that both have the same probability."""
+    names = ("run", "adapter", "inputs", "split")
+    return all(found.get(name) == json.loads(json.dumps(request[name])) for name in names)
+
+
+def _score(
+    task: Task, examples: Examples, folder: Path, request: dict[str, Any], progress: bool
+) -> np.ndarray:
+    """P(Yes) of each prompt, (n,), without those that `folder` has from a smaller or a stopped evaluation.
+
+    What has been scored is kept in a hidden folder there, which goes when the result takes its place.
+    """
+    samples, probabilities = examples.samples, np.zeros(len(examples))
+    is_known = np.zeros(len(examples), bool)
+    for earlier in (folder, folder / _PART):
+        path = earlier / "config.json"
+        if path.exists() and _same_predictions(read_json(path), request):
+            found, _, known = read_predictions(earlier / "predictions.parquet")
+            _, rows, of = np.intersect1d(samples, found, assume_unique=True, return_indices=True)
+            probabilities[rows], is_known[rows] = known[of], True
+    left = np.flatnonzero(~is_known)
+    left = left[np.argsort(-examples.lengths(left), kind="stable")]
+    with tqdm(total=len(left), desc="score", unit="prompt", disable=not progress) as bar:
+        for start in range(0, len(left), _AT_ONCE):
+            rows = left[start : start + _AT_ONCE]
+            probabilities[rows] = predict_probabilities(
+                task.model, task.collator, [examples[row] for row in rows], done=bar.update
+            )
+            is_known[rows] = True
+            if not is_known.all():
+                labels = task.inputs.dataset.samples.label[samples]
+                with atomic_folder(folder / _PART) as part:
+                    write_predictions(
+                        part / "predictions.parquet",
+                        *(values[is_known] for values in (samples, labels, probabilities)),
+                    )
+                    write_json(part / "config.json", request)
+    return probabilities
 
 
 def _with_calibration(result: dict[str, Any], folder: Path, temperature: float, seed: int) -> dict[str, Any]:

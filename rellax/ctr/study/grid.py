@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import asdict, dataclass
@@ -31,7 +32,8 @@ from rellax.errors import InputError
 logger = logging.getLogger(__name__)
 
 _TEST_SEED = 0  # whatever the seeds of the grid: all runs are scored on the same samples
-_FREE = ("methods", "crms", "k", "shots", "seeds", "micro_batch_size")  # axes, and what only rounds otherwise
+# Axes, what can grow, and what only rounds otherwise: none of them makes it another study.
+_FREE = ("methods", "crms", "k", "shots", "seeds", "test_samples", "micro_batch_size")
 _RETRIEVED = 30  # at least, so that a larger K can be added later
 # What is assumed before anything has been run: training a prompt takes three times its forward pass, ...
 _TRAIN_COST = 3.0
@@ -99,7 +101,8 @@ def reproduce(
     """Run the grid, what is finished in `out` apart, and return the report as Markdown.
 
     `out` gets a folder for each run, and report.md, results.csv and figures of all finished runs of the grid.
-    A larger grid of the same settings goes on in the same folder.
+    A larger grid of the same settings goes on in the same folder; so does one with more test samples, on
+    which finished runs are scored as well.
 
     Args:
         only: "plan" prepares the data, measures this machine and returns how long the grid would take;
@@ -219,12 +222,12 @@ class _Study:
         """How much of the grid is done, and how long the rest will take, by method."""
         left = [cell for cell in self.cells if not self._is_finished(cell)]
         rate = self._correction() / self.jobs
-        seconds = sum(map(self._seconds, left)) * rate
+        seconds = sum(map(self._seconds_left, left)) * rate
         lines = ["| runs | finished | of | time left |", "|---|---|---|---|"]
         for method in dict.fromkeys(cell.method for cell in self.cells):
             of = [cell for cell in self.cells if cell.method == method]
             todo = [cell for cell in of if not self._is_finished(cell)]
-            time = duration(sum(map(self._seconds, todo)) * rate) if todo else "-"
+            time = duration(sum(map(self._seconds_left, todo)) * rate) if todo else "-"
             title = METHODS[method].title if method in METHODS else method
             lines.append(f"| {title} | {len(of) - len(todo)} | {len(of)} | {time} |")
         done = len(self.cells) - len(left)
@@ -240,7 +243,7 @@ class _Study:
         steps = [
             Step(
                 cell.title,
-                self._seconds(cell) * correction,
+                self._seconds_left(cell) * correction,
                 partial(_run, self.config, lab, cell),
                 [start.title for start in starts(self.config, cell)],
             )
@@ -266,10 +269,22 @@ class _Study:
                 yield Finished.read(self.out, cell, test)
 
     def _is_finished(self, cell: Cell) -> bool:
-        return (self.out / cell.result).exists()
+        if not is_language_model(cell.method):
+            return (self.out / cell.result).exists()
+        return self._scored(cell) >= (self.config.test_samples or math.inf)
 
-    def _seconds(self, cell: Cell) -> float:
-        """What a run is thought to take."""
+    def _scored(self, cell: Cell) -> float:
+        """On how many test samples a language model has been scored: infinity is on all."""
+        path = self.out / cell.name / "test" / "config.json"
+        return (read_json(path)["samples"] or math.inf) if path.exists() else 0
+
+    def _seconds_left(self, cell: Cell) -> float:
+        """What is left of a run is thought to take so long."""
+        trained = is_language_model(cell.method) and (self.out / cell.name / "metrics.json").exists()
+        return self._seconds(cell, trained=trained, scored=self._scored(cell))
+
+    def _seconds(self, cell: Cell, *, trained: bool = False, scored: float = 0) -> float:
+        """What a run is thought to take; a language model may have been trained and scored in part."""
         config, train = self.config, len(self.dataset.indices("train"))
         if cell.method not in METHODS:
             shots = train - (cell.hold_out or 0) if cell.shots is None else cell.shots
@@ -278,8 +293,8 @@ class _Study:
         method = METHODS[cell.method]
         if not method.is_model:
             return 1.0
-        prompts = float(self._count("test", config.test_samples))
-        if method.stage is not None:
+        prompts = max(0.0, self._count("test", config.test_samples) - scored)
+        if method.stage is not None and not trained:
             epochs = config.epochs if method.stage == "1" else config.epochs2
             seen = (cell.shots or 0) * (2 if method.prompts == "mixture" else 1)
             validation = self._count("valid", config.validation_samples)

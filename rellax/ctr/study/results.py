@@ -44,9 +44,10 @@ class Predictions:
     probabilities: np.ndarray
 
     def at(self, samples: np.ndarray) -> Predictions:
-        """Those of some of the samples, in their order."""
+        """Those of some of the samples, in their order; others stand in for what there is not."""
         order = np.argsort(self.samples, kind="stable")
-        rows = order[np.searchsorted(self.samples, samples, sorter=order)]
+        places = np.searchsorted(self.samples, samples, sorter=order)
+        rows = order[np.minimum(places, len(order) - 1)]
         return Predictions(self.samples[rows], self.labels[rows], self.probabilities[rows])
 
 
@@ -79,14 +80,13 @@ class Finished:
         elif METHODS[cell.method].stage is not None:
             known = Predictions(*read_predictions(out / cell.name / "predictions.parquet"))
             validation = read_json(out / cell.name / "metrics.json")["validation"]["auc"]
-        if known is found:
-            found = found.at(test.rows)
-        if not np.array_equal(found.samples, test.rows):
+        tested = found.at(test.rows)
+        if not np.array_equal(tested.samples, test.rows):
             raise InputError(
                 f"{out / cell.result}: expected predictions of the study's {len(test.rows)} test samples, "
                 f"found others ({len(found.samples)})"
             )
-        return cls.of(cell, found.probabilities, validation, test, known)
+        return cls.of(cell, tested.probabilities, validation, test, known)
 
     @classmethod
     def of(
