@@ -163,24 +163,48 @@ def test_placeholders_and_items_must_match(workspace: Workspace) -> None:
         predict_probabilities(task.model, task.collator, [short])
 
 
-@pytest.mark.parametrize("kind", ["recent", "retrieved"])
+def test_retrieved_prompts_with_recent_behaviours(workspace: Workspace) -> None:
+    config = workspace.config(recent_share=0.7)
+    inputs = load_inputs(config)
+    task, dataset = Task(config, inputs), inputs.dataset
+    chosen = dataset.indices("test")
+    recent, retrieved = task.examples(chosen, "mixture")[:2], task.examples(chosen, "retrieved")
+    differ = 0
+    for sample, example in zip(chosen, retrieved, strict=True):
+        end = int(dataset.samples.position[sample])
+        nearest = [int(position) for position in inputs.retrieved[sample] if 0 <= position < end - 2]
+        positions = [end - 1, end - 2, *nearest[:1]]  # 0.7 of 3
+        assert example.input_ids == task.prompts.build(int(sample), positions).input_ids
+        differ += nearest[:1] != [end - 3]
+    assert differ  # some are not the last three
+    assert recent[0].input_ids == task.examples(chosen[:1], "recent")[0].input_ids
+    assert recent[1].input_ids == retrieved[0].input_ids
+    lengths = [len(example.input_ids) for example in retrieved]
+    assert retrieved.lengths(np.arange(len(chosen))).tolist() == lengths
+
+
+@pytest.mark.parametrize("kind", ["recent", "retrieved", "both"])
 def test_the_share_of_liked_behaviours(workspace: Workspace, tmp_path: Path, kind: str) -> None:
     dataset = Dataset.load(workspace.data)
     dataset.meta["unrated"] = 1.0  # what such a rating says does not count
-    retrieved = workspace.retrieved if kind == "retrieved" else None
-    result = evaluate_share(dataset, tmp_path / "share", k=3, retrieved=retrieved)
+    retrieved = None if kind == "recent" else workspace.retrieved
+    options = {"retrieved": retrieved, "recent_behaviours": 1 if kind == "both" else 0}
+    result = evaluate_share(dataset, tmp_path / "share", k=3, **options)
     table = pq.read_table(tmp_path / "share" / "predictions.parquet")
     assert table["label"].to_numpy().tolist() == dataset.samples.label.tolist()
     assert table["sample"].to_numpy().tolist() == list(range(len(dataset.samples)))
     found, positions = table["probability"].to_numpy(), read_positions(workspace.retrieved, dataset, 3)
     for sample in range(0, len(found), 7):
         ratings = dataset.behaviour_ratings[dataset.history(sample)]
-        shown = ratings[-3:] if kind == "recent" else ratings[[p for p in positions[sample] if p >= 0]]
+        last, near = len(ratings) - 1, [p for p in positions[sample] if p >= 0]
+        if kind == "both":
+            near = [last, *(p for p in near if p != last)][:3] if len(ratings) else []
+        shown = ratings[-3:] if kind == "recent" else ratings[near]
         shown = shown[shown != 1.0]
         expected = ((shown > dataset.meta["positive_above"]).sum() + 1) / (len(shown) + 2)
         assert found[sample] == pytest.approx(expected)
     test = dataset.indices("test")
     assert result["test"]["auc"] == pytest.approx(roc_auc_score(dataset.samples.label[test], found[test]))
-    assert evaluate_share(dataset, tmp_path / "share", k=3, retrieved=retrieved) == result
+    assert evaluate_share(dataset, tmp_path / "share", k=3, **options) == result
     with pytest.raises(InputError, match="holds a run with k = 3, expected 2"):
-        evaluate_share(dataset, tmp_path / "share", k=2, retrieved=retrieved)
+        evaluate_share(dataset, tmp_path / "share", k=2, **options)

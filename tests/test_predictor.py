@@ -30,7 +30,8 @@ ROUNDING = 2e-6  # of fp32, where other rows share the batch
 @pytest.fixture(scope="module")
 def run(workspace: Workspace) -> Path:
     folder = workspace.root / "served"
-    train(workspace.config(stage="joint", epochs=1, **GATED, crm_logit=True), folder, progress=False)
+    config = workspace.config(stage="joint", epochs=1, **GATED, crm_logit=True, recent_share=0.4)
+    train(config, folder, progress=False)
     return folder
 
 

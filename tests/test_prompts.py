@@ -254,6 +254,23 @@ def test_the_targets_own_rating_never_shows(dataset: Dataset) -> None:
             prompts.build(SAMPLE, [0, wrong])
 
 
+def test_the_most_recent_behaviours_and_the_nearest_others() -> None:
+    position = np.array([9, 9, 5, 2, 1, 0], dtype=np.int32)
+    nearest = np.array(
+        [[0, 7, 3, 5], [8, 7, 6, 2], [4, 0, 3, 1], [1, 0, -1, -1], [0, -1, -1, -1], [-1] * 4], dtype=np.int32
+    )
+    found = prompts_module.with_recent(nearest, position, 2)
+    assert found.tolist() == [
+        [8, 7, 0, 3],
+        [8, 7, 6, 2],
+        [4, 3, 0, 1],
+        [1, 0, -1, -1],
+        [0, -1, -1, -1],
+        [-1] * 4,
+    ]
+    assert prompts_module.with_recent(nearest, position, 0).tolist() == nearest.tolist()
+
+
 def test_recent() -> None:
     found = prompts_module.recent(np.array([9, 2, 0], dtype=np.int32), 3)
     assert found.tolist() == [[8, 7, 6], [1, 0, -1], [-1, -1, -1]]

@@ -41,6 +41,7 @@ def config(workspace: Workspace) -> StudyConfig:
         ),
         crms=("DIN", "DeepFM"),
         crm="DIN",
+        recent_share=0.5,
         k=(2, 3),
         shots=(6,),
         seeds=(0, 1),
@@ -93,9 +94,10 @@ def test_retrieval_by_the_classical_model_too(config: StudyConfig, tmp_path: Pat
         ({"crms": ("GRU",)}, "crms: expected some of DIN, .*, got 'GRU'"),
         ({"k": (5, 5)}, "k: expected distinct numbers of at least 1, got 5, 5"),
         ({"shots": ()}, "shots: expected distinct numbers of at least 1, got none"),
+        ({"recent_share": -0.1}, r"recent_share: expected a fraction in \[0, 1\), got -0.1"),
         ({"crm_samples": "some"}, "crm_samples: expected one of all, held-out, shots, got 'some'"),
     ],
-    ids=["similarity", "methods", "crms", "k", "shots", "crm_samples"],
+    ids=["similarity", "methods", "crms", "k", "shots", "recent_share", "crm_samples"],
 )
 def test_bad_config(options: dict, words: str) -> None:
     with pytest.raises(InputError, match=words):
@@ -138,6 +140,14 @@ def test_stopped_resumed_grown_and_reported(
     assert "19 of 32 runs are finished" in reproduce(config, tmp_path / "study", progress=False, only="plan")
     grown = reproduce(config, tmp_path / "study", progress=False)
     assert " ± " in grown
+    assert "Of K retrieved behaviours 50% are the most recent ones." in grown
+    records = {
+        cell.name: read_json(tmp_path / "study" / cell.name / "config.json") for cell in cells(config)[-9:]
+    }
+    assert [records[f"{name}-k3-n6-s1"].get("recent_share") for name in ("lora-recent", "rella")] == [
+        None,
+        0.5,
+    ]
     with (tmp_path / "study" / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 30

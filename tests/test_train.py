@@ -629,6 +629,11 @@ def test_mixture_has_each_sample_with_either_history(workspace: Workspace) -> No
             {"stage": "joint", **GATED, "crm_logit": True, "loss": "vocab"},
             "loss: expected 'choice' with crm_",
         ),
+        ({"recent_share": 1.0}, r"recent_share: expected a fraction in \[0, 1\), got 1.0"),
+        (
+            {"recent_share": 0.5, "prompts": "recent"},
+            "recent_share: expected 0 with prompts='recent', got 0.5",
+        ),
         ({"warmup": 1.0}, r"warmup: expected a fraction in \[0, 1\), got 1.0"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),

@@ -20,7 +20,7 @@ INTERACTIONS = ("none", "diagonal", "full")
 CRM_SAMPLES = ("all", "held-out", "shots")
 SIMILARITIES = ("text", "text+crm")
 LEARNING_RATES = {"1": 1e-3, "2": 3e-4, "joint": 1e-3}
-_LATER = {"crm_logit", "compile"}  # fields of `TrainConfig` that early runs have not recorded
+_LATER = {"crm_logit", "compile", "recent_share"}  # fields of `TrainConfig` that early runs have not recorded
 CHOICES = {  # what fields of `TrainConfig` may be
     "stage": STAGES,
     "prompts": PROMPTS,
@@ -57,6 +57,8 @@ class TrainConfig:
     Prompts:
         prompts: "recent" (the K last behaviours), "retrieved" (the K nearest to the target) or "mixture"
             (trained on each sample once with either, evaluated on retrieved prompts).
+        recent_share: of a retrieved prompt's K behaviours so many are the most recent ones, rounded down; the
+            others are the nearest of the rest.
         k, max_tokens: behaviours and tokens in a prompt, at most.
         shots: random samples of the training split; None takes all.
 
@@ -100,6 +102,7 @@ class TrainConfig:
     target_modules: tuple[str, ...] = ("q_proj", "v_proj")
 
     prompts: str = "mixture"
+    recent_share: float = 0.0
     k: int = 10
     max_tokens: int = 1024
     shots: int | None = None
@@ -132,6 +135,8 @@ class TrainConfig:
             raise InputError(
                 f"retrieved: prompts={self.prompts!r} needs the folder of `rellax retrieve`, got None"
             )
+        if self.recent_share and self.prompts == "recent":
+            raise InputError(f"recent_share: expected 0 with prompts='recent', got {self.recent_share!r}")
         if self.uses_crm and self.crm is None:
             raise InputError(
                 "crm: gates, soft prompts and crm_logit need the folder of `rellax crm`, got None"
@@ -150,6 +155,11 @@ class TrainConfig:
     @property
     def _is_conditional(self) -> bool:
         return self.soft_prompt or self.interaction != "none"
+
+    @property
+    def recent_behaviours(self) -> int:
+        """How many of a retrieved prompt's K behaviours are the most recent ones."""
+        return recent_behaviours(self.recent_share, self.k)
 
     @property
     def evaluation_prompts(self) -> str:
@@ -171,7 +181,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise InputError(f"{name}: expected a positive number or None, got {value!r}")
-        for name in ("warmup", "dropout"):
+        for name in ("warmup", "dropout", "recent_share"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise InputError(f"{name}: expected a fraction in [0, 1), got {getattr(self, name)!r}")
         if self.weight_decay < 0:
@@ -213,6 +223,7 @@ class Comparison:
         epochs2, lr2: of stage 2. The published rate, 3e-4, is for some thousand steps; for the few of these
             sizes 5e-3 was the first tried (AUC 0.78 on 300 validation samples), no other was compared.
         crm_epochs: of the classical models, at most.
+        recent_share: of retrieved prompts, see `TrainConfig`.
     """
 
     model: str | None = None
@@ -226,6 +237,7 @@ class Comparison:
     epochs2: int = 1
     lr2: float = 5e-3
     crm_epochs: int = 10
+    recent_share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -292,6 +304,8 @@ class StudyConfig(Comparison):
         for name, known in (("crm_samples", CRM_SAMPLES), ("similarity", SIMILARITIES)):
             if getattr(self, name) not in known:
                 raise InputError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if not 0.0 <= self.recent_share < 1.0:
+            raise InputError(f"recent_share: expected a fraction in [0, 1), got {self.recent_share!r}")
         for name, least in (("k", 1), ("shots", 1), ("seeds", 0)):
             values = getattr(self, name)
             if not values or min(values) < least or len(set(values)) != len(values):
@@ -299,6 +313,11 @@ class StudyConfig(Comparison):
                     f"{name}: expected distinct numbers of at least {least}, got "
                     f"{', '.join(map(str, values)) or 'none'}"
                 )
+
+
+def recent_behaviours(share: float, k: int) -> int:
+    """How many of the `k` behaviours of a retrieved prompt are the most recent ones."""
+    return int(share * k)
 
 
 def read_config(run: str | Path) -> TrainConfig:

@@ -20,7 +20,7 @@ from rellax.ctr.batches import Collator, Example, on_device, scoring_batches
 from rellax.ctr.config import TrainConfig, read_config
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.llm import resolve_device
-from rellax.ctr.prompts import recent
+from rellax.ctr.prompts import recent, with_recent
 from rellax.ctr.retrieval import read_positions
 from rellax.ctr.task import Examples, Task, input_hashes, load_inputs
 from rellax.errors import InputError
@@ -138,7 +138,13 @@ def evaluate_zero_shot(
 
 
 def evaluate_share(
-    dataset: Dataset, folder: str | Path, *, k: int, retrieved: str | Path | None = None, seed: int = 0
+    dataset: Dataset,
+    folder: str | Path,
+    *,
+    k: int,
+    retrieved: str | Path | None = None,
+    recent_behaviours: int = 0,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Score all samples without a model: by how many of K behaviours were liked.
 
@@ -149,6 +155,7 @@ def evaluate_share(
         folder: gets config.json, environment.json, metrics.json and predictions.parquet (all samples), as
             those of `train_crm`.
         retrieved: folder of `rellax retrieve`; None takes the K most recent behaviours.
+        recent_behaviours: how many of the retrieved ones make room for the most recent ones.
 
     Returns:
         The contents of metrics.json: `metrics.evaluate` for `valid` and `test`.
@@ -160,11 +167,13 @@ def evaluate_share(
         "data": str(dataset.folder),
         "retrieved": None if retrieved is None else str(retrieved),
         "k": k,
-    }
+    } | ({"recent_behaviours": recent_behaviours} if recent_behaviours else {})
     if runs.is_claimed(folder, request):
         return read_json(Path(folder) / "metrics.json")
     samples, meta = dataset.samples, dataset.meta
     shown = recent(samples.position, k) if retrieved is None else read_positions(retrieved, dataset, k)
+    if recent_behaviours:
+        shown = with_recent(shown, samples.position, recent_behaviours)
     rows = dataset.offsets[samples.user][:, None] + np.maximum(shown, 0)
     ratings = dataset.behaviour_ratings[rows]
     rated = (shown >= 0) & (ratings != meta["unrated"])

@@ -16,7 +16,7 @@ import torch
 
 from rellax._files import read_json, write_json
 from rellax.ctr import assets, runs
-from rellax.ctr.config import Comparison, TrainConfig
+from rellax.ctr.config import Comparison, TrainConfig, recent_behaviours
 from rellax.ctr.crm import CRMConfig, train_crm
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.embedding import embed
@@ -190,7 +190,9 @@ class Lab:
     def share(self, name: str, method: str, k: int) -> None:
         """Score all samples by the share of liked behaviours, in the folder `name`."""
         retrieved = self._path("retrieved") if METHODS[method].prompts == "retrieved" else None
-        evaluate_share(Dataset.load(self.data), self.out / name, k=k, retrieved=retrieved)
+        count = recent_behaviours(self.config.recent_share, k) if retrieved is not None else 0
+        dataset = Dataset.load(self.data)
+        evaluate_share(dataset, self.out / name, k=k, retrieved=retrieved, recent_behaviours=count)
 
     def zero_shot(self, name: str, method: str, k: int) -> None:
         """Score the untrained model on the test samples; the folder `name`/test gets the result."""
@@ -218,6 +220,8 @@ class Lab:
 
     def _train_config(self, **options: Any) -> TrainConfig:
         assert self.model is not None, "the first step sets it"
+        if options["prompts"] != "recent":
+            options["recent_share"] = self.config.recent_share
         return TrainConfig(
             data=str(self.data),
             model=self.model,

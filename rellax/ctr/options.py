@@ -34,6 +34,7 @@ TRAIN_HELP = {
     "soft_prompt": "soft prompts after each behaviour and after the target",
     "crm_logit": "begin from the classical model's log-odds and learn what they lack",
     "prompts": "the K most recent behaviours, the K retrieved ones, or each sample once with either",
+    "recent_share": "of a retrieved prompt's K behaviours so many are the most recent ones",
     "k": "behaviours in a prompt",
     "max_tokens": "tokens in a prompt, at most",
     "shots": "random training samples (default: all)",
@@ -61,7 +62,7 @@ TRAIN_HELP = {
     "quantize": "of the frozen linear layers; int8, nf4, fp4: bitsandbytes, the others: torchao",
     "seed": "of samples, their order, initial values and dropout",
 }
-PROMPT_FIELDS = ("prompts", "k", "max_tokens", "packing", "dtype", "quantize")
+PROMPT_FIELDS = ("prompts", "recent_share", "k", "max_tokens", "packing", "dtype", "quantize")
 DEMO_HELP = {
     "shots": "training samples",
     "k": "behaviours in a prompt",
@@ -74,6 +75,7 @@ DEMO_HELP = {
     "epochs2": "of stage 2",
     "lr2": "of stage 2",
     "crm_epochs": "of the classical models, at most",
+    "recent_share": "of a retrieved prompt's K behaviours so many are the most recent ones",
     "few_shot_crm": "gates and soft prompts from the DIN trained on the same shots",
     "model": "folder or hub name of another language model (default: SmolLM2-135M-Instruct)",
     "raw": "folder with MovieLens-100K (default: fetched)",

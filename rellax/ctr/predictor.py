@@ -192,6 +192,7 @@ class Predictor:
             Inputs(data, retrieved),
             np.arange(len(requests)),
             np.full(len(requests), retrieved is not None),
+            self._task.config.recent_behaviours,
         )
         prompts = [_or_error(examples.__getitem__, row) for row in range(len(requests))]
         return prompts, collator

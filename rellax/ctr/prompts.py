@@ -95,6 +95,18 @@ def recent(position: np.ndarray, k: int) -> np.ndarray:
     return np.maximum(position[:, None] - 1 - np.arange(k), -1)
 
 
+def with_recent(nearest: np.ndarray, position: np.ndarray, count: int) -> np.ndarray:
+    """The `count` most recent behaviours, then the nearest of the others: (n, k), then -1.
+
+    Args:
+        nearest: (n, k) positions by falling similarity, then -1.
+        position: (n,) how many behaviours are before each target.
+    """
+    others = np.where(nearest < position[:, None] - count, nearest, -1)
+    others = np.take_along_axis(others, np.argsort(others < 0, axis=1, kind="stable"), axis=1)
+    return np.concatenate([recent(position, count), others], axis=1)[:, : nearest.shape[1]]
+
+
 def add_placeholder(tokenizer: PreTrainedTokenizerBase) -> int:
     """Add the placeholder token to the tokenizer; its id may lie beyond the model's vocabulary."""
     tokenizer.add_tokens([AddedToken(PLACEHOLDER, special=True)])

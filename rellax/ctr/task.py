@@ -18,7 +18,7 @@ from rellax.ctr.batches import Collator, Example
 from rellax.ctr.config import TrainConfig
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.llm import checkpoint_activations, load_model, load_tokenizer
-from rellax.ctr.prompts import PromptBuilder, add_placeholder, answer_ids, recent
+from rellax.ctr.prompts import PromptBuilder, add_placeholder, answer_ids, recent, with_recent
 from rellax.ctr.retrieval import read_positions
 from rellax.errors import InputError
 from rellax.patch import (
@@ -104,12 +104,14 @@ class Examples(Sequence[Example]):
     Attributes:
         samples: (n,) sample of each prompt.
         is_retrieved: (n,) whether it shows the retrieved behaviours, or the most recent ones.
+        recent: how many of the retrieved behaviours make room for the most recent ones.
     """
 
     prompts: PromptBuilder
     inputs: Inputs
     samples: np.ndarray
     is_retrieved: np.ndarray
+    recent: int = 0
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -141,10 +143,12 @@ class Examples(Sequence[Example]):
 
     def _positions(self, samples: np.ndarray, is_retrieved: bool) -> np.ndarray:
         """(n, k) positions in the samples' histories, the most important first, then -1."""
+        position = self.inputs.dataset.samples.position[samples]
         if not is_retrieved:
-            return recent(self.inputs.dataset.samples.position[samples], self.prompts.k)
+            return recent(position, self.prompts.k)
         assert self.inputs.retrieved is not None, "TrainConfig asks for the folder with these prompts"
-        return self.inputs.retrieved[samples]
+        nearest = self.inputs.retrieved[samples]
+        return with_recent(nearest, position, self.recent) if self.recent else nearest
 
 
 class Task:
@@ -197,11 +201,12 @@ class Task:
 
     def examples(self, samples: Sequence[int] | np.ndarray, prompts: str) -> Examples:
         """The prompts of `samples`: "recent", "retrieved", or a "mixture" of one of each."""
-        chosen = np.asarray(samples, dtype=np.int32)
+        chosen, count = np.asarray(samples, dtype=np.int32), self.config.recent_behaviours
         if prompts == "mixture":
             is_retrieved = np.tile([False, True], len(chosen))
-            return Examples(self.prompts, self.inputs, np.repeat(chosen, 2), is_retrieved)
-        return Examples(self.prompts, self.inputs, chosen, np.full(len(chosen), prompts == "retrieved"))
+            return Examples(self.prompts, self.inputs, np.repeat(chosen, 2), is_retrieved, count)
+        is_retrieved = np.full(len(chosen), prompts == "retrieved")
+        return Examples(self.prompts, self.inputs, chosen, is_retrieved, count)
 
     def _patched(self, model: Any, placeholder: int | None) -> Any:
         config, embeddings = self.config, self.collator.instance_embeddings

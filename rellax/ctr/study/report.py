@@ -16,10 +16,10 @@ from sklearn.metrics import roc_auc_score
 from rellax import subr
 from rellax._files import atomic_file, read_json
 from rellax.ctr import metrics
-from rellax.ctr.config import StudyConfig
+from rellax.ctr.config import StudyConfig, recent_behaviours
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.methods import METHODS
-from rellax.ctr.prompts import recent
+from rellax.ctr.prompts import recent, with_recent
 from rellax.ctr.retrieval import read_positions
 from rellax.ctr.runs import machine
 from rellax.ctr.study.results import HISTORY_BINS, METRICS, Finished, Result, Results, Scored
@@ -77,14 +77,16 @@ def _what(
     }[config.crm_samples]
     held_out = any(METHODS[name].crm_samples for name in config.methods)
     own = ", what is boosted one that was not trained on the shots" if held_out else ""
+    share = config.recent_share
+    blend = f" Of K retrieved behaviours {share:.0%} are the most recent ones." if share else ""
     missing = planned - len(finished)
     partial = f" **{missing} of {planned} runs of the grid are not finished yet.**" if missing > 0 else ""
     return (
         f"# {meta['name']}: methods, K, shots and seeds on the same {len(test.rows):,} test samples\n\n"
         f"{counts['users']:,} users, {counts['items']:,} items, {counts['samples']:,} samples. {model}. "
-        f"Gates and soft prompts read a {config.crm} that was trained on {reads}{own}. Steps, K and the best "
-        "classical model are chosen on validation samples. ±: standard deviation over seeds; without it, one "
-        f"run.{partial}"
+        f"Gates and soft prompts read a {config.crm} that was trained on {reads}{own}.{blend} Steps, K and "
+        "the best classical model are chosen on validation samples. ±: standard deviation over seeds; without "
+        f"it, one run.{partial}"
     )
 
 
@@ -294,8 +296,11 @@ def _heterogeneity(out: Path, config: StudyConfig, dataset: Dataset, test: Score
     for title, positions in (("recent", latest), ("retrieved", nearest)):
         within, apart = [], []
         for k in ks:
-            there = positions[:, :k] >= 0
-            items = dataset.behaviour_items[np.where(there, start[:, None] + positions[:, :k], 0)]
+            shown = positions[:, :k]
+            if positions is nearest:
+                shown = with_recent(shown, test.histories, recent_behaviours(config.recent_share, k))
+            there = shown >= 0
+            items = dataset.behaviour_items[np.where(there, start[:, None] + shown, 0)]
             rows = embeddings[items] * there[..., None]
             count = there.sum(axis=1)
             total = rows.sum(axis=1)
