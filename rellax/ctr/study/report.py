@@ -85,8 +85,8 @@ def _what(
         f"# {meta['name']}: methods, K, shots and seeds on the same {len(test.rows):,} test samples\n\n"
         f"{counts['users']:,} users, {counts['items']:,} items, {counts['samples']:,} samples. {model}. "
         f"Gates and soft prompts read a {config.crm} that was trained on {reads}{own}.{blend} Steps, K and "
-        "the best classical model are chosen on validation samples. ±: standard deviation over seeds; without "
-        f"it, one run.{partial}"
+        "the best classical model are chosen on validation samples. ±: standard deviation over seeds; "
+        f"without it, one run.{partial}"
     )
 
 
