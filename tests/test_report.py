@@ -51,7 +51,7 @@ def work(workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path
     pq.write_table(items, work / "data" / "items.parquet")
     own = {name: str(work / name) for name in ("data", "crm", "retrieved")}
     config = workspace.config(**own, epochs=1)
-    gated = dataclasses.replace(config, stage="joint", lr=0.05, **GATED)
+    gated = dataclasses.replace(config, stage="joint", lr=0.05, crm_logit=True, recent_share=0.4, **GATED)
     train(gated, work / GATED_RUN, device="cpu", progress=False)
     train(dataclasses.replace(config, crm=None), work / "rella", device="cpu", progress=False)
     evaluate(work / GATED_RUN, samples=SAMPLES, device="cpu", progress=False)
@@ -70,6 +70,14 @@ def page(work: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def material(work: Path) -> Material:
     return gather(work, [GATED_RUN, "zero", "crm"], split="test", baseline="zero", seed=0)
+
+
+def test_it_says_what_a_run_is(material: Material) -> None:
+    first, zero, crm = (run.what for run in material.runs)
+    expected = "CFLoRA + SPA, boosted from crm, 3 retrieved behaviours, 40% of them the most recent, mixture"
+    assert first == f"{expected}, 10 shots"
+    assert zero.endswith(" untrained, 3 recent behaviours")
+    assert crm == "DIN, all training samples"
 
 
 class Page(HTMLParser):

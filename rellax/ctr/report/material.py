@@ -233,6 +233,8 @@ def _what(kind: str, config: dict[str, Any]) -> str:
         return f"{config.get('model', 'classical model')}, {shots}"
     prompts = config["prompts"]
     shown = f"{config['k']} {'retrieved' if prompts == 'mixture' else prompts} behaviours"
+    if config.get("recent_share"):
+        shown += f", {config['recent_share']:.0%} of them the most recent"
     model = Path(config["model"]).name
     if kind == "zero-shot":
         return f"{model} untrained, {shown}"
@@ -240,5 +242,6 @@ def _what(kind: str, config: dict[str, Any]) -> str:
     parts = parts + (["SPA"] if config["soft_prompt"] else [])
     trained = " + ".join(parts) or "LoRA"
     start = f" on {Path(config['start']).name}" if config.get("start") else ""
+    boosted = f", boosted from {Path(config['crm']).name}" if config.get("crm_logit") else ""
     mixture = ", mixture" if prompts == "mixture" else ""
-    return f"{trained}{start}, {shown}{mixture}, {shots}"
+    return f"{trained}{start}{boosted}, {shown}{mixture}, {shots}"
