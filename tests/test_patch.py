@@ -744,6 +744,12 @@ def test_a_base_of_zero_changes_nothing() -> None:
         based, plain = model(**arguments, base_logit=torch.zeros(3)), model(**arguments)
     assert_close(based.loss, plain.loss)
     assert based.loss.dtype == plain.loss.dtype
+    for base in ({}, {"base_logit": torch.zeros(3)}):
+        with pytest.raises(InputError, match="denominator: expected a positive number, got 0"):
+            model(**arguments, **base, num_items_in_batch=torch.tensor(0))
+        labels = arguments["labels"].where(arguments["labels"] < 0, 9)
+        with pytest.raises(InputError, match=r"labels: expected choice_ids \(.*\) or -100, got 9"):
+            model(**arguments | {"labels": labels}, **base)
     arguments["labels"][:] = -100
     loss = model(**arguments, base_logit=torch.zeros(3)).loss
     assert loss == 0

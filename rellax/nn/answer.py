@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rellax.errors import InputError
-from rellax.ops.answer import answer_loss
+from rellax.ops.answer import answer_loss, check_choice, loss_denominator
 from rellax.reference.answer import select_rows
 
 LOSSES = ("choice", "vocab")
@@ -128,6 +128,7 @@ class AnswerHead(nn.Module):
         Products and sums are elementwise: autocast leaves them in fp32.
         """
         assert self.answer_ids is not None, "`forward` has asked for them"
+        check_choice(self.answer_ids, "choice", answers.labels, lm_head_weight.shape[0])
         two, two_bias = select_rows(lm_head_weight, bias, self.answer_ids)
         dtype = torch.promote_types(torch.promote_types(hidden.dtype, lm_head_weight.dtype), torch.float32)
         rows = hidden.flatten(0, 1)[answers.positions].to(dtype)
@@ -139,8 +140,8 @@ class AnswerHead(nn.Module):
         logits = add_base(logits, base_logit)
         answered = answers.labels != -100
         choices = (answers.labels == self.answer_ids[1]).long().where(answered, -100)
-        total = answered.sum().clamp(min=1) if denominator is None else denominator
-        loss = F.cross_entropy(logits, choices, reduction="sum") / total
+        loss = F.cross_entropy(logits, choices, reduction="sum")
+        loss = loss / loss_denominator(denominator, answers.labels)
         return loss, logits.detach().where(answered[:, None], torch.nan)
 
     def _require_answer_ids(self) -> None:

@@ -77,10 +77,10 @@ def answer_loss(
     if loss is None:
         loss = "vocab" if choice_ids is None else "choice"
     _check(hidden, lm_head_weight, bias, positions, labels)
-    choice = _check_choice(choice_ids, loss, labels, lm_head_weight.shape[0])
+    choice = check_choice(choice_ids, loss, labels, lm_head_weight.shape[0])
     if softcap is not None:
         check_number("softcap", softcap, "a positive number", _SMALLEST)
-    total = _denominator(denominator, labels)
+    total = loss_denominator(denominator, labels)
     needs = [
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in (hidden, lm_head_weight, bias)
@@ -151,7 +151,7 @@ def _head_gradient(ctx: Any, gradient: Tensor) -> Tensor:
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _denominator(given: float | Tensor | None, labels: Tensor) -> Tensor:
+def loss_denominator(given: float | Tensor | None, labels: Tensor) -> Tensor:
     """What the sum is divided by, as a tensor () on the labels' device."""
     if given is None:
         return (labels != reference.IGNORED).sum().clamp(min=1)
@@ -185,7 +185,7 @@ def _is_token(value: Any, vocabulary: int) -> bool:
     return whole and 0 <= value < vocabulary
 
 
-def _check_choice(choice_ids: Sequence[int] | None, loss: str, labels: Tensor, vocabulary: int) -> list[int]:
+def check_choice(choice_ids: Sequence[int] | None, loss: str, labels: Tensor, vocabulary: int) -> list[int]:
     """The answer tokens as a list, empty where there are none."""
     if loss not in LOSSES:
         raise bad("loss", f"one of {', '.join(LOSSES)}", repr(loss))
