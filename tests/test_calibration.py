@@ -1,10 +1,12 @@
-"""Temperature scaling: the minimum of the likelihood, on validation alone, and what uses it."""
+"""Temperature scaling and stacking: the minimum of the likelihood, on validation alone, and what uses it."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from workspace import Workspace
 
 from rellax.ctr import cli
 from rellax.ctr import evaluate as evaluate_module
-from rellax.ctr.calibration import LIMITS, at_temperature, fit_temperature
+from rellax.ctr.calibration import LIMITS, Calibration, fit_stacking, fit_temperature
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.evaluate import calibrate, evaluate, read_predictions
 from rellax.ctr.predictor import Predictor
@@ -37,6 +39,10 @@ def run(trained: Path, tmp_path: Path) -> Path:
     return shutil.copytree(trained, tmp_path / "run")
 
 
+def at_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    return Calibration(1 / temperature).apply(probabilities)
+
+
 def sample(temperature: float, n: int = 20_000) -> tuple[np.ndarray, np.ndarray]:
     """Labels, and probabilities whose logits are `temperature` times too large."""
     rng = np.random.default_rng(0)
@@ -47,7 +53,7 @@ def sample(temperature: float, n: int = 20_000) -> tuple[np.ndarray, np.ndarray]
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
 def test_it_finds_what_logits_were_multiplied_by(temperature: float) -> None:
     labels, probabilities = sample(temperature)
-    found = fit_temperature(labels, probabilities)
+    found = fit_temperature(labels, probabilities).temperature
     assert found == pytest.approx(temperature, rel=0.05)
 
     def loss(t: float) -> float:
@@ -72,9 +78,13 @@ def test_the_order_of_predictions_stays() -> None:
 
 def test_it_stays_within_limits() -> None:
     labels = np.array([0, 0, 1, 1])
-    assert fit_temperature(labels, np.array([0.3, 0.4, 0.6, 0.8])) == pytest.approx(LIMITS[0], rel=1e-3)
-    assert fit_temperature(labels, np.array([0.8, 0.6, 0.4, 0.3])) == pytest.approx(LIMITS[1], rel=1e-3)
-    assert math.isfinite(fit_temperature(labels, np.array([0.0, 1.0, 1.0, 1.0])))
+
+    def fitted(*probabilities: float) -> float:
+        return fit_temperature(labels, np.array(probabilities)).temperature
+
+    assert fitted(0.3, 0.4, 0.6, 0.8) == pytest.approx(LIMITS[0], rel=1e-3)
+    assert fitted(0.8, 0.6, 0.4, 0.3) == pytest.approx(LIMITS[1], rel=1e-3)
+    assert math.isfinite(fitted(0.0, 1.0, 1.0, 1.0))
     with pytest.raises(InputError, match=r"labels: expected both 0 and 1 .* got 3 of one"):
         fit_temperature(np.ones(3), np.full(3, 0.4))
 
@@ -92,7 +102,7 @@ def test_a_run_is_calibrated_on_validation_samples(
     used = pq.read_table(run / "predictions.parquet")["sample"].to_numpy()
     assert (Dataset.load(workspace.data).samples.split[used] == 1).all()
     _, labels, probabilities = read_predictions(run / "predictions.parquet")
-    assert result["temperature"] == fit_temperature(labels, probabilities)
+    assert result["temperature"] == fit_temperature(labels, probabilities).temperature
     assert (result["samples"], result["split"]) == (len(used), "valid")
     assert result["log_loss"]["after"] <= result["log_loss"]["before"]
     assert result == json.loads((run / "calibration.json").read_text())
@@ -122,7 +132,7 @@ def test_prediction_uses_it_unless_told_not_to(run: Path, tmp_path: Path) -> Non
     temperature = calibrate(run)["temperature"]
     assert abs(temperature - 1) > 1e-3
     calibrated = Predictor(run)
-    assert calibrated.temperature == temperature
+    assert calibrated.calibration.temperature == pytest.approx(temperature, rel=1e-12)
     assert calibrated.predict(rows) == pytest.approx(at_temperature(plain, temperature), abs=1e-12)
     assert Predictor(run, calibrated=False).predict(rows).tolist() == plain.tolist()
     for switch, expected in (([], calibrated.predict(rows)), (["--no-calibration"], plain)):
@@ -132,7 +142,85 @@ def test_prediction_uses_it_unless_told_not_to(run: Path, tmp_path: Path) -> Non
         assert found == pytest.approx(expected, abs=2e-6)
 
 
-def test_the_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stacking_finds_the_weights() -> None:
+    rng = np.random.default_rng(3)
+    one, other = rng.normal(size=(2, 20_000))
+    labels = (rng.random(20_000) < expit(0.4 * one + 0.9 * other - 0.3)).astype(np.int8)
+    found = fit_stacking(labels, expit(one), expit(other), "crm")
+    assert [found.weight, found.crm_weight, found.bias] == pytest.approx([0.4, 0.9, -0.3], abs=0.05)
+    stacked = found.apply(expit(one), expit(other))
+    assert stacked == pytest.approx(expit(found.weight * one + found.crm_weight * other + found.bias))
+    for name, change in (("weight", 0.02), ("crm_weight", -0.02), ("bias", 0.02)):
+        worse = replace(found, **{name: getattr(found, name) + change})
+        assert log_loss(labels, worse.apply(expit(one), expit(other))) > log_loss(labels, stacked)
+    sure = found.apply(np.array([0.0, 1.0]), np.array([1.0, 0.0]))  # fp32 rounds to these
+    assert np.isfinite(sure).all()
+    with pytest.raises(InputError, match=r"labels: expected both 0 and 1 .* got 2 of one"):
+        fit_stacking(np.zeros(2), sure, sure, "crm")
+
+
+def test_a_run_stacked_on_a_classical_model(
+    workspace: Workspace, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fitted on validation samples; test and prediction read the classical model's answers beside it."""
+    plain = json.loads((run / "test" / "metrics.json").read_text())
+    result = calibrate(run, crm=workspace.crm)
+    assert result == json.loads((run / "calibration.json").read_text())
+    fitted = Calibration(*(result[name] for name in ("weight", "crm_weight", "bias")), str(workspace.crm))
+    _, _, every = read_predictions(workspace.crm / "predictions.parquet")
+    samples, labels, probabilities = read_predictions(run / "predictions.parquet")
+    assert fitted == fit_stacking(labels, probabilities, every[samples], str(workspace.crm))
+    assert result["log_loss"]["after"] <= result["log_loss"]["before"]
+    assert result["auc"]["before"] == roc_auc_score(labels, probabilities)
+
+    monkeypatch.setattr(evaluate_module, "predict_probabilities", None)
+    found = evaluate(run, progress=False)
+    assert {key: found[key] for key in plain} == plain
+    samples, labels, probabilities = read_predictions(run / "test" / "predictions.parquet")
+    stacked = fitted.apply(probabilities, every[samples])
+    assert found["calibrated"]["auc"] == roc_auc_score(labels, stacked) != found["auc"]
+    assert found["calibrated"]["log_loss"] == pytest.approx(log_loss(labels, stacked), abs=1e-12)
+    monkeypatch.undo()
+
+    # A service has the classical model answer too, of rows that can be answered.
+    data = Dataset.load(workspace.data)
+    few = data.indices("test")[:3]
+    users, items = data.users["user_id"].to_pylist(), data.items["item_id"].to_pylist()
+    rows = [
+        {
+            "user_id": users[data.samples.user[sample]],
+            "item_id": items[data.samples.item[sample]],
+            "time": int(data.behaviour_times[data.history(sample).stop]),
+        }
+        for sample in few
+    ]
+    predictor = Predictor(run)
+    alone = Predictor(run, calibrated=False).predict(rows)
+    assert predictor.predict(rows) == pytest.approx(fitted.apply(alone, every[few]), abs=2e-6)
+    first, wrong, last = predictor.predict_each([rows[0], {"user_id": -1, "item_id": items[0]}, rows[2]])
+    assert isinstance(wrong, InputError)
+    assert [first, last] == pytest.approx(predictor.predict([rows[0], rows[2]]).tolist(), abs=2e-6)
+
+    values = json.loads((run / "calibration.json").read_text())
+    for name, value, words in (
+        ("crm_sha256", "0", "expected the calibration with the model in .*, which has changed since"),
+        ("bias", None, "expected a number for bias, got None"),
+        ("crm", 3, "expected the folder of a model for crm, got 3"),
+        ("crm", str(tmp_path), "model.safetensors: expected a file of `rellax crm`, found none"),
+    ):
+        (run / "calibration.json").write_text(json.dumps(values | {name: value}))
+        with pytest.raises(InputError, match=words):
+            Predictor(run)
+    with pytest.raises(InputError, match=r"predictions.parquet: expected a file of `rellax crm`, found none"):
+        calibrate(run, crm=tmp_path)
+    shutil.copytree(workspace.crm, tmp_path / "other")
+    table = pq.read_table(workspace.crm / "predictions.parquet")
+    pq.write_table(table.slice(0, 5), tmp_path / "other" / "predictions.parquet")
+    with pytest.raises(InputError, match="expected predictions of the samples that the run has, found other"):
+        calibrate(run, crm=tmp_path / "other")
+
+
+def test_the_command(workspace: Workspace, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     work = ["--work", str(run.parent)]
     assert cli.main(["calibrate", run.name, *work]) == 0
     result = json.loads((run / "calibration.json").read_text())
@@ -143,6 +231,16 @@ def test_the_command(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["evaluate", run.name, *work]) == 0
     shown = capsys.readouterr().out
     assert f"temperature          {result['temperature']:.4f}\ncalibrated log_loss  0." in shown
+
+    assert cli.main(["calibrate", run.name, "--crm", str(workspace.crm), *work]) == 0
+    first, auc, *_ = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(
+        r"\S+ of its log-odds, \S+ of those of \S+, and [+-]\S+, fitted on 12 validation samples:", first
+    )
+    assert auc.startswith("auc       ")
+    assert cli.main(["evaluate", run.name, *work]) == 0
+    shown = capsys.readouterr().out
+    assert f"crm                  {workspace.crm}\ncalibrated auc       0." in shown
 
 
 def test_another_adapters_calibration(run: Path) -> None:

@@ -21,7 +21,7 @@ from workspace import Workspace
 
 from rellax._files import sha256_file
 from rellax.ctr import predict
-from rellax.ctr.calibration import read_temperature
+from rellax.ctr.calibration import read_calibration
 from rellax.ctr.crm import CRM
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.prepare import prepare
@@ -200,16 +200,20 @@ def test_calibrations(tmp_path: Path) -> None:
     weights = tmp_path / "adapter" / "adapter.safetensors"
     weights.parent.mkdir()
     weights.write_bytes(b"any")
-    right = {"temperature": 1.5, "adapter": sha256_file(weights)}
-    content = json.dumps(right).encode()
+    (tmp_path / "model.safetensors").write_bytes(b"of a CRM")
+    plain = {"temperature": 1.5, "adapter": sha256_file(weights)}
+    stacked = {"weight": 0.3, "crm_weight": 0.7, "bias": -0.1, "crm": str(tmp_path)}
+    stacked |= {"adapter": plain["adapter"], "crm_sha256": sha256_file(tmp_path / "model.safetensors")}
 
     @examples(60)
-    @given(st.sampled_from(["temperature", "adapter"]), JUNK, damages())
-    def check(field: str, junk: Any, damage: Callable[[bytes], bytes]) -> None:
-        for text in (json.dumps(right | {field: junk}).encode(), damage(content)):
+    @given(st.sampled_from([plain, stacked]), st.sampled_from(list(plain | stacked)), JUNK, damages())
+    def check(right: dict, field: str, junk: Any, damage: Callable[[bytes], bytes]) -> None:
+        for text in (json.dumps(right | {field: junk}).encode(), damage(json.dumps(right).encode())):
             (tmp_path / "calibration.json").write_bytes(text)
             with at_most_one_sentence():
-                assert 0 < read_temperature(tmp_path) < math.inf
+                found = read_calibration(tmp_path)
+                assert all(map(math.isfinite, (found.weight, found.crm_weight, found.bias)))
+                assert found.crm is not None or found.weight > 0
 
     check()
 

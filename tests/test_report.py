@@ -218,6 +218,15 @@ def test_calibration_before_and_after(work: Path, tmp_path: Path, material: Mate
     before = scores.metrics["ece"]
     assert f"ECE {before:.3f}; at its temperature of 3.00 (thin line) {after:.3f}" in text
 
+    stacked = {"weight": 0.5, "crm_weight": 0.5, "bias": 0.0, "crm": "elsewhere/crm"}
+    (copy / GATED_RUN / "calibration.json").write_text(json.dumps(stacked))
+    report(copy, [GATED_RUN, "zero", "crm"], copy / "report.html", progress=False)
+    text = Page((copy / "report.html").read_text(encoding="utf-8")).text["calibration"]
+    crm = material.scored[2][1].probability
+    both = 1 / (1 + np.exp(-(logits + np.log(crm) - np.log1p(-crm)) / 2))
+    after = metrics.evaluate(scores.label, both, bootstrap=0)["ece"]
+    assert f"ECE {before:.3f}; stacked on crm (thin line) {after:.3f}" in text
+
 
 def test_perfect_probabilities_and_small_samples() -> None:
     rng = np.random.default_rng(0)

@@ -277,7 +277,7 @@ def test_targets_follow_from_the_numbers() -> None:
             shots = 0 if method.startswith("zero") else 256
             runs += finished(test, method, k, shots, strength, seeds=2 if shots else 1)
     runs += finished(test, "DIN", None, None, 1.8)
-    assert verdicts(results_of(runs, test)) == ["met"] * 6 + ["not run"]
+    assert verdicts(results_of(runs, test)) == ["met"] * 6 + ["not run"] * 2
 
     # One K at which retrieval is behind, long histories that harm, a stronger classical model: missed.
     others = [run for run in runs if (run.cell.method, run.cell.k) != ("lora-retrieved", 30)]
@@ -292,10 +292,14 @@ def test_targets_follow_from_the_numbers() -> None:
         "met",
         "missed",
         "not run",
+        "not run",
     ]
-    assert verdicts(results_of(finished(test, "DIN", None, None, 1.0), test)) == ["not run"] * 7
+    assert verdicts(results_of(finished(test, "DIN", None, None, 1.0), test)) == ["not run"] * 8
     boosted = finished(test, "rellax-boosted", 5, 256, 5.0)
-    assert verdicts(results_of(others + boosted, test))[-1] == "met"
+    assert verdicts(results_of(others + boosted, test))[-2:] == ["met", "met"]
+    noise, weaker = (finished(test, "rellax-boosted", 5, 256, strength) for strength in (0.0, 1.5))
+    assert verdicts(results_of(runs + noise, test))[-2:] == ["missed", "missed"]
+    assert verdicts(results_of(runs + weaker, test))[-2:] == ["missed", "met"]  # it knows something else
 
     # The same strength is no evidence.
     even = [run for run in runs if run.cell.method != "rellax"]

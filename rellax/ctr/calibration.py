@@ -1,20 +1,30 @@
-"""Temperature scaling: one number, fitted on the validation predictions, that makes probabilities honest.
+"""Calibration: what makes a run's probabilities honest, fitted on its validation predictions.
 
-    P(yes) = sigmoid((l_yes - l_no) / T)
+Temperature scaling divides the log-odds by one number T (Guo et al., On Calibration of Modern Neural
+Networks, ICML 2017), and the order of the predictions, so every AUC, stays:
 
-T minimises the negative log likelihood (Guo et al., On Calibration of Modern Neural Networks, ICML 2017). The
-order of the predictions, and so every AUC, stays.
+    P(yes) = sigmoid(l / T)
+
+With a classical recommendation model (CRM) beside the run it is stacking (Wolpert, Stacked Generalization,
+Neural Networks 1992), a logistic regression on the log-odds of both:
+
+    P(yes) = sigmoid(w l + v l_crm + b)
+
+Either minimises the negative log likelihood.
 """
 
 from __future__ import annotations
 
 import math
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
+from sklearn.linear_model import LogisticRegression
 
 from rellax._files import read_json, sha256_file, write_json
 from rellax.ctr import metrics
@@ -23,9 +33,49 @@ from rellax.errors import InputError
 FILE = "calibration.json"
 LIMITS = (0.01, 100.0)
 """T stays within: without an error it would go to 0, and to infinity where predictions say nothing."""
+_NUMBERS = ("weight", "crm_weight", "bias")
 
 
-def fit_temperature(labels: np.ndarray, probabilities: np.ndarray) -> float:
+@dataclass(frozen=True)
+class Calibration:
+    """P(yes) = sigmoid(weight · l + crm_weight · l_crm + bias).
+
+    Attributes:
+        weight: of a run's log-odds l; without a CRM it is 1 / T.
+        crm_weight, bias: of the CRM's log-odds, and of neither; both 0 without a CRM.
+        crm: folder of that CRM.
+    """
+
+    weight: float = 1.0
+    crm_weight: float = 0.0
+    bias: float = 0.0
+    crm: str | None = None
+
+    @property
+    def temperature(self) -> float:
+        return 1 / self.weight
+
+    def apply(self, probabilities: np.ndarray, crm_probabilities: np.ndarray | None = None) -> np.ndarray:
+        """Calibrated probabilities (n,); as they are where there is nothing to calibrate.
+
+        Args:
+            crm_probabilities: (n,) of the CRM, where there is one.
+        """
+        if self == Calibration():
+            return probabilities
+        if self.crm is None:
+            return np.asarray(expit(logit(probabilities) * self.weight))
+        assert crm_probabilities is not None, "who reads a calibration with a CRM reads the CRM as well"
+        both = self.weight * _logits(probabilities) + self.crm_weight * _logits(crm_probabilities)
+        return np.asarray(expit(both + self.bias))
+
+    def to_json(self) -> dict[str, Any]:
+        if self.crm is None:
+            return {"temperature": self.temperature}
+        return {name: getattr(self, name) for name in _NUMBERS} | {"crm": self.crm}
+
+
+def fit_temperature(labels: np.ndarray, probabilities: np.ndarray) -> Calibration:
     """The temperature of least negative log likelihood, within `LIMITS`.
 
     Args:
@@ -35,8 +85,7 @@ def fit_temperature(labels: np.ndarray, probabilities: np.ndarray) -> float:
     Raises:
         InputError: the labels are all alike.
     """
-    if not 0 < np.sum(labels) < len(labels):
-        raise InputError(f"labels: expected both 0 and 1 to fit a temperature to, got {len(labels)} of one")
+    _check_labels(labels)
     # A sample's loss is the softplus of how far its logit is on the wrong side; their sum is convex in 1 / T.
     wrong = np.where(np.asarray(labels) == 1, -1.0, 1.0) * _logits(probabilities)
 
@@ -44,76 +93,149 @@ def fit_temperature(labels: np.ndarray, probabilities: np.ndarray) -> float:
         return float(np.logaddexp(0.0, wrong * math.exp(-log_temperature)).mean())
 
     bounds = tuple(map(math.log, LIMITS))
-    return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-8}).x)
+    found = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-8})
+    return Calibration(math.exp(-found.x))
 
 
-def at_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    """Probabilities (n,) with their logits divided by `temperature`; at 1 they are returned as they are."""
-    if temperature == 1.0:
-        return probabilities
-    return np.asarray(expit(logit(probabilities) / temperature))
+def fit_stacking(
+    labels: np.ndarray, probabilities: np.ndarray, crm_probabilities: np.ndarray, crm: str
+) -> Calibration:
+    """The logistic regression on the log-odds of a run and of the CRM in the folder `crm`.
 
-
-def write_calibration(run: Path, labels: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
-    """Fit a temperature to the validation predictions of a run, write its calibration.json, and return that.
-
-    It holds the `temperature`; on how many `samples` of which `split` it was fitted, and their `log_loss` and
-    `ece` `before` and `after`; `adapter`, the SHA-256 of the adapter it belongs to.
+    Args:
+        labels: (n,) 0 and 1.
+        probabilities, crm_probabilities: (n,) of label 1, neither of samples that it was trained on.
 
     Raises:
         InputError: the labels are all alike.
     """
-    temperature = fit_temperature(labels, probabilities)
+    _check_labels(labels)
+    model = LogisticRegression(C=np.inf)
+    model.fit(np.stack([_logits(probabilities), _logits(crm_probabilities)], axis=1), labels)
+    (weight, crm_weight), (bias,) = model.coef_[0].tolist(), model.intercept_.tolist()
+    return Calibration(weight, crm_weight, bias, crm)
+
+
+def write_calibration(
+    run: Path,
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    *,
+    crm: str | None = None,
+    crm_probabilities: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Fit a calibration to the validation predictions of a run, write its calibration.json, and return that.
+
+    It holds the `temperature`, or with a CRM `weight`, `crm_weight`, `bias` and `crm`; on how many `samples`
+    of which `split` it was fitted, and their `auc`, `log_loss` and `ece` `before` and `after`; the SHA-256
+    of the `adapter` and of the CRM (`crm_sha256`) it belongs to.
+
+    Raises:
+        InputError: the labels are all alike, or the CRM's weights are missing.
+    """
+    if crm is None:
+        found = fit_temperature(labels, probabilities)
+    else:
+        assert crm_probabilities is not None, "they come with the CRM"
+        found = fit_stacking(labels, probabilities, crm_probabilities, crm)
     before, after = (
-        metrics.evaluate(labels, at_temperature(probabilities, t), bootstrap=0) for t in (1.0, temperature)
+        metrics.evaluate(labels, changed, bootstrap=0)
+        for changed in (probabilities, found.apply(probabilities, crm_probabilities))
     )
     result = {
-        "temperature": temperature,
+        **found.to_json(),
         "split": "valid",
         "samples": len(labels),
-        **{key: {"before": before[key], "after": after[key]} for key in ("log_loss", "ece")},
+        **{key: {"before": before[key], "after": after[key]} for key in ("auc", "log_loss", "ece")},
         "adapter": _adapter_hash(run),
+        **({} if crm is None else {"crm_sha256": _crm_hash(crm)}),
     }
     write_json(run / FILE, result)
     return result
 
 
-def read_temperature(run: str | Path) -> float:
-    """The temperature of a run; 1 where it has not been calibrated.
+def read_calibration(run: str | Path) -> Calibration:
+    """The calibration of a run; one that changes nothing where it has not been calibrated.
 
     Raises:
-        InputError: calibration.json is damaged, or belongs to another adapter.
+        InputError: calibration.json is damaged, or belongs to another adapter or CRM.
     """
     path = Path(run) / FILE
     if not path.exists():
-        return 1.0
+        return Calibration()
     found = read_json(path)
-    temperature = found.get("temperature") if isinstance(found, dict) else None
-    if not isinstance(temperature, int | float) or temperature is True or not 0 < temperature < math.inf:
-        raise InputError(f"{path}: expected a positive temperature, got {temperature!r}")
+    calibration = calibration_of(found, path)
     if found.get("adapter") != _adapter_hash(Path(run)):
         raise InputError(
             f"{path}: expected the calibration of this run's adapter, found one of another; "
             "`rellax calibrate` makes it anew"
         )
-    return float(temperature)
+    if calibration.crm is not None and found.get("crm_sha256") != _crm_hash(calibration.crm):
+        raise InputError(
+            f"{path}: expected the calibration with the model in {calibration.crm}, which has changed since; "
+            "`rellax calibrate` makes it anew"
+        )
+    return calibration
+
+
+def calibration_of(found: Any, path: Path) -> Calibration:
+    """The calibration that the contents of a calibration.json are.
+
+    Raises:
+        InputError: a number or the CRM's folder is not one.
+    """
+    values: dict[str, Any] = found if isinstance(found, dict) else {}
+    if (crm := values.get("crm")) is not None:
+        for name in _NUMBERS:
+            if not _is_number(values.get(name)):
+                raise InputError(f"{path}: expected a number for {name}, got {values.get(name)!r}")
+        if not isinstance(crm, str):
+            raise InputError(f"{path}: expected the folder of a model for crm, got {crm!r}")
+        return Calibration(**{name: float(values[name]) for name in _NUMBERS}, crm=crm)
+    temperature: Any = values.get("temperature")
+    if not _is_number(temperature) or temperature < sys.float_info.min:
+        raise InputError(f"{path}: expected a positive temperature, got {temperature!r}")
+    return Calibration(1 / float(temperature))
 
 
 def calibrated_metrics(
-    labels: np.ndarray, probabilities: np.ndarray, temperature: float, *, seed: int = 0
+    labels: np.ndarray, probabilities: np.ndarray, calibration: Calibration, *, seed: int = 0
 ) -> dict[str, Any]:
-    """What a temperature changes: `temperature`, `log_loss` with its interval, and `ece`."""
-    result = metrics.evaluate(labels, at_temperature(probabilities, temperature), seed=seed)
-    return {"temperature": temperature} | {
-        key: result[key] for key in ("log_loss", "log_loss_interval", "ece")
-    }
+    """What a calibration changes: itself, and `log_loss` and `ece`; with a CRM also `auc`. With intervals.
+
+    Args:
+        probabilities: (n,), calibrated.
+    """
+    result = metrics.evaluate(labels, probabilities, seed=seed)
+    names = ["log_loss", "log_loss_interval", "ece"]
+    if calibration.crm is not None:
+        names = ["auc", "auc_interval", *names]
+    return calibration.to_json() | {key: result[key] for key in names}
+
+
+def _check_labels(labels: np.ndarray) -> None:
+    if not 0 < np.sum(labels) < len(labels):
+        raise InputError(f"labels: expected both 0 and 1 to fit a calibration to, got {len(labels)} of one")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value of JSON is a number that a float can be."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max
 
 
 def _logits(probabilities: np.ndarray) -> np.ndarray:
     """Finite: a probability of exactly 0 or 1 counts as the nearest one that is not."""
     tiny = np.finfo(np.float64).eps
-    return np.asarray(logit(np.clip(probabilities, tiny, 1 - tiny)))
+    return np.asarray(logit(np.clip(np.asarray(probabilities, np.float64), tiny, 1 - tiny)))
 
 
 def _adapter_hash(run: Path) -> str:
     return sha256_file(run / "adapter" / "adapter.safetensors")
+
+
+def _crm_hash(crm: str) -> str:
+    path = Path(crm) / "model.safetensors"
+    if not path.is_file():
+        raise InputError(f"{path}: expected a file of `rellax crm`, found none")
+    return sha256_file(path)

@@ -157,16 +157,24 @@ def _evaluate(options: argparse.Namespace) -> None:
         interval = "" if low_high is None else f"  [{low_high[0]:.4f}, {low_high[1]:.4f}]"
         print(f"{key:9} " + ("-" if result[key] is None else f"{result[key]:.4f}{interval}"))
     for key, value in result.get("calibrated", {}).items():
-        if not key.endswith("_interval"):
-            print(f"{key if key == 'temperature' else f'calibrated {key}':20} {value:.4f}")
+        if key in ("auc", "log_loss", "ece"):
+            print(f"{f'calibrated {key}':20} {value:.4f}")
+        elif not key.endswith("_interval"):
+            print(f"{key:20} {value if key == 'crm' else f'{value:.4f}'}")
 
 
 def _calibrate(options: argparse.Namespace) -> None:
     from rellax.ctr.evaluate import calibrate
 
-    result = calibrate(options.work / options.name)
-    print(f"temperature {result['temperature']:.4f}, fitted on {result['samples']:,} validation samples:")
-    for key in ("ece", "log_loss"):
+    crm = None if options.crm is None else options.work / options.crm
+    result = calibrate(options.work / options.name, crm=crm)
+    if crm is None:
+        found = f"temperature {result['temperature']:.4f}"
+    else:
+        both = f"{result['weight']:.4f} of its log-odds, {result['crm_weight']:.4f} of those of {options.crm}"
+        found = f"{both}, and {result['bias']:+.4f}"
+    print(f"{found}, fitted on {result['samples']:,} validation samples:")
+    for key in ("ece", "log_loss") if crm is None else ("auc", "ece", "log_loss"):
         print(f"{key:9} {result[key]['before']:.4f} -> {result[key]['after']:.4f}")
 
 

@@ -15,8 +15,9 @@ import torch
 from tqdm import tqdm
 
 from rellax._files import atomic_file, atomic_folder, read_json, sha256_file, write_json
-from rellax.ctr import calibration, metrics, runs
+from rellax.ctr import metrics, runs
 from rellax.ctr.batches import Collator, Example, on_device, scoring_batches
+from rellax.ctr.calibration import Calibration, calibrated_metrics, read_calibration, write_calibration
 from rellax.ctr.config import TrainConfig, read_config
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.llm import resolve_device
@@ -94,7 +95,7 @@ def evaluate(
 
     Returns:
         What `metrics.evaluate` does, and `split`. Predictions and metrics are uncalibrated; where the run has
-        a temperature, of `calibrate`, `calibrated` has it with the log loss and ECE that it gives.
+        been calibrated, `calibrated` has how, and what log loss and ECE that gives, with a CRM which AUC too.
 
     Raises:
         InputError: the run is not finished, its data have changed since, or `folder` holds another result.
@@ -105,22 +106,29 @@ def evaluate(
         raise InputError(f"{run}: expected the files it was trained with, but one has changed since")
     folder = run / split if folder is None else Path(folder)
     result = _evaluate(config, run / "adapter", folder, split, samples, seed, device, progress)
-    return _with_calibration(result, folder, calibration.read_temperature(run), seed)
+    return _with_calibration(result, folder, read_calibration(run), seed)
 
 
-def calibrate(run: str | Path) -> dict[str, Any]:
-    """Fit a run's temperature on the validation predictions of its training.
+def calibrate(run: str | Path, *, crm: str | Path | None = None) -> dict[str, Any]:
+    """Fit a run's calibration on the validation predictions of its training.
+
+    Args:
+        crm: folder of `rellax crm`, a model that the run is stacked on; None fits a temperature.
 
     Returns:
         The contents of the run's calibration.json, see `calibration.write_calibration`.
 
     Raises:
-        InputError: the run is not finished, or its validation samples have one label.
+        InputError: the run is not finished, its validation samples have one label, or the CRM is of other
+            data.
     """
     run = Path(run)
     read_config(run)
-    _, labels, probabilities = read_predictions(run / "predictions.parquet")
-    return calibration.write_calibration(run, labels, probabilities)
+    samples, labels, probabilities = read_predictions(run / "predictions.parquet")
+    if crm is None:
+        return write_calibration(run, labels, probabilities)
+    beside = _crm_probabilities(str(crm), samples, labels)
+    return write_calibration(run, labels, probabilities, crm=str(crm), crm_probabilities=beside)
 
 
 def evaluate_zero_shot(
@@ -298,14 +306,29 @@ def _score(
     return probabilities
 
 
-def _with_calibration(result: dict[str, Any], folder: Path, temperature: float, seed: int) -> dict[str, Any]:
-    """The result with what a temperature makes of it; metrics.json follows, nothing is scored again."""
+def _crm_probabilities(crm: str, samples: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """What a CRM predicted of some samples, (n,)."""
+    path = Path(crm) / "predictions.parquet"
+    if not path.is_file():
+        raise InputError(f"{path}: expected a file of `rellax crm`, found none")
+    every, known, probabilities = read_predictions(path)
+    if samples.max(initial=-1) >= len(every) or not np.array_equal(known[samples], labels):
+        raise InputError(f"{path}: expected predictions of the samples that the run has, found other data's")
+    return probabilities[samples]
+
+
+def _with_calibration(
+    result: dict[str, Any], folder: Path, calibration: Calibration, seed: int
+) -> dict[str, Any]:
+    """The result with what a calibration makes of it; metrics.json follows, nothing is scored again."""
     plain = {key: value for key, value in result.items() if key != "calibrated"}
     found = plain
-    if temperature != 1.0:
-        _, labels, probabilities = read_predictions(folder / "predictions.parquet")
-        calibrated = calibration.calibrated_metrics(labels, probabilities, temperature, seed=seed)
-        found = plain | {"calibrated": calibrated}
+    if calibration != Calibration():
+        samples, labels, probabilities = read_predictions(folder / "predictions.parquet")
+        crm = calibration.crm
+        beside = None if crm is None else _crm_probabilities(crm, samples, labels)
+        changed = calibration.apply(probabilities, beside)
+        found = plain | {"calibrated": calibrated_metrics(labels, changed, calibration, seed=seed)}
     if found != result:
         write_json(folder / "metrics.json", found)
     return found

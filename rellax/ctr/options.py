@@ -261,10 +261,13 @@ def make_parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
         runs,
         "calibrate",
         "work",
-        "fit a run's temperature on its validation predictions",
-        "rellax calibrate rella",
+        "fit a run's temperature, or its weight beside a classical model, on its validation predictions",
+        "rellax calibrate rella\nrellax calibrate rella --crm sim",
     )
     calibrate.add_argument("name", help="run folder of `rellax train`, in the work folder")
+    calibrate.add_argument(
+        "--crm", metavar="NAME", help="run of `rellax crm` to stack it on (default: a temperature alone)"
+    )
 
     predict = _command(
         commands,
@@ -295,7 +298,7 @@ def make_parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
         "--no-calibration",
         dest="calibrated",
         action="store_false",
-        help="without the temperature of `rellax calibrate`",
+        help="without what `rellax calibrate` found",
     )
 
     export = _command(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rellax.ctr.batches import Collator, Example
-from rellax.ctr.calibration import at_temperature, read_temperature
+from rellax.ctr.calibration import Calibration, read_calibration
 from rellax.ctr.config import read_config
 from rellax.ctr.crm import CRM
 from rellax.ctr.dataset import Dataset
@@ -44,12 +44,12 @@ class Predictor:
             but must have the same items.
         device: "auto", "cpu" or "cuda".
         batch_size: prompts that go through the model at once.
-        calibrated: use the temperature of `rellax calibrate`, where the run has one.
+        calibrated: use what `rellax calibrate` found, where the run has it.
         share_batches: whether the rows of several threads go through the model together. It changes their
             probabilities by rounding alone; without it they are the same bits, whatever other threads do.
 
     Attributes:
-        temperature: what logits are divided by; 1 is uncalibrated.
+        calibration: what becomes of the model's log-odds.
 
     Raises:
         InputError: the run is not finished, or a file of it is missing, damaged, or of other data.
@@ -71,15 +71,17 @@ class Predictor:
         config = read_config(run)
         dataset = Dataset.load(config.data if data is None else data)
         self.batch_size, self.share_batches = batch_size, share_batches
-        self.temperature = read_temperature(run) if calibrated else 1.0
+        self.calibration = read_calibration(run) if calibrated else Calibration()
         self._requests = Requests(dataset)
         self._task = Task(config, Inputs(dataset), Path(run) / "adapter", device=where)
-        self._embeddings = self._crm = None
+        self._embeddings = self._crm = self._beside = None
         if config.evaluation_prompts == "retrieved":
             assert config.retrieved is not None, "TrainConfig asks for it with these prompts"
             self._embeddings = load_embeddings(config.retrieved, dataset).to(where)
         if config.crm is not None and (config.interaction != "none" or config.crm_logit):
             self._crm = CRM(config.crm, dataset)
+        if (beside := self.calibration.crm) is not None:
+            self._beside = self._crm if beside == config.crm and self._crm else CRM(beside, dataset)
         self._waiting: deque[_Job] = deque()
         # First come, first served: where callers took turns with a lock, the slowest waited twice as long.
         self._worker = ThreadPoolExecutor(1, "rellax-predictor")
@@ -171,22 +173,34 @@ class Predictor:
             if len(jobs) == 1 and jobs[0].done is not None:
                 jobs[0].done(rows)
 
-        prompts, collator = self._prompts(requests)
+        prompts, collator, beside = self._prompts(requests)
+        rows = [row for row, prompt in enumerate(prompts) if isinstance(prompt, Example)]
         examples = [prompt for prompt in prompts if isinstance(prompt, Example)]
         found = predict_probabilities(
             self._task.model, collator, examples, batch_size=self.batch_size, done=passed
         )
-        probabilities = iter(at_temperature(found, self.temperature).tolist())
+        crm_probabilities = None if beside is None else beside[rows]
+        probabilities = iter(self.calibration.apply(found, crm_probabilities).tolist())
         return [prompt if isinstance(prompt, InputError) else next(probabilities) for prompt in prompts]
 
-    def _prompts(self, requests: Sequence[Request]) -> tuple[list[Example | InputError], Collator]:
-        """The prompt of each request, or why it has none, and what makes batches of them."""
+    def _prompts(
+        self, requests: Sequence[Request]
+    ) -> tuple[list[Example | InputError], Collator, np.ndarray | None]:
+        """The prompt of each request, or why it has none, what makes batches of them, and what the CRM says.
+
+        That is (n,) probabilities, of the model that the run is stacked on; None where there is none.
+        """
         data = self._requests.dataset(requests)
-        retrieved, collator = None, self._task.collator
+        retrieved, collator, beside = None, self._task.collator, None
         if self._embeddings is not None:
             retrieved = find_positions(self._embeddings, data, self._task.config.k)
         if self._crm is not None:
-            collator = self._task.collator_of(*self._crm.predict(data))
+            hidden, probabilities = self._crm.predict(data)
+            collator = self._task.collator_of(hidden, probabilities)
+            if self._beside is self._crm:
+                beside = probabilities.numpy()
+        if self._beside is not None and beside is None:
+            beside = self._beside.predict(data)[1].numpy()
         examples = Examples(
             self._task.prompts.of(data),
             Inputs(data, retrieved),
@@ -195,7 +209,7 @@ class Predictor:
             self._task.config.recent_behaviours,
         )
         prompts = [_or_error(examples.__getitem__, row) for row in range(len(requests))]
-        return prompts, collator
+        return prompts, collator, beside
 
 
 class _Job:

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rellax._files import read_json, sha256_file
-from rellax.ctr import metrics
+from rellax.ctr import calibration, metrics
+from rellax.ctr.calibration import Calibration
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.runs import entries
 from rellax.errors import InputError
@@ -41,7 +42,7 @@ class Run:
         scores: None where the split was not scored.
         result: metrics.json of the training; empty where there is none.
         log: entries of the training's log.
-        calibration: calibration.json; empty where there is none.
+        calibration: None where there is none.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Run:
     scores: Scores | None
     result: dict[str, Any]
     log: list[dict[str, Any]]
-    calibration: dict[str, Any]
+    calibration: Calibration | None
 
     @property
     def is_gated(self) -> bool:
@@ -93,6 +94,20 @@ class Material:
     def lengths(self, scores: Scores) -> np.ndarray:
         """How many behaviours come before each sample."""
         return self.dataset.samples.position[scores.sample]
+
+    def calibrated(self, run: Run, scores: Scores) -> np.ndarray | None:
+        """Its calibrated probabilities (n,); None without a calibration, or the CRM that belongs to it."""
+        if run.calibration is None:
+            return None
+        crm = run.calibration.crm
+        if crm is None:
+            return run.calibration.apply(scores.probability)
+        folder = self.folder(crm, Path(crm).name)
+        known = _predictions(folder / "predictions.parquet", self.dataset, self.split) if folder else None
+        if known is None:
+            return None
+        beside = known.probability[np.searchsorted(known.sample, scores.sample)]
+        return run.calibration.apply(scores.probability, beside)
 
     def folder(self, recorded: str | None, name: str) -> Path | None:
         """A folder as a run recorded it, or where it is after the work folder was moved."""
@@ -172,12 +187,15 @@ def _json(path: Path) -> dict[str, Any]:
     return dict(read_json(path)) if path.exists() else {}
 
 
-def _calibration(folder: Path) -> dict[str, Any]:
-    """The calibration.json of a run; none where it is of an adapter that the run no longer has."""
-    found, adapter = _json(folder / "calibration.json"), folder / "adapter" / "adapter.safetensors"
+def _calibration(folder: Path) -> Calibration | None:
+    """The calibration of a run; none where it is of an adapter that the run no longer has."""
+    path, adapter = folder / calibration.FILE, folder / "adapter" / "adapter.safetensors"
+    found = _json(path)
+    if not found:
+        return None
     if "adapter" in found and (not adapter.exists() or sha256_file(adapter) != found["adapter"]):
-        return {}
-    return found
+        return None
+    return calibration.calibration_of(found, path)
 
 
 def _predictions(path: Path, dataset: Dataset, split: str) -> Scores | None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
 
 import numpy as np
 from sklearn.metrics import roc_curve
 
-from rellax.ctr.calibration import at_temperature
 from rellax.ctr.metrics import ECE_BINS, evaluate, paired_bootstrap
 from rellax.ctr.report.charts import SHARE, Axis, Plot, figure, legend, series, swatch
 from rellax.ctr.report.html import Child, details, node, table
@@ -164,7 +164,7 @@ def roc(material: Material) -> list[Element]:
 
 
 def calibration(material: Material) -> list[Element]:
-    """A reliability diagram for each run, before and after its temperature."""
+    """A reliability diagram for each run, before and after its calibration."""
     if not material.scored:
         return nothing(material)
     cards, gaps = [], []
@@ -185,12 +185,12 @@ def calibration(material: Material) -> list[Element]:
         ]
     notes = [
         note(
-            f"{run.name} has no temperature: ",
+            f"{run.name} is not calibrated: ",
             code(f"rellax calibrate {run.name} --work {material.work}"),
-            " fits it.",
+            " does it.",
         )
         for run, _ in material.scored
-        if run.kind == "train" and not run.calibration
+        if run.kind == "train" and run.calibration is None
     ]
     return [says([*sentence, "."]), node("div", cards, class_="grid"), *notes]
 
@@ -217,12 +217,17 @@ def _reliability(material: Material, run: Run, scores: Scores) -> Element:
         )
     chance = _ece_by_chance(scores.probability, material.seed)
     remark: list[Child] = [f"ECE {scores.metrics['ece']:.3f}"]
-    if temperature := run.calibration.get("temperature"):
-        after = at_temperature(scores.probability, float(temperature))
+    if run.calibration is not None and (after := material.calibrated(run, scores)) is not None:
+        crm = run.calibration.crm
         values = evaluate(scores.label, after, bootstrap=0)
         after_bins = _bins(scores.label, after)
         plot.line([one[3] for one in after_bins], [one[4] for one in after_bins], f"{class_} after")
-        remark.append(f"; at its temperature of {float(temperature):.2f} (thin line) {values['ece']:.3f}")
+        how = (
+            f"at its temperature of {run.calibration.temperature:.2f}"
+            if crm is None
+            else f"stacked on {Path(crm).name}"
+        )
+        remark.append(f"; {how} (thin line) {values['ece']:.3f}")
     remark.append(f". On {len(scores.label):,} samples even perfect probabilities show about {chance:.3f}.")
     return figure(run.name, plot.svg, node("p", remark))
 

@@ -142,11 +142,25 @@ def _beats(a: str, b: str) -> Callable[[Results], tuple[str, str]]:
     return decide
 
 
+def _stacked_beats_classical(method: str) -> Callable[[Results], tuple[str, str]]:
+    def decide(results: Results) -> tuple[str, str]:
+        k, shots = _decisive(results)
+        ours, best = results.get(method, k, shots), results.best_classical(None)
+        if ours is None or best is None:
+            return "not run", "-"
+        both, alone = results.stacked(ours, best)
+        if not len(both):
+            return "not run", "-"
+        result = metrics.paired_bootstrap(results.test.labels, both, alone)
+        better = result["difference"] is not None and result["difference"] > 0 and result["p_value"] < _LEVEL
+        return "met" if better else "missed", f"K = {k}, {shots:,} shots, {best.method}: {_signed(result)}"
+
+    return decide
+
+
 def _beats_classical(method: str) -> Callable[[Results], tuple[str, str]]:
     def decide(results: Results) -> tuple[str, str]:
-        shots = max((n for n in results.axis(2) if n <= _FEW_SHOTS), default=0)
-        ks = results.axis(1)
-        k = _chosen_k(results, ks, [shots]) if ks else 0
+        k, shots = _decisive(results)
         ours, best = results.get(method, k, shots), results.best_classical(None)
         if ours is None or best is None:
             return "not run", "-"
@@ -157,6 +171,13 @@ def _beats_classical(method: str) -> Callable[[Results], tuple[str, str]]:
         )
 
     return decide
+
+
+def _decisive(results: Results) -> tuple[int, int]:
+    """K, and the largest number of shots that is still few."""
+    shots = max((n for n in results.axis(2) if n <= _FEW_SHOTS), default=0)
+    ks = results.axis(1)
+    return _chosen_k(results, ks, [shots]) if ks else 0, shots
 
 
 _TARGETS: dict[str, Callable[[Results], tuple[str, str]]] = {
@@ -171,6 +192,7 @@ _TARGETS: dict[str, Callable[[Results], tuple[str, str]]] = {
         "rellax"
     ),
     "the same, boosted from the classical model": _beats_classical("rellax-boosted"),
+    "the same, boosted and stacked on that model, p < 0.05": _stacked_beats_classical("rellax-boosted"),
 }
 
 
@@ -224,7 +246,7 @@ def _stacked(results: Results, k: int, shots: int) -> str:
         f"## Stacked on {best.method}, all training samples: K = {k}, {shots:,} shots",
         "",
         f"A logistic regression on the log-odds of a method and of {best.method}, fitted on the validation "
-        "samples.",
+        "samples: `rellax calibrate NAME --crm CRM`.",
         "",
         _row(head),
         _row(["---"] * len(head)),

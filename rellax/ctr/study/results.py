@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from sklearn.linear_model import LogisticRegression
 
 from rellax._files import read_json
 from rellax.ctr import metrics
-from rellax.ctr.batches import log_odds
+from rellax.ctr.calibration import fit_stacking
 from rellax.ctr.evaluate import read_predictions
 from rellax.ctr.methods import METHODS, is_language_model
 from rellax.errors import InputError
@@ -102,7 +100,7 @@ class Finished:
 
 
 def stacked(run: Finished, base: Finished, samples: np.ndarray) -> np.ndarray:
-    """P(Yes) of the test samples by what both runs say: a logistic regression on their log-odds.
+    """P(Yes) of the test samples by what both runs say, as `rellax calibrate --crm` has it.
 
     Args:
         samples: the validation samples that it is fitted on.
@@ -110,14 +108,8 @@ def stacked(run: Finished, base: Finished, samples: np.ndarray) -> np.ndarray:
     assert run.known is not None, "a trained run has predicted validation samples, "
     assert base.known is not None, "and a classical model all"
     one, other = run.known.at(samples), base.known.at(samples)
-    model = LogisticRegression(C=np.inf)
-    model.fit(_features(one.probabilities, other.probabilities), other.labels)
-    return np.asarray(model.predict_proba(_features(run.probabilities, base.probabilities))[:, 1])
-
-
-def _features(*probabilities: np.ndarray) -> np.ndarray:
-    """Their log-odds, side by side."""
-    return log_odds(torch.from_numpy(np.stack(probabilities, axis=1).astype(np.float64))).numpy()
+    fitted = fit_stacking(other.labels, one.probabilities, other.probabilities, base.cell.name)
+    return fitted.apply(run.probabilities, base.probabilities)
 
 
 @dataclass(frozen=True)
