@@ -18,7 +18,7 @@ from rellax._files import atomic_file, read_json
 from rellax.ctr import metrics
 from rellax.ctr.config import StudyConfig, recent_behaviours
 from rellax.ctr.dataset import Dataset
-from rellax.ctr.methods import METHODS
+from rellax.ctr.methods import METHODS, Method
 from rellax.ctr.prompts import recent, with_recent
 from rellax.ctr.retrieval import read_positions
 from rellax.ctr.runs import machine
@@ -113,18 +113,26 @@ def _subr_beats_recent(pair: tuple[str, str]) -> Callable[[Results], tuple[str, 
 
 
 def _no_fall(results: Results) -> tuple[str, str]:
-    shots = max(results.axis(2), default=0)
-    method = next((m for m in ("rellax", "rella", "zero-shot-retrieved") if _curve(results, m, shots)), None)
-    curve = [] if method is None else _curve(results, method, shots)
-    if method is None or len(curve) < 2:
-        return "not run", "-"
-    first, last = curve[0][1], curve[-1][1]
-    result = results.compare(last, first)
+    """Of the best method that has run at several K, with the most shots."""
+    for method in ("rellax", "rella", "lora-retrieved", "zero-shot-retrieved"):
+        for shots in results.axis(2)[::-1] or [0]:
+            curve = _curve(results, method, shots)
+            if len(curve) > 1:
+                return _falls(results, METHODS[method], shots, curve)
+    return "not run", "-"
+
+
+def _falls(
+    results: Results, method: Method, shots: int, curve: Sequence[tuple[int, Result]]
+) -> tuple[str, str]:
+    (best_k, best), (_, last) = max(curve[:-1], key=lambda one: one[1].auc), curve[-1]
+    result = results.compare(last, best)
     fell = result["interval"] is not None and result["interval"][1] < 0
     values = ", ".join(f"{k}: {r.auc:.3f}" for k, r in curve)
     return (
         "missed" if fell else "met",
-        f"{METHODS[method].title}: {values}; last less first {_signed(result)}",
+        f"{method.title}{f', {shots:,} shots' if method.stage else ''}: {values}; last less K = {best_k} "
+        f"{_signed(result)}",
     )
 
 
