@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from scipy.special import expit, logit
@@ -20,7 +22,8 @@ from rellax.ctr import cli
 from rellax.ctr import evaluate as evaluate_module
 from rellax.ctr.calibration import LIMITS, Calibration, fit_stacking, fit_temperature
 from rellax.ctr.dataset import Dataset
-from rellax.ctr.evaluate import calibrate, evaluate, read_predictions
+from rellax.ctr.evaluate import calibrate, evaluate
+from rellax.ctr.predictions import Predictions
 from rellax.ctr.predictor import Predictor
 from rellax.ctr.train import train
 from rellax.errors import InputError
@@ -101,7 +104,8 @@ def test_a_run_is_calibrated_on_validation_samples(
 
     used = pq.read_table(run / "predictions.parquet")["sample"].to_numpy()
     assert (Dataset.load(workspace.data).samples.split[used] == 1).all()
-    _, labels, probabilities = read_predictions(run / "predictions.parquet")
+    known = Predictions.read(run)
+    labels, probabilities = known.labels, known.probabilities
     assert result["temperature"] == fit_temperature(labels, probabilities).temperature
     assert (result["samples"], result["split"]) == (len(used), "valid")
     assert result["log_loss"]["after"] <= result["log_loss"]["before"]
@@ -114,7 +118,8 @@ def test_a_run_is_calibrated_on_validation_samples(
         assert found == json.loads((run / "test" / "metrics.json").read_text())
     assert {key: found[key] for key in plain} == plain
     assert found.keys() - plain.keys() == {"calibrated"}
-    _, labels, probabilities = read_predictions(run / "test" / "predictions.parquet")
+    known = Predictions.read(run / "test")
+    labels, probabilities = known.labels, known.probabilities
     changed = at_temperature(probabilities, result["temperature"])
     assert found["calibrated"]["temperature"] == result["temperature"]
     assert found["calibrated"]["log_loss"] == pytest.approx(log_loss(labels, changed), abs=1e-12)
@@ -167,8 +172,8 @@ def test_a_run_stacked_on_a_classical_model(
     result = calibrate(run, crm=workspace.crm)
     assert result == json.loads((run / "calibration.json").read_text())
     fitted = Calibration(*(result[name] for name in ("weight", "crm_weight", "bias")), str(workspace.crm))
-    _, _, every = read_predictions(workspace.crm / "predictions.parquet")
-    samples, labels, probabilities = read_predictions(run / "predictions.parquet")
+    every, known = Predictions.read(workspace.crm).probabilities, Predictions.read(run)
+    samples, labels, probabilities = known.samples, known.labels, known.probabilities
     assert fitted == fit_stacking(labels, probabilities, every[samples], str(workspace.crm))
     assert result["log_loss"]["after"] <= result["log_loss"]["before"]
     assert result["auc"]["before"] == roc_auc_score(labels, probabilities)
@@ -176,7 +181,8 @@ def test_a_run_stacked_on_a_classical_model(
     monkeypatch.setattr(evaluate_module, "predict_probabilities", None)
     found = evaluate(run, progress=False)
     assert {key: found[key] for key in plain} == plain
-    samples, labels, probabilities = read_predictions(run / "test" / "predictions.parquet")
+    known = Predictions.read(run / "test")
+    samples, labels, probabilities = known.samples, known.labels, known.probabilities
     stacked = fitted.apply(probabilities, every[samples])
     assert found["calibrated"]["auc"] == roc_auc_score(labels, stacked) != found["auc"]
     assert found["calibrated"]["log_loss"] == pytest.approx(log_loss(labels, stacked), abs=1e-12)
@@ -211,12 +217,16 @@ def test_a_run_stacked_on_a_classical_model(
         (run / "calibration.json").write_text(json.dumps(values | {name: value}))
         with pytest.raises(InputError, match=words):
             Predictor(run)
-    with pytest.raises(InputError, match=r"predictions.parquet: expected a file of `rellax crm`, found none"):
+    with pytest.raises(InputError, match=r"predictions.parquet: expected predictions, found none"):
         calibrate(run, crm=tmp_path)
     shutil.copytree(workspace.crm, tmp_path / "other")
     table = pq.read_table(workspace.crm / "predictions.parquet")
     pq.write_table(table.slice(0, 5), tmp_path / "other" / "predictions.parquet")
-    with pytest.raises(InputError, match="expected predictions of the samples that the run has, found other"):
+    with pytest.raises(InputError, match="expected predictions of 12 samples, found none of 12 of them"):
+        calibrate(run, crm=tmp_path / "other")
+    table = table.set_column(1, "label", pc.subtract(pa.scalar(1, pa.int8()), table["label"]))
+    pq.write_table(table, tmp_path / "other" / "predictions.parquet")
+    with pytest.raises(InputError, match=r"expected the labels of .*, found those of other data"):
         calibrate(run, crm=tmp_path / "other")
 
 

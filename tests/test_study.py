@@ -17,8 +17,9 @@ from rellax._files import read_json
 from rellax.ctr import lab
 from rellax.ctr.config import StudyConfig
 from rellax.ctr.lab import duration
+from rellax.ctr.predictions import Predictions
 from rellax.ctr.study import Cell, cells, grid, report, reproduce
-from rellax.ctr.study.results import Finished, Predictions, Results, Scored
+from rellax.ctr.study.results import Finished, Results, Scored
 from rellax.errors import InputError
 
 

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -29,6 +28,7 @@ from tqdm import tqdm
 from rellax._files import atomic_folder, read_json, write_json
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.metrics import evaluate
+from rellax.ctr.predictions import Predictions
 from rellax.ctr.runs import environment, plot_curves
 from rellax.ctr.tensor_file import write_tensors
 from rellax.errors import InputError, one_line
@@ -166,8 +166,7 @@ def train_crm(
         }
         write_tensors(part / OUTPUTS, shapes, blocks)
         save_file(model.state_dict(), part / WEIGHTS)
-        columns = {"sample": every, "label": dataset.samples.label, "probability": probabilities}
-        pq.write_table(pa.table(columns), part / "predictions.parquet")
+        Predictions(every, dataset.samples.label, probabilities).write(part)
         metrics = {split: _metrics(dataset, probabilities, split) for split in ("valid", "test")} | log
         write_json(part / "metrics.json", metrics)
         write_json(part / "config.json", asdict(config))

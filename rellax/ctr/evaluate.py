@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
-from rellax._files import atomic_file, atomic_folder, read_json, sha256_file, write_json
+from rellax._files import atomic_folder, read_json, sha256_file, write_json
 from rellax.ctr import metrics, runs
 from rellax.ctr.batches import Collator, Example, on_device, scoring_batches
 from rellax.ctr.calibration import Calibration, calibrated_metrics, read_calibration, write_calibration
 from rellax.ctr.config import TrainConfig, read_config
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.llm import resolve_device
+from rellax.ctr.predictions import Predictions
 from rellax.ctr.prompts import recent, with_recent
 from rellax.ctr.retrieval import read_positions
 from rellax.ctr.task import Examples, Task, input_hashes, load_inputs
@@ -124,11 +123,11 @@ def calibrate(run: str | Path, *, crm: str | Path | None = None) -> dict[str, An
     """
     run = Path(run)
     read_config(run)
-    samples, labels, probabilities = read_predictions(run / "predictions.parquet")
+    found = Predictions.read(run)
     if crm is None:
-        return write_calibration(run, labels, probabilities)
-    beside = _crm_probabilities(str(crm), samples, labels)
-    return write_calibration(run, labels, probabilities, crm=str(crm), crm_probabilities=beside)
+        return write_calibration(run, found.labels, found.probabilities)
+    beside = _of_crm(str(crm), found)
+    return write_calibration(run, found.labels, found.probabilities, crm=str(crm), crm_probabilities=beside)
 
 
 def evaluate_zero_shot(
@@ -192,32 +191,11 @@ def evaluate_share(
         of = dataset.indices(split)
         result[split] = metrics.evaluate(samples.label[of], probabilities[of], samples.user[of], seed=seed)
     with atomic_folder(folder) as part:
-        write_predictions(part / "predictions.parquet", np.arange(len(samples)), samples.label, probabilities)
+        Predictions(np.arange(len(samples)), samples.label, probabilities).write(part)
         write_json(part / "metrics.json", result)
         write_json(part / "environment.json", runs.environment())
         write_json(part / "config.json", request)
     return result
-
-
-def write_predictions(
-    path: str | Path, samples: np.ndarray, labels: np.ndarray, probabilities: np.ndarray
-) -> None:
-    """Write predictions.parquet: sample int32, label int8, probability float64."""
-    table = pa.table(
-        {
-            "sample": samples.astype(np.int32),
-            "label": labels.astype(np.int8),
-            "probability": probabilities,
-        }
-    )
-    with atomic_file(path) as part:
-        pq.write_table(table, part)
-
-
-def read_predictions(path: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Samples, labels and probabilities of a predictions.parquet."""
-    table = pq.read_table(path)
-    return table["sample"].to_numpy(), table["label"].to_numpy(), table["probability"].to_numpy()
 
 
 def _evaluate(
@@ -249,7 +227,7 @@ def _evaluate(
     labels, users = inputs.dataset.samples.label[chosen], inputs.dataset.samples.user[chosen]
     result = {"split": split} | metrics.evaluate(labels, probabilities, users, seed=seed)
     with atomic_folder(folder) as part:
-        write_predictions(part / "predictions.parquet", chosen, labels, probabilities)
+        Predictions(chosen, labels, probabilities).write(part)
         write_json(part / "metrics.json", result)
         write_json(part / "environment.json", runs.environment())
         write_json(part / "config.json", request)
@@ -283,9 +261,9 @@ def _score(
     for earlier in (folder, folder / _PART):
         path = earlier / "config.json"
         if path.exists() and _same_predictions(read_json(path), request):
-            found, _, known = read_predictions(earlier / "predictions.parquet")
-            _, rows, of = np.intersect1d(samples, found, assume_unique=True, return_indices=True)
-            probabilities[rows], is_known[rows] = known[of], True
+            found = Predictions.read(earlier)
+            _, rows, of = np.intersect1d(samples, found.samples, assume_unique=True, return_indices=True)
+            probabilities[rows], is_known[rows] = found.probabilities[of], True
     left = np.flatnonzero(~is_known)
     left = left[np.argsort(-examples.lengths(left), kind="stable")]
     with tqdm(total=len(left), desc="score", unit="prompt", disable=not progress) as bar:
@@ -298,23 +276,17 @@ def _score(
             if not is_known.all():
                 labels = task.inputs.dataset.samples.label[samples]
                 with atomic_folder(folder / _PART) as part:
-                    write_predictions(
-                        part / "predictions.parquet",
-                        *(values[is_known] for values in (samples, labels, probabilities)),
-                    )
+                    Predictions(samples[is_known], labels[is_known], probabilities[is_known]).write(part)
                     write_json(part / "config.json", request)
     return probabilities
 
 
-def _crm_probabilities(crm: str, samples: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """What a CRM predicted of some samples, (n,)."""
-    path = Path(crm) / "predictions.parquet"
-    if not path.is_file():
-        raise InputError(f"{path}: expected a file of `rellax crm`, found none")
-    every, known, probabilities = read_predictions(path)
-    if samples.max(initial=-1) >= len(every) or not np.array_equal(known[samples], labels):
-        raise InputError(f"{path}: expected predictions of the samples that the run has, found other data's")
-    return probabilities[samples]
+def _of_crm(crm: str, of: Predictions) -> np.ndarray:
+    """What a CRM predicted of the samples that a run has predictions of, (n,)."""
+    found = Predictions.read(crm).at(of.samples)
+    if not np.array_equal(found.labels, of.labels):
+        raise InputError(f"{found.path}: expected the labels of {of.path}, found those of other data")
+    return found.probabilities
 
 
 def _with_calibration(
@@ -324,11 +296,10 @@ def _with_calibration(
     plain = {key: value for key, value in result.items() if key != "calibrated"}
     found = plain
     if calibration != Calibration():
-        samples, labels, probabilities = read_predictions(folder / "predictions.parquet")
-        crm = calibration.crm
-        beside = None if crm is None else _crm_probabilities(crm, samples, labels)
-        changed = calibration.apply(probabilities, beside)
-        found = plain | {"calibrated": calibrated_metrics(labels, changed, calibration, seed=seed)}
+        known = Predictions.read(folder)
+        beside = None if calibration.crm is None else _of_crm(calibration.crm, known)
+        changed = calibration.apply(known.probabilities, beside)
+        found = plain | {"calibrated": calibrated_metrics(known.labels, changed, calibration, seed=seed)}
     if found != result:
         write_json(folder / "metrics.json", found)
     return found

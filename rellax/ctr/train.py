@@ -16,15 +16,16 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from rellax._files import atomic_file, atomic_folder, read_json, write_json
+from rellax._files import atomic_folder, read_json, write_json
 from rellax.ctr import metrics, parallel, runs
 from rellax.ctr.batches import EpochBatches, on_device
 from rellax.ctr.checkpoints import Checkpoints
 from rellax.ctr.config import TrainConfig, inherited
 from rellax.ctr.dataset import SPLITS
-from rellax.ctr.evaluate import predict_probabilities, read_predictions, write_predictions
+from rellax.ctr.evaluate import predict_probabilities
 from rellax.ctr.llm import resolve_device
 from rellax.ctr.optimiser import adamw, learning_rate
+from rellax.ctr.predictions import Predictions
 from rellax.ctr.task import Task, input_hashes, load_inputs, start_folder
 from rellax.errors import InputError
 from rellax.patch import compile_frozen, load_adapter, save_adapter
@@ -265,7 +266,7 @@ class _Trainer:
             if self.accelerator.is_main_process:
                 folder = self.checkpoints.best(self.step)
                 save_adapter(self.task.model, folder / "adapter")
-                write_predictions(folder / "predictions.parquet", self.chosen, self.labels, probabilities)
+                Predictions(self.chosen, self.labels, probabilities).write(folder)
         entry = {"validation_auc": result["auc"], "validation_log_loss": result["log_loss"]}
         if self._is_given_up() and self.step < self.steps:
             entry["stopped"] = (
@@ -325,14 +326,13 @@ class _Trainer:
         best = self.checkpoints.best(self.best["step"])
         with atomic_folder(self.folder / "adapter") as part:
             shutil.copytree(best / "adapter", part, dirs_exist_ok=True)
-        with atomic_file(self.folder / "predictions.parquet") as part:
-            shutil.copyfile(best / "predictions.parquet", part)
-        _, labels, probabilities = read_predictions(self.folder / "predictions.parquet")
+        found = Predictions.read(best)
+        found.write(self.folder)
         result = {
             "best_step": self.best["step"],
             "steps": self.step,
             "selected_by": f"validation {self.config.select}",
-            "validation": metrics.evaluate(labels, probabilities),
+            "validation": metrics.evaluate(found.labels, found.probabilities),
         }
         write_json(self.folder / "metrics.json", result)
         shutil.rmtree(self.checkpoints.folder, ignore_errors=True)

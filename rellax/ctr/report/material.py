@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from rellax._files import read_json, sha256_file
-from rellax.ctr import calibration, metrics
+from rellax.ctr import calibration, metrics, predictions
 from rellax.ctr.calibration import Calibration
 from rellax.ctr.dataset import Dataset
+from rellax.ctr.predictions import Predictions
 from rellax.ctr.runs import entries
 from rellax.errors import InputError
 
@@ -103,7 +102,7 @@ class Material:
         if crm is None:
             return run.calibration.apply(scores.probability)
         folder = self.folder(crm, Path(crm).name)
-        known = _predictions(folder / "predictions.parquet", self.dataset, self.split) if folder else None
+        known = _predictions(folder, self.dataset, self.split) if folder else None
         if known is None:
             return None
         beside = known.probability[np.searchsorted(known.sample, scores.sample)]
@@ -166,10 +165,10 @@ def _read(folder: Path, name: str, split: str, dataset: Dataset) -> Run:
         config = read_json(path)
         kind = "train" if "prompts" in config else "crm"
     if kind == "crm":
-        scores = _predictions(folder / "predictions.parquet", dataset, split)
+        scores = _predictions(folder, dataset, split)
         config = {"data": str(dataset.folder)} | config
     else:
-        scores = _predictions(part / "predictions.parquet", dataset, split)
+        scores = _predictions(part, dataset, split)
     return Run(
         name=name,
         folder=folder,
@@ -198,18 +197,17 @@ def _calibration(folder: Path) -> Calibration | None:
     return calibration.calibration_of(found, path)
 
 
-def _predictions(path: Path, dataset: Dataset, split: str) -> Scores | None:
-    """The rows of a predictions.parquet that are of the split; None where there are none."""
-    if not path.exists():
+def _predictions(folder: Path, dataset: Dataset, split: str) -> Scores | None:
+    """The predictions of the split in a folder; None where there are none."""
+    if not (folder / predictions.FILE).exists():
         return None
-    try:
-        table = pq.read_table(path, columns=["sample", "label", "probability"])
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: expected predictions, but it is damaged ({error})") from None
-    sample, label, probability = (column.to_numpy() for column in table.columns)
+    found = Predictions.read(folder)
+    sample, label, probability = found.samples, found.labels, found.probabilities
     known = sample[(sample >= 0) & (sample < len(dataset.samples))]
     if len(known) < len(sample) or (dataset.samples.label[sample] != label).any():
-        raise InputError(f"{path}: expected predictions of the samples of {dataset.folder}, found others")
+        raise InputError(
+            f"{found.path}: expected predictions of the samples of {dataset.folder}, found others"
+        )
     rows = np.flatnonzero(np.isin(sample, dataset.indices(split)))
     rows = rows[np.argsort(sample[rows], kind="stable")]
     if not len(rows):

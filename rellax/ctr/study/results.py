@@ -12,9 +12,8 @@ import numpy as np
 from rellax._files import read_json
 from rellax.ctr import metrics
 from rellax.ctr.calibration import fit_stacking
-from rellax.ctr.evaluate import read_predictions
 from rellax.ctr.methods import METHODS, is_language_model
-from rellax.errors import InputError
+from rellax.ctr.predictions import Predictions
 
 if TYPE_CHECKING:
     from rellax.ctr.study.grid import Cell
@@ -31,22 +30,6 @@ class Scored:
     labels: np.ndarray
     users: np.ndarray
     histories: np.ndarray
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What a predictions.parquet holds: samples, labels and probabilities, each (m,)."""
-
-    samples: np.ndarray
-    labels: np.ndarray
-    probabilities: np.ndarray
-
-    def at(self, samples: np.ndarray) -> Predictions:
-        """Those of some of the samples, in their order; others stand in for what there is not."""
-        order = np.argsort(self.samples, kind="stable")
-        places = np.searchsorted(self.samples, samples, sorter=order)
-        rows = order[np.minimum(places, len(order) - 1)]
-        return Predictions(self.samples[rows], self.labels[rows], self.probabilities[rows])
 
 
 @dataclass(frozen=True)
@@ -69,22 +52,16 @@ class Finished:
 
     @classmethod
     def read(cls, out: Path, cell: Cell, test: Scored) -> Finished:
-        found = Predictions(*read_predictions(out / cell.result))
+        found = Predictions.read((out / cell.result).parent)
         known: Predictions | None = None
         validation: float | None = None
         if not is_language_model(cell.method):
             known = found
             validation = read_json(out / cell.name / "metrics.json")["valid"]["auc"]
         elif METHODS[cell.method].stage is not None:
-            known = Predictions(*read_predictions(out / cell.name / "predictions.parquet"))
+            known = Predictions.read(out / cell.name)
             validation = read_json(out / cell.name / "metrics.json")["validation"]["auc"]
-        tested = found.at(test.rows)
-        if not np.array_equal(tested.samples, test.rows):
-            raise InputError(
-                f"{out / cell.result}: expected predictions of the study's {len(test.rows)} test samples, "
-                f"found others ({len(found.samples)})"
-            )
-        return cls.of(cell, tested.probabilities, validation, test, known)
+        return cls.of(cell, found.at(test.rows).probabilities, validation, test, known)
 
     @classmethod
     def of(
