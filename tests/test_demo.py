@@ -23,7 +23,7 @@ def config(workspace: Workspace) -> DemoConfig:
         model=str(workspace.model),
         raw=str(workspace.root / "raw"),
         shots=6,
-        k=2,
+        k=3,
         test_samples=11,
         validation_samples=12,
         batch_size=4,
@@ -40,7 +40,10 @@ def test_all_variants_and_resuming(
     assert "[14/14] ReLLa + SPA + CFLoRA (ReLLaX)" in caplog.text
     text = (tmp_path / "whole" / "report.md").read_text()
     assert table in text
-    assert "6 shots, K = 2 behaviours in a prompt, 11 random test samples, seed 0" in text
+    assert "6 shots, K = 3 behaviours in a prompt (of retrieved ones 1 the most recent), 11 random" in text
+    folder = tmp_path / "whole"
+    assert json.loads((folder / "embeddings" / "config.json").read_text())["crm"] == str(folder / "din")
+    assert json.loads((folder / "rella" / "config.json").read_text())["recent_share"] == 0.4
     assert (tmp_path / "whole" / "auc.png").read_bytes().startswith(b"\x89PNG")
     saved = json.loads((tmp_path / "whole" / "metrics.json").read_text())
     assert set(saved) == set(TITLES)
@@ -67,8 +70,20 @@ def test_all_variants_and_resuming(
 
 def test_few_shot_crm(config: DemoConfig, tmp_path: Path) -> None:
     demo(dataclasses.replace(config, few_shot_crm=True), tmp_path, progress=False)
-    assert json.loads((tmp_path / "rellax" / "config.json").read_text())["crm"] == str(tmp_path / "din-shots")
+    for name in ("rellax", "embeddings"):
+        assert json.loads((tmp_path / name / "config.json").read_text())["crm"] == str(tmp_path / "din-shots")
     assert "they know no more than the shots" in (tmp_path / "report.md").read_text()
+
+
+def test_retrieval_by_text_alone(config: DemoConfig, tmp_path: Path) -> None:
+    text = dataclasses.replace(config, similarity="text", recent_share=0.0)
+    demo(text, tmp_path, progress=False)
+    assert json.loads((tmp_path / "embeddings" / "config.json").read_text()).get("crm") is None
+    report = (tmp_path / "report.md").read_text()
+    assert "K = 3 behaviours in a prompt, 11 random" in report
+    assert "- SPA and CFLoRA read a DIN that was trained on all training samples" in report
+    with pytest.raises(InputError, match=r"similarity: expected one of text, text\+crm, got 'crm'"):
+        DemoConfig(similarity="crm")
 
 
 def variants(quality: dict[str, float]) -> list[Variant]:
@@ -87,13 +102,16 @@ def variants(quality: dict[str, float]) -> list[Variant]:
 
 def test_remarks_follow_from_the_numbers() -> None:
     quality = {"zero-shot-recent": 0.0, "lora-recent": 1.5, "rella": 1.5, "rella-spa": 0.5}
-    found = report.remarks(variants(quality), {"few_shot_crm": False})
+    found = report.remarks(variants(quality), {"few_shot_crm": False, "similarity": "text+crm"})
     assert found[0].startswith("Training (LoRA on recent prompts): AUC +0.")
     assert found[0].endswith(", higher.")
     assert found[1] == "Retrieval and the mixture: AUC +0.000 [+0.000, +0.000], no clear difference."
     assert found[2].startswith("SPA on top of ReLLa: AUC -0.")
     assert found[2].endswith(", lower.")
     assert found[3].startswith("Highest AUC here: LoRA on recent prompts. With 400 test samples")
+    assert found[4].startswith(
+        "Retrieval, SPA and CFLoRA read a DIN that was trained on all training samples"
+    )
     assert "through it they know more than the shots" in found[4]
 
 

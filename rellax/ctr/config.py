@@ -223,6 +223,8 @@ class Comparison:
         epochs2, lr2: of stage 2. The published rate, 3e-4, is for some thousand steps; for the few of these
             sizes 5e-3 was the first tried (AUC 0.78 on 300 validation samples), no other was compared.
         crm_epochs: of the classical models, at most.
+        similarity: what behaviours are retrieved by: "text", the embeddings of the items' texts, or
+            "text+crm", these and the item embeddings of a classical model.
         recent_share: of retrieved prompts, see `TrainConfig`.
     """
 
@@ -237,7 +239,16 @@ class Comparison:
     epochs2: int = 1
     lr2: float = 5e-3
     crm_epochs: int = 10
+    similarity: str = "text"
     recent_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.similarity not in SIMILARITIES:
+            raise InputError(
+                f"similarity: expected one of {', '.join(SIMILARITIES)}, got {self.similarity!r}"
+            )
+        if not 0.0 <= self.recent_share < 1.0:
+            raise InputError(f"recent_share: expected a fraction in [0, 1), got {self.recent_share!r}")
 
 
 @dataclass(frozen=True)
@@ -247,12 +258,15 @@ class DemoConfig(Comparison):
     Attributes:
         shots: training samples of the language model, and of the classical models' few-shot variants.
         k: behaviours in a prompt.
-        few_shot_crm: gates and soft prompts come from the DIN trained on the same shots, not on all samples.
+        few_shot_crm: retrieval, gates and soft prompts read the DIN trained on the same shots, not on all
+            samples.
         seed: of everything random.
     """
 
     shots: int = 256
     k: int = 5
+    similarity: str = "text+crm"
+    recent_share: float = 0.4
     few_shot_crm: bool = False
     seed: int = 0
 
@@ -269,8 +283,7 @@ class StudyConfig(Comparison):
         crm: the classical model that gates and soft prompts read.
         crm_samples: what that one is trained on: "all" training samples, "held-out" all but the language
             model's shots, or "shots" these alone.
-        similarity: what behaviours are retrieved by: "text", the embeddings of the items' texts, or
-            "text+crm", these and the item embeddings of `crm` trained on all training samples.
+        similarity: with "text+crm" the classical model is `crm` trained on all training samples.
     """
 
     test_samples: int | None = 1000
@@ -298,14 +311,13 @@ class StudyConfig(Comparison):
     seeds: tuple[int, ...] = (0, 1, 2)
     crm: str = "SIM"
     crm_samples: str = "all"
-    similarity: str = "text"
 
     def __post_init__(self) -> None:
-        for name, known in (("crm_samples", CRM_SAMPLES), ("similarity", SIMILARITIES)):
-            if getattr(self, name) not in known:
-                raise InputError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if not 0.0 <= self.recent_share < 1.0:
-            raise InputError(f"recent_share: expected a fraction in [0, 1), got {self.recent_share!r}")
+        super().__post_init__()
+        if self.crm_samples not in CRM_SAMPLES:
+            raise InputError(
+                f"crm_samples: expected one of {', '.join(CRM_SAMPLES)}, got {self.crm_samples!r}"
+            )
         for name, least in (("k", 1), ("shots", 1), ("seeds", 0)):
             values = getattr(self, name)
             if not values or min(values) < least or len(set(values)) != len(values):

@@ -53,15 +53,14 @@ def demo(config: DemoConfig, out: str | Path, *, device: str = "auto", progress:
 
 def _steps(config: DemoConfig, lab: Lab) -> list[Step]:
     """All steps; a cost is in prompts scored, roughly."""
-    steps = [
-        Step("Data and language model", 60, lab.prepare),
-        Step("Item embeddings", 300, lab.embed),
-        Step("Retrieval", 10, lab.retrieve),
-    ]
+    steps = [Step("Data and language model", 60, lab.prepare)]
     for name, model in CRM.items():
         few = name.endswith("shots")
         run = partial(lab.crm, name, model, shots=config.shots if few else None, seed=config.seed)
         steps.append(Step(TITLES[name], 30 if few else 500, run))
+    crm = _crm(config) if config.similarity == "text+crm" else None
+    steps.append(Step("Item embeddings", 300, partial(lab.embed, crm)))
+    steps.append(Step("Retrieval", 10, lab.retrieve))
     return steps + [Step(TITLES[name], *_run(config, lab, name)) for name in VARIANTS]
 
 
@@ -80,8 +79,13 @@ def _run(config: DemoConfig, lab: Lab, name: str) -> tuple[float, Callable[[], N
         shots=config.shots,
         seed=config.seed,
         start=method.start or "",
-        crm="din-shots" if config.few_shot_crm else "din",
+        crm=_crm(config),
     )
+
+
+def _crm(config: DemoConfig) -> str:
+    """The classical model that is read by whatever reads one."""
+    return "din-shots" if config.few_shot_crm else "din"
 
 
 def _report(config: DemoConfig, out: Path) -> str:

@@ -75,8 +75,10 @@ DEMO_HELP = {
     "epochs2": "of stage 2",
     "lr2": "of stage 2",
     "crm_epochs": "of the classical models, at most",
+    "similarity": "what behaviours are retrieved by: the item texts' embeddings alone, or with those of a "
+    "classical model",
     "recent_share": "of a retrieved prompt's K behaviours so many are the most recent ones",
-    "few_shot_crm": "gates and soft prompts from the DIN trained on the same shots",
+    "few_shot_crm": "retrieval, gates and soft prompts from the DIN trained on the same shots",
     "model": "folder or hub name of another language model (default: SmolLM2-135M-Instruct)",
     "raw": "folder with MovieLens-100K (default: fetched)",
     "seed": "of everything random",
@@ -89,8 +91,6 @@ STUDY_HELP = DEMO_HELP | {
     "crms": "classical models beside them, on the same shots and on all training samples",
     "data": "folder of `rellax prepare` (default: MovieLens-100K)",
     "crm": "classical model that gates and soft prompts read",
-    "similarity": "what behaviours are retrieved by: the item texts' embeddings alone, or with those of the "
-    "classical model that is trained on all samples",
     "crm_samples": "what that one is trained on: all training samples, all but the shots, or the shots",
 }
 STUDY_HELP = {name: text for name, text in STUDY_HELP.items() if name not in ("few_shot_crm", "seed")}

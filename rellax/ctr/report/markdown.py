@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rellax._files import atomic_file
+from rellax.ctr.config import recent_behaviours
 from rellax.ctr.metrics import paired_bootstrap
 from rellax.ctr.runs import machine
 
@@ -85,7 +86,8 @@ def remarks(variants: Sequence[Variant], config: dict[str, Any]) -> list[str]:
         *sentences,
         f"Highest AUC here: {best.title}. With {best.metrics['samples']} test samples only differences whose "
         "interval excludes zero mean anything; each variant was trained once, with one seed.",
-        f"SPA and CFLoRA read a DIN that was trained on {crm}: "
+        f"{'Retrieval, SPA' if config['similarity'] == 'text+crm' else 'SPA'} and CFLoRA read a DIN that was "
+        f"trained on {crm}: "
         + (
             "they know no more than the shots."
             if config["few_shot_crm"]
@@ -107,12 +109,14 @@ def _compare(a: Variant, b: Variant, what: str) -> str:
 def _what(variants: Sequence[Variant], config: dict[str, Any], data: dict[str, Any]) -> str:
     count = data["counts"]
     model = "SmolLM2-135M-Instruct" if config["model"] is None else Path(config["model"]).name
+    count_recent = recent_behaviours(config["recent_share"], config["k"])
+    recent = f" (of retrieved ones {count_recent} the most recent)" if count_recent else ""
     return (
         f"# {data['name']}: every variant on the same test samples\n\n"
         f"{count['users']:,} users, {count['items']:,} items, {count['samples']:,} samples, split 8:1:1 by "
         f"time; label: rating above {data['positive_above']:g}. {model}, {config['shots']:,} shots, "
-        f"K = {config['k']} behaviours in a prompt, {variants[0].metrics['samples']:,} random test samples, "
-        f"seed {config['seed']}. "
+        f"K = {config['k']} behaviours in a prompt{recent}, {variants[0].metrics['samples']:,} random test "
+        f"samples, seed {config['seed']}. "
         "Model selection on the validation split alone. In brackets: 95 % bootstrap intervals."
     )
 
