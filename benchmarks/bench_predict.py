@@ -144,7 +144,7 @@ class Contest:
     def prompts(self, rows: Rows) -> tuple[list[Example], Collator]:
         """What a request is for the model."""
         predictor = self.predictor
-        prompts, collator = predictor._prompts([predictor._requests.read(row) for row in rows])
+        prompts, collator, _ = predictor._prompts([predictor._requests.read(row) for row in rows])
         return [prompt for prompt in prompts if isinstance(prompt, Example)], collator
 
     def published(self, prompts: tuple[list[Example], Collator]) -> np.ndarray:
