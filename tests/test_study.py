@@ -308,6 +308,12 @@ def test_targets_follow_from_the_numbers() -> None:
     assert verdicts(results_of(even, test))[3] == "missed"
 
 
+def test_the_command_of_a_report() -> None:
+    config = StudyConfig(k=[10], shots=[256, 512], seeds=(0, 1, 2), lr=0.002, recent_share=0.3)
+    expected = "rellax reproduce --lr 0.002 --recent-share 0.3 --k 10 --shots 256 512"
+    assert report._command(config) == expected
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(2, "1 min"), (600, "10 min"), (7800, "2 h 10 min"), (270000, "3 days 3 h")],

@@ -354,8 +354,11 @@ def _machine(out: Path, config: StudyConfig) -> str:
 def _command(config: StudyConfig) -> str:
     words = ["rellax", "reproduce"]
     for name, value in asdict(config).items():
-        if value != getattr(StudyConfig, name):
-            values = value if isinstance(value, tuple) else (value,)
+        values, default = (
+            tuple(one) if isinstance(one, list | tuple) else (one,)  # the command line gives lists
+            for one in (value, getattr(StudyConfig, name))
+        )
+        if values != default:
             words += [f"--{name.replace('_', '-')}", *map(str, values)]
     return " ".join(words)
 
