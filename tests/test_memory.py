@@ -49,8 +49,8 @@ def memory_while_training(config: TrainConfig, out: Path) -> list[int]:
 def test_training_keeps_nothing(workspace: Workspace, tmp_path: Path, steps: int) -> None:
     """From a fifth of the way on, the least memory of each tenth; with validations, checkpoints and a log.
 
-    What is kept grows in every tenth, which the median shows; an allocator that takes another block does not.
-    In a process of its own, because what other tests leave behind comes and goes.
+    In a process of its own, because what other tests leave behind comes and goes. One tenth does not count:
+    an allocator may take another block, while what is kept grows in all of them.
     """
     config = workspace.config(
         stage="joint",
@@ -67,7 +67,7 @@ def test_training_keeps_nothing(workspace: Workspace, tmp_path: Path, steps: int
     assert len(seen) == steps // 10
     grown = np.diff([min(tenth) for tenth in np.array_split(seen, 10)])[2:] / 2**20
     print(f"MiB more in each tenth of {steps} steps: {grown.round(2)}, of {seen[-1] / 2**20:.0f}")  # noqa: T201
-    assert len(grown) * np.median(grown) < 4
+    assert np.sort(grown)[:-1].sum() < 4
 
 
 def test_tensors_are_written_in_blocks_and_read_by_rows(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from sklearn.linear_model import LogisticRegression
 
 from rellax._files import read_json, sha256_file, write_json
 from rellax.ctr import metrics
+from rellax.ctr.crm import WEIGHTS
 from rellax.errors import InputError
 
 FILE = "calibration.json"
@@ -235,7 +236,7 @@ def _adapter_hash(run: Path) -> str:
 
 
 def _crm_hash(crm: str) -> str:
-    path = Path(crm) / "model.safetensors"
+    path = Path(crm) / WEIGHTS
     if not path.is_file():
         raise InputError(f"{path}: expected a file of `rellax crm`, found none")
     return sha256_file(path)

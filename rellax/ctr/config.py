@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,8 +173,7 @@ class TrainConfig:
 
     def _check_values(self) -> None:
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+            _check_choice(name, getattr(self, name), allowed)
         for name in ("k", "max_tokens", "epochs", "batch_size", "micro_batch_size", "checkpoint_every", "r"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
@@ -182,8 +182,7 @@ class TrainConfig:
             if value is not None and value <= 0:
                 raise InputError(f"{name}: expected a positive number or None, got {value!r}")
         for name in ("warmup", "dropout", "recent_share"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise InputError(f"{name}: expected a fraction in [0, 1), got {getattr(self, name)!r}")
+            _check_fraction(name, getattr(self, name))
         if self.weight_decay < 0:
             raise InputError(f"weight_decay: expected zero or more, got {self.weight_decay!r}")
 
@@ -243,12 +242,8 @@ class Comparison:
     recent_share: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.similarity not in SIMILARITIES:
-            raise InputError(
-                f"similarity: expected one of {', '.join(SIMILARITIES)}, got {self.similarity!r}"
-            )
-        if not 0.0 <= self.recent_share < 1.0:
-            raise InputError(f"recent_share: expected a fraction in [0, 1), got {self.recent_share!r}")
+        _check_choice("similarity", self.similarity, SIMILARITIES)
+        _check_fraction("recent_share", self.recent_share)
 
 
 @dataclass(frozen=True)
@@ -314,10 +309,7 @@ class StudyConfig(Comparison):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.crm_samples not in CRM_SAMPLES:
-            raise InputError(
-                f"crm_samples: expected one of {', '.join(CRM_SAMPLES)}, got {self.crm_samples!r}"
-            )
+        _check_choice("crm_samples", self.crm_samples, CRM_SAMPLES)
         for name, least in (("k", 1), ("shots", 1), ("seeds", 0)):
             values = getattr(self, name)
             if not values or min(values) < least or len(set(values)) != len(values):
@@ -373,3 +365,13 @@ def inherited(config: TrainConfig) -> TrainConfig:
         raise InputError(f"start: expected an adapter of {config.model}, found one of {first.model}")
     lora = {name: getattr(first, name) for name in ("r", "alpha", "dropout", "target_modules")}
     return dataclasses.replace(config, **lora, crm_logit=config.crm_logit or first.crm_logit)
+
+
+def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if not 0.0 <= value < 1.0:
+        raise InputError(f"{name}: expected a fraction in [0, 1), got {value!r}")

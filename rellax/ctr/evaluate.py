@@ -223,11 +223,10 @@ def _evaluate(
     chosen = inputs.dataset.choose(split, samples, seed)
     task = Task(config, inputs, adapter, device=where)
     examples = task.examples(chosen, config.evaluation_prompts)
-    probabilities = _score(task, examples, folder, request, progress)
-    labels, users = inputs.dataset.samples.label[chosen], inputs.dataset.samples.user[chosen]
-    result = {"split": split} | metrics.evaluate(labels, probabilities, users, seed=seed)
+    found, users = _score(task, examples, folder, request, progress), inputs.dataset.samples.user[chosen]
+    result = {"split": split} | metrics.evaluate(found.labels, found.probabilities, users, seed=seed)
     with atomic_folder(folder) as part:
-        Predictions(chosen, labels, probabilities).write(part)
+        found.write(part)
         write_json(part / "metrics.json", result)
         write_json(part / "environment.json", runs.environment())
         write_json(part / "config.json", request)
@@ -251,12 +250,13 @@ def _same_predictions(found: dict[str, Any], request: dict[str, Any]) -> bool:
 
 def _score(
     task: Task, examples: Examples, folder: Path, request: dict[str, Any], progress: bool
-) -> np.ndarray:
-    """P(Yes) of each prompt, (n,), without those that `folder` has from a smaller or a stopped evaluation.
+) -> Predictions:
+    """Predictions of all prompts; what `folder` has from a smaller or a stopped evaluation is taken over.
 
     What has been scored is kept in a hidden folder there, which goes when the result takes its place.
     """
     samples, probabilities = examples.samples, np.zeros(len(examples))
+    labels = task.inputs.dataset.samples.label[samples]
     is_known = np.zeros(len(examples), bool)
     for earlier in (folder, folder / _PART):
         path = earlier / "config.json"
@@ -274,11 +274,10 @@ def _score(
             )
             is_known[rows] = True
             if not is_known.all():
-                labels = task.inputs.dataset.samples.label[samples]
                 with atomic_folder(folder / _PART) as part:
                     Predictions(samples[is_known], labels[is_known], probabilities[is_known]).write(part)
                     write_json(part / "config.json", request)
-    return probabilities
+    return Predictions(samples, labels, probabilities)
 
 
 def _of_crm(crm: str, of: Predictions) -> np.ndarray:

@@ -191,16 +191,13 @@ class Predictor:
         That is (n,) probabilities, of the model that the run is stacked on; None where there is none.
         """
         data = self._requests.dataset(requests)
-        retrieved, collator, beside = None, self._task.collator, None
+        said = {crm: crm.predict(data) for crm in {self._crm, self._beside} if crm is not None}
+        retrieved, collator = None, self._task.collator
         if self._embeddings is not None:
             retrieved = find_positions(self._embeddings, data, self._task.config.k)
         if self._crm is not None:
-            hidden, probabilities = self._crm.predict(data)
-            collator = self._task.collator_of(hidden, probabilities)
-            if self._beside is self._crm:
-                beside = probabilities.numpy()
-        if self._beside is not None and beside is None:
-            beside = self._beside.predict(data)[1].numpy()
+            collator = self._task.collator_of(*said[self._crm])
+        beside = None if self._beside is None else said[self._beside][1].numpy()
         examples = Examples(
             self._task.prompts.of(data),
             Inputs(data, retrieved),

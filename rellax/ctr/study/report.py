@@ -144,10 +144,15 @@ def _beats(a: str, b: str) -> Callable[[Results], tuple[str, str]]:
         if first is None or second is None:
             return "not run", "-"
         result = results.compare(first, second)
-        better = result["difference"] is not None and result["difference"] > 0 and result["p_value"] < _LEVEL
-        return "met" if better else "missed", f"K = {k}, {shots:,} shots: {_signed(result)}"
+        return _verdict(result), f"K = {k}, {shots:,} shots: {_signed(result)}"
 
     return decide
+
+
+def _verdict(result: dict[str, Any]) -> str:
+    """Of a target that asks for more than chance."""
+    better = result["difference"] is not None and result["difference"] > 0 and result["p_value"] < _LEVEL
+    return "met" if better else "missed"
 
 
 def _stacked_beats_classical(method: str) -> Callable[[Results], tuple[str, str]]:
@@ -160,8 +165,7 @@ def _stacked_beats_classical(method: str) -> Callable[[Results], tuple[str, str]
         if not len(both):
             return "not run", "-"
         result = metrics.paired_bootstrap(results.test.labels, both, alone)
-        better = result["difference"] is not None and result["difference"] > 0 and result["p_value"] < _LEVEL
-        return "met" if better else "missed", f"K = {k}, {shots:,} shots, {best.method}: {_signed(result)}"
+        return _verdict(result), f"K = {k}, {shots:,} shots, {best.method}: {_signed(result)}"
 
     return decide
 
