@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from rellax.ctr import cli, doctor, selftest
+from rellax.ctr import cli, doctor, runs, selftest
 from rellax.ops import _register
 
 OPERATORS = ("cflora_linear", "gate_bank", "soft_prompt", "answer_loss", "history_topk", "item_topk")
@@ -123,6 +123,10 @@ def gpu(**changes: Any) -> dict[str, Any]:
         ),
         ({"machine": {"cores": 8, "threads": 1, "bfloat16": True}}, "1 of 8 cores: unset OMP_NUM_THREADS"),
         ({"machine": {"cores": 8, "threads": 8, "bfloat16": False}}, "no bfloat16 in hardware"),
+        (
+            {"machine": {"cores": 8, "threads": 8, "bfloat16": True, "allocator": "glibc"}},
+            "`LD_PRELOAD=libtcmalloc_minimal.so.4",
+        ),
         ({"variables": {"RELLAX_BACKEND": "reference"}}, "RELLAX_BACKEND=reference decides"),
         ({"gpus": gpu(), "packages": {"triton": None}}, "`pip install triton`"),
         (
@@ -144,9 +148,17 @@ def test_advice(changes: dict[str, Any], words: str) -> None:
     assert words in line
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads what Linux says of a process")
+def test_the_allocator_that_was_loaded_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert runs.allocator() in ("glibc", "tcmalloc", "jemalloc", "mimalloc", None)
+    monkeypatch.setattr(Path, "read_text", lambda _: "7f00-7f01 r-xp 0 0 /usr/lib/libtcmalloc_minimal.so.4")
+    assert runs.allocator() == "tcmalloc"
+
+
 def test_no_advice_where_nothing_is_off() -> None:
     assert list(doctor._advice(found())) == []
     assert list(doctor._advice(found(gpus=gpu()))) == []
+    assert list(doctor._advice(found(gpus=gpu(), machine={"allocator": "glibc"}))) == []
     assert list(doctor._advice(found(**dict.fromkeys(doctor._PROBES)))) == []
 
 

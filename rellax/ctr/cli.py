@@ -232,15 +232,14 @@ def _reproduce(options: argparse.Namespace) -> None:
 def _train_config(options: argparse.Namespace, **more: Any) -> TrainConfig:
     values = {name: getattr(options, name) for name in TRAIN_HELP if hasattr(options, name)} | more
     prompts = values.get("prompts", TrainConfig.prompts)
-    gates = values.get("interaction", "none") != "none"
-    reads_crm = gates or values.get("soft_prompt") or values.get("crm_logit")
-    return TrainConfig(
+    config = TrainConfig(
         data=str(options.work / "data"),
         model=_model(options),
         retrieved=str(options.work / "retrieved") if prompts != "recent" else None,
-        crm=str(options.work / options.crm) if reads_crm else None,
+        crm=str(options.work / options.crm),
         **values,
     )
+    return config if config.uses_crm else dataclasses.replace(config, crm=None)
 
 
 def _model(options: argparse.Namespace) -> str:

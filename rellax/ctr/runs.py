@@ -82,8 +82,17 @@ def environment() -> dict[str, Any]:
         "rellax_isa": os.environ.get("RELLAX_ISA"),
         "rellax_backend": os.environ.get("RELLAX_BACKEND"),
         "threads": torch.get_num_threads(),
+        "allocator": allocator(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def allocator() -> str | None:
+    """Whose malloc this process has: "tcmalloc", "jemalloc", "mimalloc" or "glibc"; None where unknown."""
+    maps = Path("/proc/self/maps")
+    mapped = maps.read_text() if maps.exists() else ""
+    others = (name for name in ("tcmalloc", "jemalloc", "mimalloc") if f"/lib{name}" in mapped)
+    return next(others, platform.libc_ver()[0] or None)
 
 
 def machine() -> str:
