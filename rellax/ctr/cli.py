@@ -236,7 +236,7 @@ def _train_config(options: argparse.Namespace, **more: Any) -> TrainConfig:
         data=str(options.work / "data"),
         model=_model(options),
         retrieved=str(options.work / "retrieved") if prompts != "recent" else None,
-        crm=str(options.work / options.crm),
+        crm=str(options.work / options.crm) if hasattr(options, "crm") else None,
         **values,
     )
     return config if config.uses_crm else dataclasses.replace(config, crm=None)
