@@ -93,16 +93,17 @@ def _tested(devices: list[str], progress: bool) -> Iterator[selftest.Result]:
 def _machine() -> dict[str, Any]:
     pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    known = runs.environment()
     return {
         "system": platform.platform(),
         "python": platform.python_version(),
-        "cpu": runs.environment()["cpu"],
-        "allocator": runs.allocator(),
+        "cpu": known["cpu"],
+        "allocator": known["allocator"],
         "cores": usable,
-        "threads": torch.get_num_threads(),
+        "threads": known["threads"],
         "memory_gib": round(pages * size / 2**30, 1),
-        "bfloat16": runs.has_bfloat16(),
-        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16": known["bfloat16"],
+        "torch_isa": known["isa"],
     }
 
 
