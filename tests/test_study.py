@@ -18,7 +18,7 @@ from rellax.ctr import lab
 from rellax.ctr.config import StudyConfig
 from rellax.ctr.lab import duration
 from rellax.ctr.predictions import Predictions
-from rellax.ctr.study import Cell, cells, grid, report, reproduce
+from rellax.ctr.study import Cell, cells, grid, report, reproduce, targets
 from rellax.ctr.study.results import Finished, Results, Scored
 from rellax.errors import InputError
 
@@ -134,7 +134,7 @@ def test_stopped_resumed_grown_and_reported(
     assert all(path.stat().st_mtime_ns == time for path, time in made.items())
     assert (tmp_path / "study" / "report.md").read_text() == report
     assert "not finished" not in report
-    for name in ("auc-by-k.png",):
+    for name in ("auc-by-k.png", "auc-by-history.png", "heterogeneity.png"):
         assert (tmp_path / "study" / name).read_bytes().startswith(b"\x89PNG")
 
     # A second seed only adds its own runs; other settings are refused.
@@ -264,8 +264,7 @@ def test_the_best_classical_model_is_chosen_on_validation_samples() -> None:
 
 
 def verdicts(results: Results) -> list[str]:
-    table = report._targets(results).splitlines()[4:]
-    return [line.split(" | ")[1] for line in table]
+    return [verdict for _, verdict, _ in targets.verdicts(results)]
 
 
 def test_targets_follow_from_the_numbers() -> None:

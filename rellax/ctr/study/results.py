@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from rellax.ctr.study.grid import Cell
 
 METRICS = {"auc": "AUC", "log_loss": "LogLoss", "acc": "ACC", "gauc": "GAUC", "ece": "ECE"}
-HISTORY_BINS = (0, 20, 50, 100, 200)  # lower bounds of earlier behaviours
+# Earlier behaviours of a user: the lower bound of each bin.
+HISTORY_BINS = {"under 20": 0, "20 to 49": 20, "50 to 99": 50, "100 to 199": 100, "200 and more": 200}
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,14 @@ class Result:
         return float("nan") if value is None else value[0]
 
 
+def signed(result: dict[str, Any]) -> str:
+    """A difference as `metrics.paired_bootstrap` gives it: "+0.013 [-0.006, +0.031], p = 0.146"."""
+    if result["difference"] is None:
+        return "-"
+    low, high = result["interval"]
+    return f"{result['difference']:+.3f} [{low:+.3f}, {high:+.3f}], p = {result['p_value']:.3f}"
+
+
 class Results:
     """All results of a study, found by method, K and shots.
 
@@ -149,9 +158,43 @@ class Results:
             shots = 0
         return self.all.get((method, k, shots))
 
-    def axis(self, index: int) -> list[int]:
-        """The values of K (1) or shots (2) that trained methods have."""
-        return sorted({key[index] for key in self.all if key[0] in METHODS and key[index]})  # type: ignore[misc]
+    @property
+    def ks(self) -> list[int]:
+        """The values of K that a method has, rising."""
+        return sorted({k for _, k, _ in self.all if k is not None})
+
+    @property
+    def shots(self) -> list[int]:
+        """The numbers of shots that a trained method has, rising."""
+        return sorted({shots for method, _, shots in self.all if method in METHODS and shots})
+
+    def curve(self, method: str, shots: int) -> list[tuple[int, Result]]:
+        """A method's results by K."""
+        found = [(k, self.get(method, k, shots)) for k in self.ks]
+        return [(k, result) for k, result in found if result is not None]
+
+    def chosen_k(self, shots: int) -> int:
+        """The K at which the last trained method did best on the validation samples; else the middle one.
+
+        0 where no method has run.
+        """
+        for method in reversed(METHODS):
+            scored = {k: r.validation for k, r in self.curve(method, shots) if r.validation is not None}
+            if scored:
+                return max(scored, key=lambda k: scored[k])
+        return self.ks[len(self.ks) // 2] if self.ks else 0
+
+    def rows(self, k: int, shots: int) -> list[Result]:
+        """All methods at one K and number of shots; classical models on these shots, and on all samples."""
+        found = [self.get(method, k, shots) for method in METHODS]
+        classical = dict.fromkeys(key[0] for key in self.all if key[0] not in METHODS)
+        found += [self.get(name, None, n) for n in (shots, None) for name in classical]
+        return [result for result in found if result is not None]
+
+    def trained(self) -> list[tuple[str, str]]:
+        """Title and name of what shots mean something to, classical models included."""
+        names = dict.fromkeys(key[0] for key in self.all if key[2])
+        return [(METHODS[name].title if name in METHODS else name, name) for name in names]
 
     def best_classical(self, shots: int | None) -> Result | None:
         """The classical model on so many samples with the highest AUC on the validation samples."""
@@ -177,7 +220,7 @@ class Results:
 
     def by_history(self, result: Result) -> list[tuple[int, float | None]]:
         """Number of samples and mean AUC in each bin of history lengths."""
-        bins = np.searchsorted(HISTORY_BINS, self.test.histories, side="right") - 1
+        bins = np.searchsorted(list(HISTORY_BINS.values()), self.test.histories, side="right") - 1
         found: list[tuple[int, float | None]] = []
         for number in range(len(HISTORY_BINS)):
             rows = bins == number

@@ -1,0 +1,127 @@
+"""The targets of a study, each with its verdict and the numbers that decide it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rellax.ctr import metrics
+from rellax.ctr.methods import METHODS, Method
+from rellax.ctr.study.results import Result, Results, signed
+
+_FEW_SHOTS = 8192
+_LEVEL = 0.05
+
+
+def verdicts(results: Results) -> list[tuple[str, str, str]]:
+    """Each target, "met", "missed" or "not run", and what decides it."""
+    return [(title, *decide(results)) for title, decide in _TARGETS.items()]
+
+
+def _subr_beats_recent(pair: tuple[str, str]) -> Callable[[Results], tuple[str, str]]:
+    def decide(results: Results) -> tuple[str, str]:
+        shots = 0 if METHODS[pair[0]].stage is None else max(results.shots, default=0)
+        ks = [k for k in results.ks if k >= 10]
+        found = [(k, results.get(pair[0], k, shots), results.get(pair[1], k, shots)) for k in ks]
+        known = [(k, a, b) for k, a, b in found if a is not None and b is not None]
+        if not known:
+            return "not run", "-"
+        verdict = "met" if all(a.auc > b.auc for _, a, b in known) else "missed"
+        return verdict, "; ".join(f"K = {k}: {a.auc:.3f} against {b.auc:.3f}" for k, a, b in known)
+
+    return decide
+
+
+def _no_fall(results: Results) -> tuple[str, str]:
+    """Of the best method that has run at several K, with the most shots."""
+    for method in ("rellax", "rella", "lora-retrieved", "zero-shot-retrieved"):
+        for shots in results.shots[::-1] or [0]:
+            curve = results.curve(method, shots)
+            if len(curve) > 1:
+                return _falls(results, METHODS[method], shots, curve)
+    return "not run", "-"
+
+
+def _falls(
+    results: Results, method: Method, shots: int, curve: Sequence[tuple[int, Result]]
+) -> tuple[str, str]:
+    (best_k, best), (_, last) = max(curve[:-1], key=lambda one: one[1].auc), curve[-1]
+    result = results.compare(last, best)
+    fell = result["interval"] is not None and result["interval"][1] < 0
+    values = ", ".join(f"{k}: {r.auc:.3f}" for k, r in curve)
+    return (
+        "missed" if fell else "met",
+        f"{method.title}{f', {shots:,} shots' if method.stage else ''}: {values}; last less K = {best_k} "
+        f"{signed(result)}",
+    )
+
+
+def _beats(a: str, b: str) -> Callable[[Results], tuple[str, str]]:
+    def decide(results: Results) -> tuple[str, str]:
+        shots = max(results.shots, default=0)
+        k = results.chosen_k(shots)
+        first, second = results.get(a, k, shots), results.get(b, k, shots)
+        if first is None or second is None:
+            return "not run", "-"
+        result = results.compare(first, second)
+        return _verdict(result), f"K = {k}, {shots:,} shots: {signed(result)}"
+
+    return decide
+
+
+def _verdict(result: dict[str, Any]) -> str:
+    """Of a target that asks for more than chance."""
+    better = result["difference"] is not None and result["difference"] > 0 and result["p_value"] < _LEVEL
+    return "met" if better else "missed"
+
+
+def _stacked_beats_classical(method: str) -> Callable[[Results], tuple[str, str]]:
+    def decide(results: Results) -> tuple[str, str]:
+        k, shots = _decisive(results)
+        ours, best = results.get(method, k, shots), results.best_classical(None)
+        if ours is None or best is None:
+            return "not run", "-"
+        both, alone = results.stacked(ours, best)
+        if not len(both):
+            return "not run", "-"
+        result = metrics.paired_bootstrap(results.test.labels, both, alone)
+        return _verdict(result), f"K = {k}, {shots:,} shots, {best.method}: {signed(result)}"
+
+    return decide
+
+
+def _beats_classical(method: str) -> Callable[[Results], tuple[str, str]]:
+    def decide(results: Results) -> tuple[str, str]:
+        k, shots = _decisive(results)
+        ours, best = results.get(method, k, shots), results.best_classical(None)
+        if ours is None or best is None:
+            return "not run", "-"
+        result = signed(results.compare(ours, best))
+        return (
+            "met" if ours.auc > best.auc else "missed",
+            f"K = {k}, {shots:,} shots: {ours.auc:.3f} against {best.method} {best.auc:.3f}, {result}",
+        )
+
+    return decide
+
+
+def _decisive(results: Results) -> tuple[int, int]:
+    """K, and the largest number of shots that is still few."""
+    shots = max((n for n in results.shots if n <= _FEW_SHOTS), default=0)
+    return results.chosen_k(shots), shots
+
+
+_TARGETS: dict[str, Callable[[Results], tuple[str, str]]] = {
+    "SUBR above recent at every K ≥ 10, zero-shot": _subr_beats_recent(
+        ("zero-shot-retrieved", "zero-shot-recent")
+    ),
+    "SUBR above recent at every K ≥ 10, trained": _subr_beats_recent(("lora-retrieved", "lora-recent")),
+    "no fall of AUC as K grows": _no_fall,
+    "ReLLaX above ReLLa, p < 0.05": _beats("rellax", "rella"),
+    "ReLLa above LoRA on recent prompts, p < 0.05": _beats("rella", "lora-recent"),
+    "ReLLaX with at most 8,192 shots above the best classical model on all samples": _beats_classical(
+        "rellax"
+    ),
+    "the same, boosted from the classical model": _beats_classical("rellax-boosted"),
+    "the same, boosted and stacked on that model, p < 0.05": _stacked_beats_classical("rellax-boosted"),
+}
