@@ -90,13 +90,12 @@ def variants(quality: dict[str, float]) -> list[Variant]:
     """Variants whose scores hold `quality` times the label beside noise."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, size=400)
-    noise = rng.normal(size=400)
+    noise, users = rng.normal(size=400), np.arange(400) // 2
     result = []
     for name, strength in quality.items():
         probabilities = 1 / (1 + np.exp(-(noise + strength * (labels - 0.5))))
-        result.append(
-            Variant(name, TITLES[name], labels, probabilities, metrics.evaluate(labels, probabilities))
-        )
+        values = metrics.evaluate(labels, probabilities, users)
+        result.append(Variant(name, TITLES[name], labels, probabilities, users, values))
     return result
 
 
@@ -117,5 +116,6 @@ def test_remarks_follow_from_the_numbers() -> None:
 
 def test_a_table_without_auc() -> None:
     labels, probabilities = np.ones(4, dtype=int), np.array([0.2, 0.6, 0.7, 0.9])
-    one = Variant("din", "DIN", labels, probabilities, metrics.evaluate(labels, probabilities, bootstrap=0))
+    values = metrics.evaluate(labels, probabilities, bootstrap=0)
+    one = Variant("din", "DIN", labels, probabilities, np.arange(4), values)
     assert report.table([one]).splitlines()[2] == "| DIN | - | 0.646 | 0.750 |"

@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM
 from workspace import GATED, Workspace
 
-from rellax._files import read_json
+from rellax._files import read_json, write_json
 from rellax.ctr import evaluate as evaluation
 from rellax.ctr.batches import Example
 from rellax.ctr.dataset import Dataset
@@ -96,9 +96,16 @@ def test_evaluation_needs_the_files_of_training(workspace: Workspace, tmp_path: 
         evaluate(stage_1, samples=5, folder=tmp_path / "test", progress=False)
     with pytest.raises(InputError, match="holds a run with samples = 6, expected 7"):
         evaluate(stage_1, samples=7, seed=1, folder=tmp_path / "test", progress=False)
-    with pytest.raises(InputError, match="n: expected 1 to 12 samples of split 'test', got 99"):
+    with pytest.raises(InputError, match="samples: expected 1 to 12 samples of split 'test', got 99"):
         evaluate(stage_1, samples=99, folder=tmp_path / "none", progress=False)
     assert not (tmp_path / "none").exists()
+
+    shutil.copytree(workspace.data, tmp_path / "data")
+    train(workspace.config(data=str(tmp_path / "data")), tmp_path / "other", progress=False)
+    meta = tmp_path / "data" / "dataset.json"
+    write_json(meta, read_json(meta) | {"question": "Would they?"})
+    with pytest.raises(InputError, match="expected the files it was trained with, but one has changed"):
+        evaluate(tmp_path / "other", progress=False)
 
     shutil.copytree(workspace.retrieved, tmp_path / "retrieved")
     train(workspace.config(retrieved=str(tmp_path / "retrieved")), tmp_path / "run", progress=False)

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import log_loss, roc_auc_score
 
 from rellax.ctr.metrics import evaluate, paired_bootstrap
 from rellax.errors import InputError
@@ -74,6 +74,30 @@ def test_intervals_agree_with_a_plain_bootstrap(key: str) -> None:
     result = evaluate(LABELS, PROBABILITIES, bootstrap=2000)
     assert result[f"{key}_interval"] == pytest.approx([low, high], abs=0.1 * (high - low))
     assert result[f"{key}_interval"][0] < result[key] < result[f"{key}_interval"][1]
+
+
+def test_whole_users_are_drawn() -> None:
+    """The same as drawing users in a loop, for one model and for the difference of two."""
+    rng, draws = np.random.default_rng(7), []
+    other = np.clip(PROBABILITIES + 0.4 * rng.normal(size=301), 0, 1)
+    of = [np.flatnonzero(user == USERS) for user in np.unique(USERS)]
+    for _ in range(2000):
+        rows = np.concatenate([of[drawn] for drawn in rng.integers(0, len(of), len(of))])
+        auc = roc_auc_score(LABELS[rows], PROBABILITIES[rows])
+        loss = log_loss(LABELS[rows], PROBABILITIES[rows])
+        draws.append((auc, loss, auc - roc_auc_score(LABELS[rows], other[rows])))
+    expected = np.percentile(draws, [2.5, 97.5], axis=0).T
+    result = evaluate(LABELS, PROBABILITIES, USERS, bootstrap=2000)
+    pair = paired_bootstrap(LABELS, PROBABILITIES, other, USERS, bootstrap=2000)
+    found = (result["auc_interval"], result["log_loss_interval"], pair["interval"])
+    for one, (low, high) in zip(found, expected, strict=True):
+        assert one == pytest.approx([low, high], abs=0.1 * (high - low))
+    # A sample that is there ten times tells no more than once.
+    many = evaluate(*(np.repeat(values, 10) for values in (LABELS, PROBABILITIES, np.arange(301))))
+    once = evaluate(LABELS, PROBABILITIES)
+    assert many["auc_interval"] == pytest.approx(once["auc_interval"])
+    with pytest.raises(InputError, match="users: expected as many as labels"):
+        paired_bootstrap(LABELS, PROBABILITIES, other, USERS[:-1])
 
 
 def test_same_seed_same_intervals_and_json_ready() -> None:

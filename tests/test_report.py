@@ -163,7 +163,7 @@ def test_metrics_are_those_of_the_shared_samples(work: Path, page: str, material
         low, high = values["auc_interval"]
         assert f"{values['auc']:.3f} [{low:.3f}, {high:.3f}]" in text
         if run.name != "zero":
-            pair = metrics.paired_bootstrap(label, expected, probabilities[1])
+            pair = metrics.paired_bootstrap(label, expected, probabilities[1], data.samples.user[chosen])
             low, high = pair["interval"]
             assert f"{pair['difference']:+.3f} [{low:+.3f}, {high:+.3f}]" in text
     assert f"All are on the same {SAMPLES} samples" in text

@@ -449,6 +449,23 @@ def test_a_finished_run_is_read_and_another_refused(
     assert_same_run(stage_1, run)
 
 
+def test_one_process_at_a_time_trains_in_a_folder(workspace: Workspace, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with (
+        runs.locked(run),
+        pytest.raises(InputError, match="run: expected no other process that trains there, found one"),
+    ):
+        train(workspace.config(), run, progress=False)
+    assert not run.exists()
+    train(workspace.config(), run, progress=False)
+
+
+def test_a_small_validation_split_is_taken_whole(workspace: Workspace, tmp_path: Path) -> None:
+    train(workspace.config(validation_samples=500), tmp_path / "run", progress=False)
+    known = Dataset.load(workspace.data).indices("valid")
+    assert pq.read_table(tmp_path / "run" / "predictions.parquet")["sample"].to_pylist() == known.tolist()
+
+
 def test_a_folder_of_something_else_is_left_alone(workspace: Workspace, tmp_path: Path) -> None:
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "thesis.tex").write_text("all my work")
@@ -488,7 +505,10 @@ def test_the_test_split_changes_nothing(workspace: Workspace, tmp_path: Path) ->
     pq.write_table(table.set_column(table.column_names.index("label"), "label", pa.array(labels)), path)
     config = workspace.config(stage="joint", **GATED)
     train(config, tmp_path / "one", progress=False)
-    train(dataclasses.replace(config, data=str(tmp_path / "data")), tmp_path / "two", progress=False)
+    shutil.copytree(workspace.crm, tmp_path / "crm")
+    (tmp_path / "crm" / "inputs.json").unlink()  # it would be of other data
+    paths = {"data": str(tmp_path / "data"), "crm": str(tmp_path / "crm")}
+    train(dataclasses.replace(config, **paths), tmp_path / "two", progress=False)
     assert_same_run(tmp_path / "one", tmp_path / "two")
     one, two = (evaluate(tmp_path / run, progress=False) for run in ("one", "two"))
     assert one["auc"] == pytest.approx(1 - two["auc"])
@@ -646,7 +666,7 @@ def test_bad_config(workspace: Workspace, changes: dict[str, Any], words: str) -
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"shots": 1000}, "n: expected 1 to 96 samples of split 'train', got 1000"),
+        ({"shots": 1000}, "shots: expected 1 to 96 samples of split 'train', got 1000"),
         ({"validation_samples": 1}, "have one label and so no AUC"),
         ({"k": 5}, "k: expected at most the 4 behaviours"),
         ({"max_tokens": 20}, "max_tokens: sample"),

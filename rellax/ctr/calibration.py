@@ -200,14 +200,20 @@ def calibration_of(found: Any, path: Path) -> Calibration:
 
 
 def calibrated_metrics(
-    labels: np.ndarray, probabilities: np.ndarray, calibration: Calibration, *, seed: int = 0
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    users: np.ndarray,
+    calibration: Calibration,
+    *,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """What a calibration changes: itself, and `log_loss` and `ece`; with a CRM also `auc`. With intervals.
 
     Args:
         probabilities: (n,), calibrated.
+        users: (n,), whose samples are drawn together for the intervals.
     """
-    result = metrics.evaluate(labels, probabilities, seed=seed)
+    result = metrics.evaluate(labels, probabilities, users, seed=seed)
     names = ["log_loss", "log_loss_interval", "ece"]
     if calibration.crm is not None:
         names = ["auc", "auc_interval", *names]

@@ -70,7 +70,7 @@ class TrainConfig:
         weight_decay: of AdamW, on all that is trained but biases and norms.
         clip: largest norm of the gradient.
         loss: "choice" (the two answers) or "vocab" (all tokens).
-        validation_samples: random samples of the validation split; None takes all.
+        validation_samples: random samples of the validation split, at most; None takes all.
         validate_every: steps between two validations; None validates after each epoch.
         select: the validation metric that chooses the step whose adapter is kept, "auc" or "log_loss".
         patience: validations without a better one after which the run ends; None goes through all epochs.

@@ -90,16 +90,16 @@ def _crm(config: DemoConfig) -> str:
 
 def _report(config: DemoConfig, out: Path) -> str:
     dataset = Dataset.load(out / "data")
-    chosen = dataset.choose("test", config.test_samples, config.seed)
+    chosen = dataset.choose("test", config.test_samples, config.seed, name="test_samples")
     variants = []
     for name, title in TITLES.items():
         path = out / name / ("predictions.parquet" if name in CRM else "test/predictions.parquet")
         probabilities = pq.read_table(path)["probability"].to_numpy()
         if name in CRM:
             probabilities = probabilities[chosen]
-        labels = dataset.samples.label[chosen]
-        result = metrics.evaluate(labels, probabilities, dataset.samples.user[chosen])
-        variants.append(report.Variant(name, title, labels, probabilities, result))
+        labels, users = dataset.samples.label[chosen], dataset.samples.user[chosen]
+        result = metrics.evaluate(labels, probabilities, users)
+        variants.append(report.Variant(name, title, labels, probabilities, users, result))
     write_json(out / "metrics.json", {variant.name: variant.metrics for variant in variants})
     report.write(out, variants, asdict(config), dataset.meta, read_json(out / "steps.json"))
     return report.table(variants)

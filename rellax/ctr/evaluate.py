@@ -105,7 +105,7 @@ def evaluate(
         raise InputError(f"{run}: expected the files it was trained with, but one has changed since")
     folder = run / split if folder is None else Path(folder)
     result = _evaluate(config, run / "adapter", folder, split, samples, seed, device, progress)
-    return _with_calibration(result, folder, read_calibration(run), seed)
+    return _with_calibration(result, folder, read_calibration(run), config.data, seed)
 
 
 def calibrate(run: str | Path, *, crm: str | Path | None = None) -> dict[str, Any]:
@@ -289,7 +289,7 @@ def _of_crm(crm: str, of: Predictions) -> np.ndarray:
 
 
 def _with_calibration(
-    result: dict[str, Any], folder: Path, calibration: Calibration, seed: int
+    result: dict[str, Any], folder: Path, calibration: Calibration, data: str, seed: int
 ) -> dict[str, Any]:
     """The result with what a calibration makes of it; metrics.json follows, nothing is scored again."""
     plain = {key: value for key, value in result.items() if key != "calibrated"}
@@ -298,7 +298,9 @@ def _with_calibration(
         known = Predictions.read(folder)
         beside = None if calibration.crm is None else _of_crm(calibration.crm, known)
         changed = calibration.apply(known.probabilities, beside)
-        found = plain | {"calibrated": calibrated_metrics(known.labels, changed, calibration, seed=seed)}
+        users = Dataset.load(data).samples.user[known.samples]
+        values = calibrated_metrics(known.labels, changed, users, calibration, seed=seed)
+        found = plain | {"calibrated": values}
     if found != result:
         write_json(folder / "metrics.json", found)
     return found

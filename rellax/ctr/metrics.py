@@ -27,7 +27,8 @@ def evaluate(
     Keys:
         samples, positives: counts.
         auc, log_loss (nats), acc (threshold 0.5); and auc_interval, log_loss_interval, acc_interval: 95 %
-            percentile intervals over `bootstrap` resamplings of the samples, None with `bootstrap=0`.
+            percentile intervals over `bootstrap` resamplings, None with `bootstrap=0`. With `users` whole
+            users are drawn: samples of one are not independent (Davison & Hinkley, 1997, section 3.8).
         ece: expected calibration error, 10 bins of equal width.
         gauc: only with `users` (n,); the AUC within each user who has both classes, weighted by samples.
 
@@ -47,18 +48,25 @@ def evaluate(
     }
     if users is not None:
         result["gauc"] = _gauc(labels, probabilities, np.asarray(users))
-    intervals = _intervals(labels, probabilities, bootstrap, seed) if bootstrap else {}
+    intervals = _intervals(labels, probabilities, users, bootstrap, seed) if bootstrap else {}
     return result | {f"{key}_interval": intervals.get(key) for key in ("auc", "log_loss", "acc")}
 
 
 def paired_bootstrap(
-    labels: np.ndarray, p_a: np.ndarray, p_b: np.ndarray, *, bootstrap: int = 1000, seed: int = 0
+    labels: np.ndarray,
+    p_a: np.ndarray,
+    p_b: np.ndarray,
+    users: np.ndarray | None = None,
+    *,
+    bootstrap: int = 1000,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """AUC of `p_a` minus AUC of `p_b` on the same samples, each resampling applied to both.
 
     Args:
         labels: (n,) in {0, 1}.
         p_a, p_b: probabilities (n,), or (runs, n): then the AUC is the mean of the runs' AUCs.
+        users: (n,), whose samples are drawn together, as in `evaluate`; None draws single samples.
 
     Returns:
         `difference`, its 95 % percentile `interval`, `share_above_zero` of the resamplings, and the two-sided
@@ -73,7 +81,7 @@ def paired_bootstrap(
     if not 0 < labels.sum() < len(labels):
         return {"difference": None, "interval": None, "share_above_zero": None, "p_value": None}
     draws = []
-    for weights in _resamplings(len(labels), bootstrap, seed):
+    for weights in _resamplings(labels, users, bootstrap, seed):
         a, b = (
             np.mean([_weighted_auc(labels, p, weights) for _, p in runs], axis=0) for runs in (runs_a, runs_b)
         )
@@ -118,8 +126,7 @@ def _ece(labels: np.ndarray, probabilities: np.ndarray) -> float:
 
 
 def _gauc(labels: np.ndarray, probabilities: np.ndarray, users: np.ndarray) -> float | None:
-    if users.shape != labels.shape:
-        raise InputError(f"users: expected as many as labels, got shapes {users.shape} and {labels.shape}")
+    _check_users(labels, users)
     order = np.argsort(users, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(users[order])) + 1)
     aucs = [_auc(labels[group], probabilities[group]) for group in groups]
@@ -127,27 +134,46 @@ def _gauc(labels: np.ndarray, probabilities: np.ndarray, users: np.ndarray) -> f
     return sum(auc * size for auc, size in scored) / sum(size for _, size in scored) if scored else None
 
 
-def _intervals(labels: np.ndarray, probabilities: np.ndarray, bootstrap: int, seed: int) -> dict[str, Any]:
+def _check_users(labels: np.ndarray, users: np.ndarray) -> None:
+    if users.shape != labels.shape:
+        raise InputError(f"users: expected as many as labels, got shapes {users.shape} and {labels.shape}")
+
+
+def _intervals(
+    labels: np.ndarray, probabilities: np.ndarray, users: np.ndarray | None, bootstrap: int, seed: int
+) -> dict[str, Any]:
     # The same clipping as scikit-learn's log_loss.
     p = np.clip(probabilities, np.finfo(np.float64).eps, 1 - np.finfo(np.float64).eps)
     losses = -np.where(labels == 1, np.log(p), np.log1p(-p))
     hits = (labels == (probabilities >= 0.5)).astype(np.float64)
     draws: dict[str, list[np.ndarray]] = {"auc": [], "log_loss": [], "acc": []}
-    for weights in _resamplings(len(labels), bootstrap, seed):
+    for weights in _resamplings(labels, users, bootstrap, seed):
+        drawn = weights.sum(axis=1)
         draws["auc"].append(_weighted_auc(labels, probabilities, weights))
-        draws["log_loss"].append(weights @ losses / len(labels))
-        draws["acc"].append(weights @ hits / len(labels))
+        draws["log_loss"].append(weights @ losses / drawn)
+        draws["acc"].append(weights @ hits / drawn)
     return {key: _percentiles(np.concatenate(parts)) for key, parts in draws.items()}
 
 
-def _resamplings(n: int, bootstrap: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each sample is drawn, (rows, n) float64 with rows summing to n, `bootstrap` rows in all."""
+def _resamplings(
+    labels: np.ndarray, users: np.ndarray | None, bootstrap: int, seed: int
+) -> Iterator[np.ndarray]:
+    """How often each sample is drawn, (rows, n) float64, `bootstrap` rows in all.
+
+    As many users are drawn as there are, each with all samples; without users, samples.
+    """
+    of = np.arange(len(labels))
+    if users is not None:
+        _check_users(labels, np.asarray(users))
+        of = np.unique(users, return_inverse=True)[1]
+    n = int(of.max()) + 1
     rng = np.random.default_rng(seed)
-    rows = max(1, _CHUNK // n)
+    rows = max(1, _CHUNK // len(labels))
     for start in range(0, bootstrap, rows):
         drawn = rng.integers(0, n, size=(min(rows, bootstrap - start), n))
         drawn += np.arange(len(drawn))[:, None] * n
-        yield np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.float64)
+        times = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.float64)
+        yield times if users is None else times[:, of]
 
 
 def _weighted_auc(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -> np.ndarray:

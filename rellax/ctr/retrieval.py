@@ -30,6 +30,7 @@ from rellax.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+EMBEDDINGS = "embeddings.safetensors"
 _FILE = "retrieved.parquet"
 _TABLES = ("users", "behaviours", "samples")
 
@@ -66,7 +67,7 @@ def retrieve(
     data, embeddings = Path(config["data"]).resolve(), Path(config["embeddings"]).resolve()
     read_json(data / "dataset.json", maker="rellax prepare")
     subr.check_embeddings(embeddings, _item_ids(data))
-    files = [*(data / f"{name}.parquet" for name in _TABLES), embeddings / "embeddings.safetensors"]
+    files = [*(data / f"{name}.parquet" for name in _TABLES), embeddings / EMBEDDINGS]
     inputs = {path.name: sha256_file(path) for path in files}
     if claimed and runs.has_inputs(folder, inputs):
         return
@@ -200,8 +201,17 @@ def load_embeddings(folder: str | Path, dataset: Dataset) -> Tensor:
     Raises:
         InputError: a file is missing or damaged, or the embeddings are of other items.
     """
-    config = read_json(Path(folder) / "config.json", maker="rellax retrieve")
-    return subr.load_embeddings(config["embeddings"], dataset.items["item_id"].to_pylist())
+    return subr.load_embeddings(embeddings_folder(folder), dataset.items["item_id"].to_pylist())
+
+
+def embeddings_folder(folder: str | Path) -> Path:
+    """The folder of the embeddings that a folder of `rellax retrieve` was made with."""
+    return Path(read_json(Path(folder) / "config.json", maker="rellax retrieve")["embeddings"])
+
+
+def retrieved_by(folder: str | Path) -> str:
+    """SHA-256 of the embeddings that a folder of `rellax retrieve` was made with."""
+    return str(read_json(Path(folder) / "inputs.json", maker="rellax retrieve")[EMBEDDINGS])
 
 
 def find_positions(embeddings: Tensor, dataset: Dataset, k: int) -> np.ndarray:
@@ -221,10 +231,7 @@ def find_positions(embeddings: Tensor, dataset: Dataset, k: int) -> np.ndarray:
 def _earlier(path: Path, inputs: dict[str, str]) -> str | None:
     """An earlier result whose rows may be kept: of the same embeddings, and readable by this version."""
     try:
-        same = (
-            read_json(path.parent / "inputs.json")["embeddings.safetensors"]
-            == inputs["embeddings.safetensors"]
-        )
+        same = retrieved_by(path.parent) == inputs[EMBEDDINGS]
         subr.retrieved_k(path, pq.read_schema(path))
     except (InputError, KeyError, pa.ArrowException, OSError):
         return None

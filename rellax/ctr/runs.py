@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.util
 import json
 import os
@@ -32,8 +34,11 @@ _PACKAGES = (
 )
 
 
-def is_claimed(folder: str | Path, config: dict[str, Any], *, redo: bool = False) -> bool:
+def is_claimed(folder: str | Path, config: dict[str, Any], *, redo: bool | None = None) -> bool:
     """Whether a folder holds a run of `config`; False where it holds none, or that is to be done anew.
+
+    Args:
+        redo: whether the command was told to begin anew; None where it has no such option.
 
     Raises:
         InputError: it holds a run of another configuration, or something else.
@@ -51,9 +56,33 @@ def is_claimed(folder: str | Path, config: dict[str, Any], *, redo: bool = False
         if wanted.get(name) != found.get(name):
             raise InputError(
                 f"{folder}: holds a run with {name} = {found.get(name)}, expected {wanted.get(name)}; "
-                "choose another folder, or begin anew with --redo"
+                f"choose another folder, or {'remove this one' if redo is None else 'begin anew with --redo'}"
             )
     return True
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Keep other processes from training in a folder meanwhile, where its file system has locks.
+
+    Raises:
+        InputError: another process does so now.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)  # a lock of the folder leaves no file behind
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                message = f"{folder}: expected no other process that trains there, found one"
+                raise InputError(message) from None
+        yield
+    finally:
+        os.close(handle)
+        with contextlib.suppress(OSError):  # it holds something
+            folder.rmdir()
 
 
 def has_inputs(folder: str | Path, inputs: dict[str, str]) -> bool:

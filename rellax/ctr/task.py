@@ -19,7 +19,7 @@ from rellax.ctr.config import TrainConfig
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.llm import checkpoint_activations, load_model, load_tokenizer
 from rellax.ctr.prompts import PromptBuilder, add_placeholder, answer_ids, recent, with_recent
-from rellax.ctr.retrieval import read_positions
+from rellax.ctr.retrieval import EMBEDDINGS, read_positions, retrieved_by
 from rellax.errors import InputError
 from rellax.patch import (
     CFLoRAConfig,
@@ -73,12 +73,12 @@ def input_hashes(config: TrainConfig, *, progress: bool = False) -> dict[str, st
     Raises:
         InputError: a file is missing.
     """
-    tables = ("samples.parquet", "behaviours.parquet", "items.parquet")
-    makers = {Path(config.data) / name: "prepare" for name in tables}
+    data = ("samples.parquet", "behaviours.parquet", "items.parquet", "users.parquet", "dataset.json")
+    makers = {Path(config.data) / name: "prepare" for name in data}
     if config.retrieved is not None:
         makers[Path(config.retrieved) / "retrieved.parquet"] = "retrieve"
     if config.crm is not None:
-        makers[Path(config.crm) / "outputs.safetensors"] = "crm"
+        makers |= {Path(config.crm) / name: "crm" for name in (crm.WEIGHTS, crm.OUTPUTS)}
     if config.start is not None:
         folder = start_folder(config.start)
         file = (
@@ -89,7 +89,16 @@ def input_hashes(config: TrainConfig, *, progress: bool = False) -> dict[str, st
         if not path.is_file():
             raise InputError(f"{path}: expected this file, found none; `rellax {command}` makes it")
     with tqdm(makers, "hashes", unit="file", disable=not progress, delay=2) as paths:
-        return {path.name: sha256_file(path) for path in paths}
+        found = {path.name: sha256_file(path) for path in paths}
+    if config.retrieved is not None:
+        found[EMBEDDINGS] = retrieved_by(config.retrieved)
+    return found
+
+
+def check_input(path: Path, inputs: dict[str, str]) -> None:
+    """Raise an InputError unless a file is the one of its name that a run was trained with."""
+    if not path.is_file() or sha256_file(path) != inputs.get(path.name):
+        raise InputError(f"{path}: expected the file that the run was trained with, found another or none")
 
 
 def start_folder(start: str) -> Path:

@@ -67,7 +67,8 @@ def train(
         progress: show a bar.
 
     Raises:
-        InputError: `folder` holds a run of another configuration, or something `config` names does not fit.
+        InputError: `folder` holds a run of another configuration, or another process trains there, or
+            something `config` names does not fit.
     """
     if tensorboard:
         runs.check_tensorboard()
@@ -76,14 +77,15 @@ def train(
     inputs = parallel.from_main(accelerator, lambda: input_hashes(config, progress=progress))
     request = config.to_json() | {"inputs": inputs}
     runs.is_claimed(folder, request, redo=redo)
-    accelerator.wait_for_everyone()
-    if redo and accelerator.is_main_process:
-        _clear(folder)
-    accelerator.wait_for_everyone()
-    if not (folder / "metrics.json").exists():
-        sharded = parallel.is_sharded(accelerator, fsdp)
-        trainer = _Trainer(config, folder, accelerator, sharded=sharded, progress=progress)
-        trainer.run(request, tensorboard=tensorboard)
+    with runs.locked(folder) if accelerator.is_main_process else contextlib.nullcontext():
+        accelerator.wait_for_everyone()
+        if redo and accelerator.is_main_process:
+            _clear(folder)
+        accelerator.wait_for_everyone()
+        if not (folder / "metrics.json").exists():
+            sharded = parallel.is_sharded(accelerator, fsdp)
+            trainer = _Trainer(config, folder, accelerator, sharded=sharded, progress=progress)
+            trainer.run(request, tensorboard=tensorboard)
     return read_json(folder / "metrics.json")
 
 
@@ -102,9 +104,10 @@ class _Trainer:
         self.checkpoints = Checkpoints(folder / "checkpoints")
         self.progress = progress and accelerator.is_main_process
         inputs = load_inputs(config, progress=self.progress)
-        shots = inputs.dataset.choose("train", config.shots, config.seed)
-        self.chosen = inputs.dataset.choose("valid", config.validation_samples, config.seed)
+        shots = inputs.dataset.choose("train", config.shots, config.seed, name="shots")
+        self.chosen = inputs.dataset.choose("valid", config.validation_samples, config.seed, at_most=True)
         self.labels = inputs.dataset.samples.label[self.chosen]
+        self.users = inputs.dataset.samples.user[self.chosen]
         if config.select == "auc" and self.labels.min() == self.labels.max():
             raise InputError(
                 f"validation_samples: the {len(self.chosen)} chosen ones have one label and so no AUC, "
@@ -332,7 +335,7 @@ class _Trainer:
             "best_step": self.best["step"],
             "steps": self.step,
             "selected_by": f"validation {self.config.select}",
-            "validation": metrics.evaluate(found.labels, found.probabilities),
+            "validation": metrics.evaluate(found.labels, found.probabilities, self.users),
         }
         write_json(self.folder / "metrics.json", result)
         shutil.rmtree(self.checkpoints.folder, ignore_errors=True)

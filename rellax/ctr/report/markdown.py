@@ -28,12 +28,13 @@ COMPARISONS = (
 
 @dataclass(frozen=True)
 class Variant:
-    """One row: labels and probabilities (n,) of the shared test samples, and their `metrics.evaluate`."""
+    """One row: labels, probabilities and users (n,) of the shared test samples, and `metrics.evaluate`."""
 
     name: str
     title: str
     labels: np.ndarray
     probabilities: np.ndarray
+    users: np.ndarray
     metrics: dict[str, Any]
 
 
@@ -98,7 +99,7 @@ def remarks(variants: Sequence[Variant], config: dict[str, Any]) -> list[str]:
 
 
 def _compare(a: Variant, b: Variant, what: str) -> str:
-    result = paired_bootstrap(a.labels, a.probabilities, b.probabilities)
+    result = paired_bootstrap(a.labels, a.probabilities, b.probabilities, a.users)
     if result["difference"] is None:
         return f"{what}: no AUC, the test samples have one label."
     low, high = result["interval"]

@@ -90,6 +90,10 @@ class Material:
         """Its place on the page, which gives it its colour."""
         return next(i for i, other in enumerate(self.runs) if other.name == run.name)
 
+    def users(self, scores: Scores) -> np.ndarray:
+        """Whose each sample is."""
+        return self.dataset.samples.user[scores.sample]
+
     def lengths(self, scores: Scores) -> np.ndarray:
         """How many behaviours come before each sample."""
         return self.dataset.samples.position[scores.sample]

@@ -73,6 +73,7 @@ def _difference(material: Material, run: Run, scores: Scores) -> tuple[Child, st
         scores.label,
         scores.probability,
         base.scores.probability,
+        material.users(scores),
         bootstrap=material.draws,
         seed=material.seed,
     )
@@ -332,8 +333,8 @@ def _by_bin(material: Material, scores: Scores, edges: Sequence[int]) -> list[di
         if not rows.any():
             found.append({"samples": 0, "auc": None, "auc_interval": None})
             continue
-        label, probability = scores.label[rows], scores.probability[rows]
-        found.append(evaluate(label, probability, bootstrap=material.draws, seed=material.seed))
+        label, probability, users = scores.label[rows], scores.probability[rows], material.users(scores)[rows]
+        found.append(evaluate(label, probability, users, bootstrap=material.draws, seed=material.seed))
     return found
 
 

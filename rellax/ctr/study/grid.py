@@ -256,7 +256,7 @@ class _Study:
 
     def report(self) -> str:
         dataset = Dataset.load(self.lab.data)
-        chosen = dataset.choose("test", self.config.test_samples, _TEST_SEED)
+        chosen = dataset.choose("test", self.config.test_samples, _TEST_SEED, name="test_samples")
         samples = dataset.samples
         test = Scored(chosen, samples.label[chosen], samples.user[chosen], samples.position[chosen])
         finished = list(self._finished(test))
@@ -304,7 +304,8 @@ class _Study:
         return _RUN_SECONDS + prompts * self.tokens[cell.k] / self.speed
 
     def _count(self, split: str, n: int | None) -> int:
-        return len(self.dataset.indices(split)) if n is None else n
+        of = len(self.dataset.indices(split))
+        return of if n is None else min(n, of)
 
     def _correction(self) -> float:
         """How much longer the finished runs took than was thought."""

@@ -14,7 +14,6 @@ from sklearn.metrics import roc_auc_score
 
 from rellax import subr
 from rellax._files import atomic_file, read_json
-from rellax.ctr import metrics
 from rellax.ctr.config import StudyConfig, recent_behaviours
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.methods import METHODS
@@ -39,7 +38,9 @@ def write(
     Args:
         planned: runs of the whole grid that have results.
     """
-    results = Results(finished, test, partial(dataset.choose, "valid", config.validation_samples))
+    results = Results(
+        finished, test, partial(dataset.choose, "valid", config.validation_samples, at_most=True)
+    )
     _write_csv(out / "results.csv", finished)
     sections = [_what(config, dataset, test, finished, planned), _targets(results)]
     if results.ks:
@@ -136,7 +137,7 @@ def _stacked(results: Results, k: int, shots: int) -> str:
         both, alone = results.stacked(result, best)
         if len(both):
             aucs = [roc_auc_score(results.test.labels, one) for one in both]
-            less = signed(metrics.paired_bootstrap(results.test.labels, both, alone))
+            less = signed(results.compare_probabilities(both, alone))
             cells = [result.title, str(len(both)), result.show("auc"), f"{np.mean(aucs):.3f}", less]
             lines.append(_row(cells))
     return "\n".join(lines)

@@ -202,7 +202,11 @@ class Results:
         return max(found, key=lambda result: result.validation or 0.0, default=None)
 
     def compare(self, a: Result, b: Result) -> dict[str, Any]:
-        return metrics.paired_bootstrap(self.test.labels, a.probabilities, b.probabilities)
+        return self.compare_probabilities(a.probabilities, b.probabilities)
+
+    def compare_probabilities(self, a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
+        """The paired bootstrap of the test samples' probabilities (seeds, n); whole users are drawn."""
+        return metrics.paired_bootstrap(self.test.labels, a, b, self.test.users)
 
     def stacked(self, result: Result, base: Result) -> tuple[np.ndarray, np.ndarray]:
         """Probabilities (seeds, n) of a result stacked on another, and the other's: of seeds both have.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rellax.ctr import metrics
 from rellax.ctr.methods import METHODS, Method
 from rellax.ctr.study.results import Result, Results, signed
 
@@ -84,7 +83,7 @@ def _stacked_beats_classical(method: str) -> Callable[[Results], tuple[str, str]
         both, alone = results.stacked(ours, best)
         if not len(both):
             return "not run", "-"
-        result = metrics.paired_bootstrap(results.test.labels, both, alone)
+        result = results.compare_probabilities(both, alone)
         return _verdict(result), f"K = {k}, {shots:,} shots, {best.method}: {signed(result)}"
 
     return decide
