@@ -118,7 +118,7 @@ def _what(variants: Sequence[Variant], config: dict[str, Any], data: dict[str, A
         f"time; label: rating above {data['positive_above']:g}. {model}, {config['shots']:,} shots, "
         f"K = {config['k']} behaviours in a prompt{recent}, {variants[0].metrics['samples']:,} random test "
         f"samples, seed {config['seed']}. "
-        "Model selection on the validation split alone. In brackets: 95 % bootstrap intervals."
+        "Model selection on the validation split alone. In brackets: 95 % bootstrap intervals, over users."
     )
 
 

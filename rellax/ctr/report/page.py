@@ -80,7 +80,7 @@ def _about(material: Material) -> str:
     return (
         f"{count['users']:,} users, {count['items']:,} {noun} items, {count['samples']:,} samples. "
         f"“Yes” is {label}. What follows is about the {material.split} split; "
-        "numbers in brackets are 95 % bootstrap intervals."
+        "numbers in brackets are 95 % bootstrap intervals, over users."
     )
 
 
