@@ -173,10 +173,10 @@ def test_a_text_that_cannot_be_embedded_is_named_by_its_item(workspace: Workspac
     for path in workspace.data.iterdir():
         (data / path.name).write_bytes(path.read_bytes())
     items = pq.read_table(data / "items.parquet")
-    texts = items["text"].to_pylist()
+    texts, ids = items["text"].to_pylist(), items["item_id"].to_pylist()
     texts[23] = ""
     column = items.column_names.index("text")
     pq.write_table(items.set_column(column, "text", pa.array(texts)), data / "items.parquet")
-    with pytest.raises(InputError, match="expected at least one token each, got none for item 23"):
+    with pytest.raises(InputError, match=f"expected at least one token each, got none for item '{ids[23]}'"):
         embed(config(workspace, data=str(data)), tmp_path / "embeddings", progress=False)
     assert not (tmp_path / "embeddings").exists()

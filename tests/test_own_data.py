@@ -16,9 +16,11 @@ from transformers import AutoTokenizer
 from workspace import make_model
 
 from rellax.ctr import cli
+from rellax.ctr.buckets import Buckets
 from rellax.ctr.dataset import Dataset
-from rellax.ctr.prepare import prepare
+from rellax.ctr.prepare import prepare, summary
 from rellax.ctr.prompts import PromptBuilder, Wording
+from rellax.ctr.requests import Requests
 from rellax.ctr.sources import read_own
 from rellax.errors import InputError
 
@@ -64,6 +66,8 @@ MAP: dict[str, Any] = {
     },
     "items": {"item": "what", "title": "name", "features": ["colour"]},
 }
+
+RATED = {"interactions": {"file": "clicks.csv", "user": "who", "item": "what", "rating": "bought"}}
 
 
 def write(folder: Path, column_map: dict[str, Any], rows: list[tuple[Any, ...]] = EVENTS) -> Path:
@@ -124,9 +128,127 @@ def test_numbers_as_ids_words_for_labels_and_missing_texts(tmp_path: Path) -> No
     assert dataset.items["item_id"].to_pylist() == [str(item) for item in range(1, 10)]
     assert dataset.titles[2] == "Unknown title"
     assert meta["counts"]["samples"] == 3  # without times one a user
+    assert meta["counts"]["behaviours"] == len(events) // 2  # all are there twice
     wording = Wording.of(meta)
     assert wording.question == "Will the customer buy it? Yes or No, in no order:"
     assert (wording.answer(0.0), wording.answer(1.0)) == ("No, skipped", "Yes, bought")
+
+
+def test_items_without_a_text(tmp_path: Path) -> None:
+    lines = [
+        "what;name;about",
+        "i0;Tea;green",
+        "i1;Cup;",
+        "i2;;",
+        "i3; ;of oak",
+        *(f"i{i};N;" for i in range(4, 10)),
+    ]
+    (tmp_path / "items.csv").write_text("\n".join(lines))
+    items = {"file": "items.csv", "delimiter": ";", "item": "what", "title": "name", "text": ["about"]}
+    found = read_own(write(tmp_path, MAP | {"items": items})).items
+    assert found["title"].to_pylist()[:4] == ["Tea", "Cup", "Unknown title", "Unknown title"]
+    assert found["text"].to_pylist()[:4] == ["green", "Cup", "Unknown title", "of oak"]
+
+
+def test_ratings_are_compared_as_they_are_stored(tmp_path: Path) -> None:
+    """In fp32, where 0.6 is more than it is in Python."""
+    scores = (0.2, 0.4, 0.6, 0.8, 1.0)
+    rows = [(*row[:2], scores[i % 10 * 2 % 5], *row[3:]) for i, row in enumerate(EVENTS)]
+    interactions = RATED["interactions"] | {"time": "moment"}
+    rule = {"interactions": interactions, "rating_scale": [0.2, 1], "positive_above": 0.6}
+    meta = prepare(read_own(write(tmp_path, MAP | rule, rows)), tmp_path / "data")
+    dataset = Dataset.load(tmp_path / "data")
+    s = dataset.samples
+    ratings = dataset.behaviour_ratings[dataset.offsets[s.user] + s.position].tolist()
+    said = dict(zip(map(Wording.of(meta).answer, ratings), s.label.tolist(), strict=True))
+    assert said == {"No, 0.2": 0, "No, 0.4": 0, "No, 0.6": 0, "Yes, 0.8": 1, "Yes, 1": 1}
+    requests, behaviour = Requests(dataset), {"item_id": "i1", "time": "2026-02-01"}
+    for score in (0.6, float(np.float32(0.6)), 1):
+        history = [behaviour | {"rating": score}]
+        assert requests.read({"item_id": "i2", "history": history}).position == 1
+    for wrong in (0.61, 1e39, 10**400, float("nan"), True):
+        history = [behaviour | {"rating": wrong}]
+        with pytest.raises(InputError, match=r"expected a rating of the data, 0\.2, .*, 1, found"):
+            requests.read({"item_id": "i2", "history": history})
+
+
+MOMENTS = {
+    "2026-01-03": 0,
+    "2026-01-03T10": 36_000_000,
+    "2026-01-03T10:00:00Z": 36_000_000,
+    "2026-01-03 10:00:00+02:00": 28_800_000,
+    "2026-01-03T10:00-0230": 45_000_000,
+    "2026-01-03T10:00:00.5+02": 28_800_500,
+    "2026-01-03T10:00:00.123456": 36_000_123,
+    "2026-01-03T10:00:00.123456789Z": 36_000_123,
+}
+
+
+def test_times_with_zones_and_fractions(tmp_path: Path) -> None:
+    path = write(tmp_path, MAP)
+    rows = [
+        ",".join(map(str, (*row[:3], moment, *row[4:]))) for row, moment in zip(EVENTS, MOMENTS, strict=False)
+    ]
+    (tmp_path / "clicks.csv").write_text("\n".join([",".join(NAMES), *rows]) + "\n")
+    times = read_own(path).interactions["time"].to_numpy()
+    midnight = datetime.datetime(2026, 1, 3, tzinfo=datetime.timezone.utc).timestamp() * 1000
+    assert (times - midnight).tolist() == list(MOMENTS.values())
+
+
+def test_of_a_repeated_interaction_the_last_row_counts(tmp_path: Path) -> None:
+    again = [(*row[:2], 1 - row[2], *row[3:]) for row in EVENTS[5:20:7]]
+    other_time = (*EVENTS[0][:3], "2026-01-31 00:00:00", *EVENTS[0][4:])
+    once = [row for row in EVENTS if row not in EVENTS[5:20:7]] + again + [other_time]
+    meta = prepare(read_own(write(tmp_path, MAP, [*EVENTS, *again, other_time])), tmp_path / "data")
+    prepare(read_own(write(tmp_path, MAP, once)), tmp_path / "once")
+    reason = "interactions with the user, item and time of a later row"
+    assert meta["dropped"][reason] == len(again) == 3
+    assert f"\n  dropped             3  {reason}\n" in summary(meta)
+    for name in ("behaviours", "samples"):
+        table = pq.read_table(tmp_path / "data" / f"{name}.parquet")
+        assert table.equals(pq.read_table(tmp_path / "once" / f"{name}.parquet"))
+
+
+def test_histories_strictly_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [(*row[:3], f"2026-01-0{1 + i % 10 // 4}", *row[4:]) for i, row in enumerate(EVENTS)]
+    path = write(tmp_path, MAP, rows)
+    arguments = ["prepare", "--columns", str(path), "--work", str(tmp_path), "--strictly-before"]
+    assert cli.main(arguments) == 0
+    assert "\n  histories end before the first behaviour of the target's time\n" in capsys.readouterr().out
+    dataset = Dataset.load(tmp_path / "data")
+    assert dataset.meta["strictly_before"] is True
+    s = dataset.samples
+    # Of ten behaviours at three times (4, 4 and 2) only those of the last time have five before them.
+    assert (s.position.tolist(), s.item.tolist()) == ([8] * 6, [8, 9] * 3)
+    requests = Requests(dataset)
+    for sample in range(len(s)):
+        row = {"user_id": f"u{s.user[sample]}", "item_id": f"i{s.item[sample]}", "time": "2026-01-03"}
+        assert requests.read(row).position == s.position[sample]
+    bucket = Buckets.load(dataset.folder, tmp_path / "sorted").read(0)
+    assert bucket.position.tolist() == [8] * 6
+
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps(dataset.meta | {"strictly_before": False}))
+    for load in (Dataset.load, lambda folder: Buckets.load(folder, tmp_path / "sorted").read(0)):
+        with pytest.raises(InputError, match=r"item 9, position 8\) is not in behaviours.parquet"):
+            load(dataset.folder)
+
+
+def test_a_target_is_never_before_its_position(tmp_path: Path) -> None:
+    """It may be after it, where histories end strictly before."""
+    prepare(read_own(write(tmp_path, MAP)), tmp_path / "data", strictly_before=True)
+    path = tmp_path / "data" / "samples.parquet"
+    table = pq.read_table(path)
+    first = pa.array([0] * len(table), pa.int32())
+    pq.write_table(table.set_column(table.column_names.index("item"), "item", first), path)
+    with pytest.raises(InputError, match=r"sample 0 \(user 0, item 0, position 5\) is not in behaviours"):
+        Dataset.load(tmp_path / "data")
+
+
+def test_strictly_before_needs_times(tmp_path: Path) -> None:
+    events = {key: value for key, value in MAP["interactions"].items() if key != "time"}
+    source = read_own(write(tmp_path, MAP | {"interactions": events}))
+    with pytest.raises(InputError, match="strictly_before: expected data with times, clicks has none"):
+        prepare(source, tmp_path / "data", strictly_before=True)
 
 
 def test_unknown_ids(tmp_path: Path) -> None:
@@ -148,7 +270,6 @@ def test_the_files_may_be_elsewhere(tmp_path: Path) -> None:
         read_own(path)
 
 
-RATED = {"interactions": {"file": "clicks.csv", "user": "who", "item": "what", "rating": "bought"}}
 BAD_MAPS: dict[str, tuple[dict[str, Any], str]] = {
     "no name": ({"name": 3}, r"columns.json: name: expected text, found 3"),
     "typo": ({"itmes": {}}, r"columns.json: expected entries name, .*, found 'itmes'"),
@@ -200,9 +321,13 @@ def changed(column: int, value: Any) -> list[tuple[Any, ...]]:
         (changed(2, 0.5), r"clicks.csv, line 6: expected a label 0 or 1, found 0.5"),
         (changed(2, "yes"), r"clicks.csv, row 6: expected a number as 'bought', found 'yes'"),
         (changed(3, "soon"), r"clicks.csv, row 6: expected a date and time as 'moment', found 'soon'"),
+        (
+            changed(3, "2026-02-30T10:00Z"),
+            r"clicks.csv, row 6: expected a date and time .*'2026-02-30T10:00Z'",
+        ),
         (changed(4, "a,b"), r"clicks.csv, row 6: expected 6 fields, found 7"),
     ],
-    ids=["id", "label", "word", "time", "fields"],
+    ids=["id", "label", "word", "time", "date", "fields"],
 )
 def test_bad_rows(tmp_path: Path, rows: list[tuple[Any, ...]], words: str) -> None:
     table = [list(map(str, row)) for row in rows]

@@ -13,6 +13,7 @@ import numpy as np
 
 from rellax import subr
 from rellax._files import atomic_folder, read_json, write_json
+from rellax.ctr.dataset import misplaced
 from rellax.ctr.stream import stream, stream_ids
 from rellax.errors import InputError
 
@@ -91,7 +92,7 @@ class Buckets:
         """One bucket.
 
         Raises:
-            InputError: a sample's item is not at its position in the user's history.
+            InputError: a sample's item is not where its position says in the user's history.
         """
         keys = np.memmap(self.folder / "keys", np.uint64, "r")
         owner, items = self._columns(bucket, "behaviours", 2)
@@ -104,8 +105,8 @@ class Buckets:
         sample, owner, item, position = columns[:, order]
         user = np.searchsorted(users, owner)
         user[np.append(users, -1)[user] != owner] = len(users)
-        wrong = (position < 0) | (position >= np.diff(offsets)[user])
-        wrong[~wrong] = items[(offsets[user] + position)[~wrong]] != item[~wrong]
+        later = read_json(self.data / "dataset.json").get("strictly_before", False)
+        wrong = misplaced(items, offsets, user, position, item, later=later)
         if wrong.any():
             row = int(np.argmax(wrong))
             raise InputError(

@@ -68,7 +68,7 @@ def embed(
     if claimed and runs.has_inputs(folder, inputs):
         return
     lengths = subr.token_lengths(texts, load_tokenizer(config["model"]))
-    subr.check_lengths(lengths, load_config(config["model"]))
+    subr.check_lengths(lengths, load_config(config["model"]), ids)
     parts = jobs.parts_folder(folder, {"config": config, "inputs": inputs, "block": _BLOCK_ITEMS})
     np.save(parts / "order.npy", np.argsort(-lengths, kind="stable"))
     blocks = range(-(-len(ids) // _BLOCK_ITEMS))

@@ -5,8 +5,9 @@ What is held at once is a few arrays over the behaviours; the samples are writte
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ class _Behaviours:
     item: np.ndarray  # int32
     rating: np.ndarray  # float32
     time: np.ndarray  # int64
-    position: np.ndarray  # int32: how many of the same user come before
+    position: np.ndarray  # int32: how many of the same user a prompt may show
 
     def __len__(self) -> int:
         return len(self.user)
@@ -43,6 +44,8 @@ def summary(meta: dict[str, Any]) -> str:
     """What `prepare` read, left out and wrote, from its dataset.json: a line each."""
     counts = meta["counts"]
     lines = [f"{counts['samples']:,} samples of {counts['users']:,} users and {counts['items']:,} items"]
+    if meta.get("strictly_before"):
+        lines.append("  histories end before the first behaviour of the target's time")
     lines += [f"  read     {rows:>12,}  {name}" for name, rows in meta["rows"].items()]
     lines += [f"  dropped  {rows:>12,}  {reason}" for reason, rows in meta["dropped"].items() if rows]
     lines += [f"  mended   {rows:>12,}  {what}" for what, rows in meta["odd"].items() if rows]
@@ -53,25 +56,36 @@ def summary(meta: dict[str, Any]) -> str:
 
 
 def prepare(
-    source: Source, folder: str | Path, *, min_history: int = 5, split: tuple[int, int, int] = (8, 1, 1)
+    source: Source,
+    folder: str | Path,
+    *,
+    min_history: int = 5,
+    split: tuple[int, int, int] = (8, 1, 1),
+    strictly_before: bool = False,
 ) -> dict[str, Any]:
     """Write `source` as a data folder for `Dataset.load`, and return the contents of its dataset.json.
 
     A behaviour with at least `min_history` earlier ones of its user is a sample, labelled 1 where the rating
     is larger than `source.positive_above`. Samples stand in global (time, user, item) order, where ids
-    compare as numbers if all of them are numbers, and are cut in the proportions `split`.
+    compare as numbers if all of them are numbers, and are cut in the proportions `split`. Of interactions of
+    the same user, item and time the last one in the file counts.
+
+    Of behaviours of one user and time, those of lower item ids are earlier ones of the others. With
+    `strictly_before` they are not: a sample's history ends before the first behaviour of its time.
 
     Without times, each user's behaviours take a random order of a fixed seed, the last one is the user's only
     sample, and `split` cuts the users, in random order.
 
     Raises:
         InputError: an id twice in a table, an interaction with an id in no table, a rating off the scale, a
-            split without samples, or `folder` holds another data set.
+            split without samples, `strictly_before` without times, or `folder` holds another data set.
     """
     _check_folder(Path(folder), source.name)
     items, users = _dense(source.items, "item"), _dense(source.users, "user")
     timed = "time" in source.interactions.column_names
-    behaviours, unknown = _behaviours(source, users, items, timed)
+    if strictly_before and not timed:
+        raise InputError(f"strictly_before: expected data with times, {source.name} has none")
+    behaviours, left_out = _behaviours(source, users, items, timed, strictly_before)
     rows = _sample_rows(behaviours, min_history, timed)
     ends = _split_ends(source, len(rows), min_history, split)
     label = behaviours.rating[rows] > source.positive_above
@@ -88,7 +102,7 @@ def prepare(
             "samples": len(rows),
             **{name: {"samples": len(part), "positives": int(part.sum())} for name, part in parts.items()},
         },
-        "dropped": source.dropped | unknown | _not_sampled(behaviours, len(rows), min_history, timed),
+        "dropped": source.dropped | left_out | _not_sampled(behaviours, len(rows), min_history, timed),
         "odd": source.odd,
         "min_history": min_history,
         "timed": timed,
@@ -100,6 +114,8 @@ def prepare(
         "question": source.question,
         "features": {"item": list(source.item_features), "user": list(source.user_features)},
     }
+    if strictly_before:
+        meta["strictly_before"] = True
     with atomic_folder(folder) as part:
         pq.write_table(items, part / "items.parquet")
         pq.write_table(users, part / "users.parquet")
@@ -136,9 +152,9 @@ def _dense(table: pa.Table, kind: str) -> pa.Table:
 
 
 def _behaviours(
-    source: Source, users: pa.Table, items: pa.Table, timed: bool
+    source: Source, users: pa.Table, items: pa.Table, timed: bool, strictly_before: bool
 ) -> tuple[_Behaviours, dict[str, int]]:
-    """All interactions with known ids, and how many others there are, by reason."""
+    """All interactions with known ids, each once, and how many others there are, by reason."""
     user, item, dropped = _lookup(source, "user", users), _lookup(source, "item", items), {}
     columns = {"user": user, "item": item, "rating": _ratings(source)}
     columns["time"] = source.interactions["time"].to_numpy() if timed else np.zeros(len(user), np.int64)
@@ -148,18 +164,31 @@ def _behaviours(
         dropped["interactions with items in no table"] = int(((user >= 0) & (item < 0)).sum())
         columns = {name: values[known] for name, values in columns.items()}
     del user, item
-    if timed:
-        order = np.lexsort((columns["item"], columns["time"], columns["user"]))
-    else:
-        shuffled = np.random.default_rng(_SEED).permutation(len(columns["user"]))
-        order = np.lexsort((shuffled, columns["user"]))
+    order = np.lexsort((columns["item"], columns["time"], columns["user"]))
+    again = _same_as_next(columns[name][order] for name in ("time", "user", "item"))
+    if again.any():
+        dropped["interactions with the user, item and time of a later row"] = int(again.sum())
+        order = order[~again]
+    if not timed:
+        order.sort()  # a seed's order is one of the rows as they are in the file
+        shuffled = np.random.default_rng(_SEED).permutation(len(order))
+        order = order[np.lexsort((shuffled, columns["user"][order]))]
     for name in columns:  # one after another: a column that is in order takes the place of the one before
         columns[name] = columns[name][order]
     del order
     lengths = np.bincount(columns["user"], minlength=users.num_rows)
     position = np.arange(len(columns["user"]), dtype=np.int32)
+    if strictly_before:  # of the first one of that time
+        position[1:][_same_as_next((columns["time"], columns["user"]))[:-1]] = 0
+        np.maximum.accumulate(position, out=position)
     position -= np.repeat((np.cumsum(lengths) - lengths).astype(np.int32), lengths)
     return _Behaviours(**columns, position=position), dropped
+
+
+def _same_as_next(columns: Iterable[np.ndarray]) -> np.ndarray:
+    """Which rows have the values of the row after them, in all columns."""
+    same = functools.reduce(np.logical_and, (values[1:] == values[:-1] for values in columns))
+    return np.append(same, False)
 
 
 def _lookup(source: Source, kind: str, table: pa.Table) -> np.ndarray:

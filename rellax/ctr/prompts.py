@@ -80,7 +80,8 @@ class Wording:
 
     def answer(self, rating: float) -> str:
         """How a behaviour's line ends."""
-        liked, said = ANSWERS[int(rating > self.positive_above)], self.said(rating)
+        is_liked = np.float32(rating) > np.float32(self.positive_above)  # as the label compares them
+        liked, said = ANSWERS[int(is_liked)], self.said(rating)
         return liked if said.lower() in ("yes", "no") else f"{liked}, {said}"
 
     def said(self, rating: float) -> str:

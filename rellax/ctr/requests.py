@@ -165,7 +165,8 @@ class Requests:
         value = behaviour.get("rating")
         if value is None:
             value = self._dataset.meta["unrated"]
-        if isinstance(value, bool) or not isinstance(value, int | float) or value not in self._ratings:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+        if not number or float(np.float32(value)) not in self._ratings:
             known = ", ".join(f"{rating:g}" for rating in sorted(self._ratings))
             raise InputError(f"expected a rating of the data, {known}, found {value!r}")
         return float(value)

@@ -54,10 +54,11 @@ def is_claimed(folder: str | Path, config: dict[str, Any], *, redo: bool | None 
     found, wanted = read_json(path), json.loads(json.dumps(config))
     for name in wanted | found:
         if wanted.get(name) != found.get(name):
-            raise InputError(
-                f"{folder}: holds a run with {name} = {found.get(name)}, expected {wanted.get(name)}; "
-                f"choose another folder, or {'remove this one' if redo is None else 'begin anew with --redo'}"
-            )
+            advice = "; choose another folder, or begin anew with --redo"
+            if redo is None:
+                advice = "; choose another folder"
+            differs = f"{name} = {found.get(name)}, expected {wanted.get(name)}"
+            raise InputError(f"{folder}: holds a run with {differs}{advice}")
     return True
 
 

@@ -60,21 +60,24 @@ def token_lengths(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> n
     return np.fromiter((len(ids) for part in parts for ids in _tokenise(part, tokenizer)), np.int32)
 
 
-def check_lengths(lengths: np.ndarray, config: object) -> None:
+def check_lengths(lengths: np.ndarray, config: object, ids: Sequence[str] | None = None) -> None:
     """Raise unless all texts, of these numbers of tokens, have a token and fit a model of this configuration.
+
+    Args:
+        ids: of the items, for the error; None has their numbers.
 
     Raises:
         InputError: names the first that does not.
     """
     longest = getattr(config, "max_position_embeddings", None)
+    names = range(len(lengths)) if ids is None else ids
     if not lengths.all():
-        raise InputError(
-            f"texts: expected at least one token each, got none for item {int(np.argmin(lengths))}"
-        )
+        item = int(np.argmin(lengths))
+        raise InputError(f"texts: expected at least one token each, got none for item {names[item]!r}")
     if longest is not None and (lengths > longest).any():
         item = int(np.argmax(lengths > longest))
         raise InputError(
-            f"texts: expected at most {longest} tokens each, got {lengths[item]} for item {item}"
+            f"texts: expected at most {longest} tokens each, got {lengths[item]} for item {names[item]!r}"
         )
 
 

@@ -36,7 +36,6 @@ from rellax.ctr.sources.tables import (
     TEXT,
     TIME,
     Format,
-    milliseconds,
     read_parquet,
     read_text,
 )
@@ -189,10 +188,7 @@ def _interactions(folder: Path, events: Mapping[str, Any], labelled: bool) -> pa
     if len(set(names)) < len(names):
         raise InputError(f"interactions: expected a column of its own for each entry, found {names}")
     table = _read(folder, events, {column: kind for _, column, kind in wanted})
-    columns = {name: table[column] for name, column, _ in wanted}
-    if "time" in columns and columns["time"].type == MOMENT:
-        columns["time"] = milliseconds(columns["time"])
-    return pa.table(columns)
+    return pa.table({name: table[column] for name, column, _ in wanted})
 
 
 def _has_dates(path: Path, events: Mapping[str, Any]) -> bool:
@@ -221,8 +217,9 @@ def _items(
     if not texts:
         raise InputError("items: text: expected at least one column, found none")
     table, rows = _distinct(folder, part, events, "item", [part["title"], *texts, *features])
-    titles = pc.if_else(pc.equal(table[part["title"]], ""), "Unknown title", table[part["title"]])
-    columns = {"item_id": table[part["item"]], "title": titles, "text": _joined(table, texts, ". ")}
+    titles = _filled(table[part["title"]], "Unknown title")
+    text = _filled(_joined(table, texts, ". "), titles)
+    columns = {"item_id": table[part["item"]], "title": titles, "text": text}
     return pa.table(columns | _features(table, features)), rows
 
 
@@ -255,10 +252,10 @@ def _decoded(table: pa.Table) -> pa.Table:
 
 
 def _joined(table: pa.Table, columns: list[str], separator: str) -> pa.Array:
-    """The values of some columns in one text, without those that are empty."""
+    """The values of some columns in one text, without those that are blank."""
     lists = [table[name].to_pylist() for name in columns]
     return pa.array(
-        [separator.join(filter(None, row)) for row in zip(*lists, strict=True)]
+        [separator.join(filter(str.strip, row)) for row in zip(*lists, strict=True)]
         if lists
         else [""] * table.num_rows,
         TEXT,
@@ -267,6 +264,11 @@ def _joined(table: pa.Table, columns: list[str], separator: str) -> pa.Array:
 
 def _features(table: pa.Table, names: list[str]) -> dict[str, pa.Array]:
     return {name: pc.if_else(pc.equal(table[name], ""), "unknown", table[name]) for name in names}
+
+
+def _filled(texts: Any, instead: Any) -> Any:
+    """The texts, with others in the place of those that are blank."""
+    return pc.if_else(pc.equal(pc.utf8_trim_whitespace(texts), ""), instead, texts)
 
 
 def _read(folder: Path, part: Mapping[str, Any], columns: Mapping[str, pa.DataType]) -> pa.Table:

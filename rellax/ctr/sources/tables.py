@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ ID = pa.dictionary(pa.int32(), pa.string())
 TEXT = pa.string()
 RATING = pa.float32()
 TIME = pa.int64()
-MOMENT = pa.timestamp("ms")
+MOMENT = pa.timestamp("ms")  # in text alone, and then read as a TIME
 
 _BLOCK_BYTES = 1 << 24
 _BLOCK_ROWS = 1 << 20
@@ -36,6 +36,7 @@ _EXPECTED = {
     TIME: "a whole number",
     MOMENT: "a date and time",
 }
+_ZONE = r"^.{11,}(Z|[+-]\d\d(:?\d\d)?)$"  # a date alone has hyphens too
 _BAD_VALUE = re.compile(r"In CSV column #(\d+): Row #(\d+): CSV conversion error to [^:]+: (.*)", re.DOTALL)
 _BAD_ROW = re.compile(r"CSV parse error: Row #(\d+): Expected (\d+) columns, got (\d+)")
 
@@ -67,12 +68,15 @@ class Format:
 def read_text(path: Path, columns: Mapping[str, pa.DataType], form: Format) -> pa.Table:
     """The named columns of a delimited file, in that order, of these types; an `ID` has a value in every row.
 
+    A `MOMENT` is ISO 8601, in UTC where no zone is given, and becomes milliseconds since 1970.
+
     Raises:
         InputError: the file or a column is missing, or a line cannot be read.
     """
     if not path.is_file():
         raise InputError(f"{path}: expected this file, found none")
     names = form.header
+    first = 1 if names and not form.skip_lines else 2
     try:
         _check_once(path, columns, _header(path, form))
         with _open(path, form) as file:
@@ -93,18 +97,18 @@ def read_text(path: Path, columns: Mapping[str, pa.DataType], form: Format) -> p
                     invalid_row_handler=None if form.broken is None else _skipper(form.broken),
                 ),
                 convert_options=pa.csv.ConvertOptions(
-                    column_types=columns,
+                    column_types={name: TEXT if kind == MOMENT else kind for name, kind in columns.items()},
                     include_columns=list(columns),
                     strings_can_be_null=False,
                     null_values=[],
                 ),
             )
-            table = pa.Table.from_batches(list(reader), reader.schema)
+            schema = pa.schema([(name, TIME if kind == MOMENT else kind) for name, kind in columns.items()])
+            table = pa.Table.from_batches(_dated(path, columns, form, reader, first), schema)
     except pa.ArrowKeyError:
         raise InputError(_missing(path, columns, _header(path, form))) from None
     except (pa.ArrowException, UnicodeError, csv.Error) as error:
         raise InputError(_explained(path, columns, form, " ".join(str(error).split()))) from None
-    first = 1 if names and not form.skip_lines else 2
     for name, kind in columns.items():
         if kind == ID:
             _check_filled(path, name, table[name], first)
@@ -138,11 +142,6 @@ def read_parquet(path: Path, columns: Mapping[str, pa.DataType]) -> pa.Table:
     return pa.Table.from_batches(batches, schema)
 
 
-def milliseconds(column: Any) -> Any:
-    """Dates or timestamps as milliseconds since 1970."""
-    return pc.cast(pc.cast(column, MOMENT, safe=False), TIME)
-
-
 def strings(table: pa.Table, name: str) -> list[str]:
     """A column of text as a list."""
     return [str(value) for value in table[name].to_pylist()]
@@ -158,7 +157,7 @@ def _converted(path: Path, name: str, column: pa.Array, kind: pa.DataType, row: 
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise InputError(f"{path}: expected text as {name!r} ({one_line(error)})") from None
     if kind == TIME and (pa.types.is_timestamp(column.type) or pa.types.is_date(column.type)):
-        column = milliseconds(column)
+        column = pc.cast(pc.cast(column, MOMENT, safe=False), TIME)
     if column.null_count:
         where = row + column.is_null().to_pylist().index(True) + 1
         raise InputError(f"{path}, row {where}: expected {_EXPECTED[kind]} as {name!r}, found none")
@@ -169,6 +168,55 @@ def _converted(path: Path, name: str, column: pa.Array, kind: pa.DataType, row: 
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise InputError(f"{path}: expected {_EXPECTED[kind]} as {name!r} ({one_line(error)})") from None
     return column.dictionary_encode() if kind == ID else column
+
+
+def _dated(
+    path: Path,
+    columns: Mapping[str, pa.DataType],
+    form: Format,
+    batches: Iterable[pa.RecordBatch],
+    row: int,
+) -> Iterator[pa.RecordBatch]:
+    """The batches of a file, the first of which begins in `row`, with milliseconds where moments are text."""
+    place = f"{path}, {'row' if form.quoted else 'line'}"
+    for batch in batches:
+        arrays = [
+            _moments(place, name, batch[name], row) if kind == MOMENT else batch[name]
+            for name, kind in columns.items()
+        ]
+        yield pa.record_batch(arrays, names=list(columns))
+        row += batch.num_rows
+
+
+def _moments(place: str, name: str, text: pa.Array, row: int) -> pa.Array:
+    try:
+        return _milliseconds(text)
+    except pa.ArrowInvalid:
+        wrong = _first_wrong(text)
+        raise InputError(
+            f"{place} {row + wrong}: expected {_EXPECTED[MOMENT]} as {name!r}, found {text[wrong].as_py()!r}"
+        ) from None
+
+
+def _milliseconds(text: pa.Array) -> pa.Array:
+    """ISO 8601 as milliseconds since 1970; finer fractions of a second are cut."""
+    text = pc.replace_substring_regex(text, r"(\.\d{3})\d+", r"\1")
+    zoned, none = pc.match_substring_regex(text, _ZONE), pa.scalar(None, TEXT)
+    utc = pc.cast(pc.if_else(zoned, text, none), pa.timestamp("ms", "UTC"))
+    return pc.coalesce(pc.cast(utc, TIME), pc.cast(pc.cast(pc.if_else(zoned, none, text), MOMENT), TIME))
+
+
+def _first_wrong(text: pa.Array) -> int:
+    """Which is the first that is no moment, by halves: there is one."""
+    start, end = 0, len(text)
+    while end - start > 1:
+        middle = (start + end) // 2
+        try:
+            _milliseconds(text[start:middle])
+            start = middle
+        except pa.ArrowInvalid:
+            end = middle
+    return start
 
 
 def _open(path: Path, form: Format) -> Any:
