@@ -177,6 +177,9 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     monkeypatch.setattr(cli, "_train", stop)
     assert cli.main(["train", "x"]) == 130
     assert capsys.readouterr().err == "\nrellax: stopped; the same command goes on from where it was\n"
+    monkeypatch.setattr(cli, "_crm", stop)
+    assert cli.main(["crm"]) == 130
+    assert capsys.readouterr().err == "\nrellax: stopped; the same command begins anew\n"
 
 
 @pytest.mark.parametrize(

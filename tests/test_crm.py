@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -14,10 +18,11 @@ from raw_data import random_interactions, write_ml_100k
 from torch import nn
 
 from rellax.ctr import crm
-from rellax.ctr.crm import MODELS, CRMConfig, load_crm, train_crm
+from rellax.ctr.crm import MODELS, CRMConfig, load_crm, make_crm, train_crm
 from rellax.ctr.dataset import SPLITS, Dataset
 from rellax.ctr.prepare import prepare
 from rellax.ctr.sources import read_ml_100k
+from rellax.ctr.vocabulary import Vocabulary
 from rellax.errors import InputError
 
 USERS, ITEMS = 50, 60
@@ -32,6 +37,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     rows = random_interactions(USERS, ITEMS, per_user=45, seed=2)
     prepare(read_ml_100k(write_ml_100k(folder / "raw", rows, USERS, ITEMS)), folder / "data")
     return Dataset.load(folder / "data")
+
+
+def features_of(dataset: Dataset, config: CRMConfig = CONFIG) -> crm._Features:
+    vocabulary = Vocabulary.of(dataset, user_id=config.user_id)
+    return crm._Features(dataset, vocabulary, config, torch.device("cpu")).of(dataset)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -56,9 +66,11 @@ def test_learns_taste_from_earlier_ratings(dataset: Dataset, tmp_path: Path, mod
     assert {path.name for path in (tmp_path / "crm").iterdir()} == {
         "outputs.safetensors",
         "model.safetensors",
+        "vocabulary.json",
         "predictions.parquet",
         "metrics.json",
         "config.json",
+        "inputs.json",
         "environment.json",
         "curves.png",
     }
@@ -89,12 +101,12 @@ def test_the_targets_own_rating_changes_nothing(dataset: Dataset, tmp_path: Path
 
 
 def test_inputs_are_the_latest_behaviours_and_an_unrated_target(dataset: Dataset) -> None:
-    features = crm._Features(dataset, CONFIG, torch.device("cpu"))
+    features = features_of(dataset)
     samples = np.array([0, 100, 999, len(dataset.samples) - 1])
     users, items, mask = features.batch(torch.from_numpy(samples))
     items = {name: codes.view(len(samples), CONFIG.max_len + 1) for name, codes in items.items()}
-    assert set(users) == {"gender", "age_group", "occupation"}
-    assert set(items) == {"item", "genres", "year", "rating"}
+    assert set(users) == {"user_0", "user_1", "user_2"}  # gender, age group, occupation
+    assert set(items) == {"item", "item_0", "item_1", "rating"}  # genres and year
     for row, sample in enumerate(samples):
         rows = dataset.history(sample)
         seen = range(max(rows.start, rows.stop - CONFIG.max_len), rows.stop)
@@ -109,18 +121,18 @@ def test_inputs_are_the_latest_behaviours_and_an_unrated_target(dataset: Dataset
             *dataset.behaviour_ratings[list(seen)].astype(int),
             6,
         ]
-        assert not items["genres"][row][: len(padding)].any()
+        assert not items["item_0"][row][: len(padding)].any()
     genres = dataset.items["genres"].to_pylist()
-    codes = items["genres"][:, -1].tolist()
+    codes = items["item_0"][:, -1].tolist()
     targets = [genres[item] for item in dataset.samples.item[samples]]
     assert [a == b for a in codes for b in codes] == [a == b for a in targets for b in targets]
 
 
 def test_the_user_id_is_a_feature_on_demand(dataset: Dataset) -> None:
     config = dataclasses.replace(CONFIG, user_id=True)
-    features = crm._Features(dataset, config, torch.device("cpu"))
+    features = features_of(dataset, config)
     users, _, _ = features.batch(torch.tensor([3, 500]))
-    assert users["user"].tolist() == dataset.samples.user[[3, 500]].tolist()
+    assert users["user_3"].tolist() == dataset.samples.user[[3, 500]].tolist()
 
 
 def hidden_size(model: str) -> int:
@@ -133,7 +145,7 @@ def hidden_size(model: str) -> int:
 def test_instance_embeddings_are_the_last_hidden_layer(dataset: Dataset, name: str) -> None:
     torch.manual_seed(0)
     config = dataclasses.replace(CONFIG, model=name)
-    features = crm._Features(dataset, config, torch.device("cpu"))
+    features = features_of(dataset, config)
     model = crm._build(features, config, torch.device("cpu"))
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -152,7 +164,7 @@ def test_a_layer_norm_leaves_the_lengths_of_instance_embeddings(dataset: Dataset
     train_crm(dataset, tmp_path / "crm", dataclasses.replace(CONFIG, epochs=1))
     embeddings = load_crm(tmp_path / "crm", dataset).instance_embeddings
     model = crm.CRM(tmp_path / "crm", dataset)._model
-    features = crm._Features(dataset, CONFIG, torch.device("cpu"))
+    features = features_of(dataset)
     layer = torch.cat([block for block, _ in crm._outputs(model, features, np.arange(len(embeddings)))])
     hidden = embeddings[:, :-2]
     assert torch.allclose(hidden * model.hidden_scale, layer, atol=1e-5)
@@ -182,6 +194,152 @@ def test_instance_embeddings_of_new_samples(dataset: Dataset, tmp_path: Path) ->
         crm.CRM(tmp_path / "crm", dataset)
     with pytest.raises(InputError, match="expected a file of `rellax crm`, found none"):
         crm.CRM(tmp_path, dataset)
+
+
+@pytest.mark.parametrize(
+    ("users", "items"),
+    [
+        (("city", "type", "values"), ("rating", "city")),
+        (("a.b", "float", "item_0"), ("items", "a.b")),
+    ],
+    ids=["collisions", "dots"],
+)
+def test_what_features_are_called_changes_nothing(
+    dataset: Dataset, tmp_path: Path, users: tuple[str, ...], items: tuple[str, ...]
+) -> None:
+    config = dataclasses.replace(CONFIG, epochs=1)
+    renamed = dataclasses.replace(
+        dataset,
+        users=dataset.users.rename_columns([*dataset.users.column_names[:3], *users]),
+        items=dataset.items.rename_columns([*dataset.items.column_names[:4], *items]),
+        meta=dataset.meta | {"features": {"user": list(users), "item": list(items)}},
+    )
+    train_crm(dataset, tmp_path / "plain", config)
+    train_crm(renamed, tmp_path / "renamed", config)
+    plain, other = load_crm(tmp_path / "plain", dataset), load_crm(tmp_path / "renamed", renamed)
+    assert torch.equal(plain.instance_embeddings, other.instance_embeddings)
+    assert torch.equal(plain.item_embeddings, other.item_embeddings)
+    served = crm.CRM(tmp_path / "renamed", renamed).predict(renamed)[1]
+    assert torch.allclose(served, plain.probabilities, atol=1e-6)
+
+
+def with_new_user(dataset: Dataset, person: dict[str, str], shift: float = 0.0) -> Dataset:
+    """The data with a new first user, who did what the first one of before did, with other ratings."""
+    values = {name: [person.get(name, "new")] for name in dataset.users.column_names[1:]}
+    row = pa.table({"user": pa.array([0], pa.int32())} | values)
+    end, samples = int(dataset.offsets[1]), dataset.samples
+    own = samples.user == 0
+    columns = {name: np.concatenate([values[own], values]) for name, values in vars(samples).items()}
+    columns["user"][own.sum() :] += 1
+    return dataclasses.replace(
+        dataset,
+        users=pa.concat_tables([row, dataset.users]),
+        behaviour_items=np.concatenate([dataset.behaviour_items[:end], dataset.behaviour_items]),
+        behaviour_ratings=np.concatenate(
+            [dataset.behaviour_ratings[:end] + np.float32(shift), dataset.behaviour_ratings]
+        ),
+        offsets=np.concatenate([[0], dataset.offsets + end]),
+        samples=dataclasses.replace(samples, **columns),
+    )
+
+
+def test_newer_data_read_as_the_crm_learnt_them(dataset: Dataset, tmp_path: Path) -> None:
+    """What it never saw of a user is what most have, a rating the nearest one; others stay what they were."""
+    train_crm(dataset, tmp_path / "crm", dataclasses.replace(CONFIG, epochs=4))
+    known = load_crm(tmp_path / "crm", dataset).probabilities
+    columns = {name: dataset.users[name].to_pylist() for name in dataset.meta["features"]["user"]}
+    usual = {name: max(sorted(set(values)), key=values.count) for name, values in columns.items()}
+    assert usual["age_group"] != min(columns["age_group"])
+    plain = with_new_user(dataset, usual)
+    newer = with_new_user(dataset, {"gender": "A", "age_group": "0", "occupation": "x"}, shift=0.4)
+    expected, found = (crm.CRM(tmp_path / "crm", data).predict(data)[1] for data in (plain, newer))
+    new = len(newer.samples) - len(dataset.samples)
+    assert torch.equal(found, expected)
+    assert torch.allclose(found[new:], known, atol=1e-6)
+    odd = with_new_user(dataset, usual | {"age_group": columns["age_group"][1]})
+    assert not torch.allclose(crm.CRM(tmp_path / "crm", odd).predict(odd)[1], expected, atol=1e-6)
+
+    lacking = dataclasses.replace(dataset, users=dataset.users.drop_columns("gender"))
+    with pytest.raises(InputError, match="features: expected 'gender', which the CRM reads, found user, "):
+        crm.CRM(tmp_path / "crm", lacking).predict(lacking)
+
+
+def test_newer_data_and_a_crm_that_reads_user_ids(dataset: Dataset, tmp_path: Path) -> None:
+    train_crm(dataset, tmp_path / "crm", dataclasses.replace(CONFIG, user_id=True, epochs=4))
+    newer = with_new_user(dataset, {"user_id": "0"})
+    served = crm.CRM(tmp_path / "crm", newer)
+    known = load_crm(tmp_path / "crm", dataset).probabilities
+    assert torch.allclose(served.predict(dataset)[1], known, atol=1e-6)
+    moved = dataset.users.set_column(0, "user", pa.array(range(1, USERS + 1), pa.int32()))
+    found = served.predict(dataclasses.replace(dataset, users=moved))[1]
+    assert torch.allclose(found, known, atol=1e-6)  # ids are those of the raw data, which stay
+    with pytest.raises(InputError, match="user_id: expected one that the CRM was trained on, got another"):
+        served.predict(newer)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ratings": []},
+        {"ratings": ["many"]},
+        {"users": [{"column": "gender", "values": ["F", "M"], "usual": 2}]},
+        {"users": [{"column": "gender", "values": ["F", 3], "usual": 0}]},
+        {"items": [{"column": "genres", "values": "all", "usual": 0}]},
+        {"items": ["genres"]},
+    ],
+    ids=str,
+)
+def test_a_bad_vocabulary(dataset: Dataset, tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "vocabulary.json"
+    Vocabulary.of(dataset, user_id=True).write(path)
+    right = json.loads(path.read_text())
+    path.write_text(json.dumps(right | change))
+    with pytest.raises(InputError, match=r"vocabulary.json: expected the vocabulary of `rellax crm`"):
+        Vocabulary.read(path)
+    path.write_text(json.dumps(right))
+    Vocabulary.read(path).write(tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text()) == right
+
+
+def test_a_crm_of_other_data_is_named_and_made_anew(
+    dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data, folder, config = tmp_path / "data", tmp_path / "din", dataclasses.replace(CONFIG, epochs=1)
+    shutil.copytree(dataset.folder, data)
+
+    def made() -> int:
+        make_crm(data, folder, config, device="cpu")
+        return folder.stat().st_ino
+
+    caplog.set_level(logging.INFO, "rellax")
+
+    def change(column: str) -> Dataset:
+        items = pq.read_table(data / "items.parquet")
+        values = [f"other {value}" for value in items[column].to_pylist()]
+        place = items.column_names.index(column)
+        pq.write_table(items.set_column(place, column, pa.array(values)), data / "items.parquet")
+        return Dataset.load(data)
+
+    first = made()
+    load_crm(folder, change("title"))  # which a CRM does not read
+    assert made() == first
+    assert not caplog.records
+    with pytest.raises(InputError, match="found one of other data"):
+        load_crm(folder, change("year"))
+    rows = random_interactions(USERS, ITEMS, per_user=45, seed=3)
+    prepare(read_ml_100k(write_ml_100k(tmp_path / "raw", rows, USERS, ITEMS)), data)
+    newer = Dataset.load(data)
+    with pytest.raises(InputError, match=r"din: expected a CRM of the data in .*data, .* `rellax crm din`"):
+        load_crm(folder, newer)
+    crm.CRM(folder, newer).predict(newer)  # new behaviours may be served
+
+    second = made()
+    assert second != first
+    assert "din is of other data, or of an earlier version, and is trained anew" in caplog.text
+    load_crm(folder, newer)
+    (folder / "inputs.json").unlink()
+    load_crm(folder, newer)
+    assert made() != second
 
 
 def test_few_shots_and_the_global_generator_left_alone(dataset: Dataset, tmp_path: Path) -> None:
@@ -222,7 +380,7 @@ def test_deepfm_is_a_factorization_machine_and_an_mlp(dataset: Dataset) -> None:
     """Its logit, term by term, from the embeddings of the fields."""
     torch.manual_seed(0)
     config = dataclasses.replace(CONFIG, model="DeepFM", dropout=0.0)
-    features = crm._Features(dataset, config, torch.device("cpu"))
+    features = features_of(dataset, config)
     model = crm._build(features, config, torch.device("cpu")).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -287,6 +445,7 @@ def test_bad_outputs(dataset: Dataset, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="damaged"):
         load_crm(tmp_path, dataset)
     train_crm(dataset, tmp_path / "crm", dataclasses.replace(CONFIG, epochs=1))
+    (tmp_path / "crm" / "inputs.json").unlink()
     short = dataclasses.replace(dataset, items=dataset.items.slice(0, 59))
     with pytest.raises(InputError, match=r"expected 59 items and 2000 samples .* found 60 and 2000"):
         load_crm(tmp_path / "crm", short)

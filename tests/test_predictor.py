@@ -274,6 +274,21 @@ def test_the_worker_ends_with_its_predictor(run: Path) -> None:
     assert workers() == before
 
 
+@pytest.mark.parametrize("part", ["crm", "embeddings"])
+def test_what_a_run_read_must_be_there_as_it_was(run: Path, workspace: Workspace, part: str) -> None:
+    """Another CRM or other embeddings fit in shape, and would give other answers."""
+    file = getattr(workspace, part) / {"crm": "model", "embeddings": "embeddings"}[part]
+    file = file.with_suffix(".safetensors")
+    known = file.read_bytes()
+    try:
+        file.write_bytes(known[:-4] + bytes(4))
+        with pytest.raises(InputError, match=f"{file.name}: expected the file that the run was trained with"):
+            Predictor(run)
+    finally:
+        file.write_bytes(known)
+    Predictor(run)
+
+
 def test_it_is_found_where_one_would_look() -> None:
     assert rellax.ctr.Predictor is Predictor
     with pytest.raises(AttributeError, match="no attribute 'Predicter'"):

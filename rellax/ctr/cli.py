@@ -18,6 +18,7 @@ from rellax.errors import InputError
 if TYPE_CHECKING:
     from rellax.ctr.jobs import Cluster
 
+_RESUMED = ("demo", "reproduce", "embed", "retrieve", "train", "evaluate")
 _MACHINE_SAYS_NO = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -53,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"rellax: error: {error}; nothing was left half-written", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nrellax: stopped; the same command goes on from where it was", file=sys.stderr)
+        then = "goes on from where it was" if options.command in _RESUMED else "begins anew"
+        print(f"\nrellax: stopped; the same command {then}", file=sys.stderr)
         return 130
 
 
@@ -68,7 +70,8 @@ def _prepare(options: argparse.Namespace) -> None:
         source = read_own(options.columns, options.raw)
     else:
         raise InputError("columns: expected either --dataset or --columns, got both")
-    print(f"{options.work / 'data'}: {summary(prepare(source, options.work / 'data'))}")
+    folder = options.work / "data"
+    print(f"{folder}: {summary(prepare(source, folder, strictly_before=options.strictly_before))}")
 
 
 def _fetched(name: str) -> Path:
@@ -82,16 +85,11 @@ def _fetched(name: str) -> Path:
 
 
 def _crm(options: argparse.Namespace) -> None:
-    from rellax.ctr.crm import CRMConfig, train_crm
-    from rellax.ctr.dataset import Dataset
-    from rellax.ctr.llm import resolve_device
-    from rellax.ctr.runs import is_claimed
+    from rellax.ctr.crm import CRMConfig, make_crm
 
     folder = options.work / options.name
     config = CRMConfig(model=options.model, shots=options.shots, hold_out=options.hold_out, seed=options.seed)
-    if not is_claimed(folder, dataclasses.asdict(config), redo=options.redo):
-        device = str(resolve_device(options.device))
-        train_crm(Dataset.load(options.work / "data"), folder, config, device=device)
+    make_crm(options.work / "data", folder, config, **_run_options(options))
     print(folder)
 
 

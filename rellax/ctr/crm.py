@@ -7,8 +7,11 @@ wants that pipeline; a short loop over tensors replaces both.
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib
 import itertools
+import json
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,8 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -25,21 +26,26 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rellax._files import atomic_folder, read_json, write_json
+from rellax._files import atomic_folder, read_json, sha256_file, write_json
 from rellax.ctr.dataset import Dataset
+from rellax.ctr.llm import resolve_device
 from rellax.ctr.metrics import evaluate
 from rellax.ctr.predictions import Predictions
-from rellax.ctr.runs import environment, plot_curves
+from rellax.ctr.runs import has_inputs, is_claimed, plot_curves, write_record
 from rellax.ctr.tensor_file import write_tensors
+from rellax.ctr.vocabulary import Vocabulary
 from rellax.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from fuxictr.features import FeatureMap
     from fuxictr.pytorch.models import BaseModel
 
+logger = logging.getLogger(__name__)
+
 MODELS = ("DIN", "SIM", "ETA", "SDIM", "DCNv2", "DeepFM")
 OUTPUTS = "outputs.safetensors"
 WEIGHTS = "model.safetensors"
+VOCABULARY = "vocabulary.json"
 _EVALUATIONS = 2  # on the validation split, per epoch
 _PREDICT_BATCH = 2048
 _MEASURED = 1 << 17  # training samples that tell the scale of the last hidden layer
@@ -119,13 +125,31 @@ class CRMOutputs:
     probabilities: Tensor
 
 
+def make_crm(
+    data: str | Path, folder: str | Path, config: CRMConfig, *, device: str = "auto", redo: bool = False
+) -> None:
+    """Train a CRM on a data folder as `train_crm` does, if not done yet; anew where the data have changed.
+
+    Raises:
+        InputError: as `train_crm`, or `folder` holds something else.
+    """
+    claimed = is_claimed(folder, asdict(config), redo=redo)
+    dataset = Dataset.load(data)
+    if claimed:
+        if has_inputs(folder, _hashes(dataset)):
+            return
+        logger.info("crm: %s is of other data, or of an earlier version, and is trained anew", folder)
+    train_crm(dataset, folder, config, device=str(resolve_device(device)))
+
+
 def train_crm(
     dataset: Dataset, folder: str | Path, config: CRMConfig | None = None, *, device: str = "cpu"
 ) -> dict[str, Any]:
     """Train a CRM and write what it knows of all items and samples to `folder`.
 
-    The folder gets outputs.safetensors (see `CRMOutputs`), model.safetensors, predictions.parquet (sample,
-    label, probability; all samples), metrics.json, config.json, environment.json and curves.png.
+    The folder gets outputs.safetensors (see `CRMOutputs`), model.safetensors, vocabulary.json (what codes of
+    features stand for), predictions.parquet (sample, label, probability; all samples), metrics.json,
+    config.json, inputs.json, environment.json and curves.png.
 
     Returns:
         Contents of metrics.json: `evaluate` for `valid` and `test`, `best_step`, and `valid_auc` by step.
@@ -134,10 +158,11 @@ def train_crm(
         InputError: more shots than training samples, or a validation split of one class.
     """
     config = config or CRMConfig()
-    where = torch.device(device)
+    where, inputs = torch.device(device), _hashes(dataset)
+    vocabulary = Vocabulary.of(dataset, user_id=config.user_id)
     with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
         torch.manual_seed(config.seed)
-        features = _Features(dataset, config, where)
+        features = _Features(dataset, vocabulary, config, where).of(dataset)
         model = _build(features, config, where)
         log = _fit(model, features, dataset, config)
         _measure_hidden(model, features, dataset.indices("train"))
@@ -166,11 +191,11 @@ def train_crm(
         }
         write_tensors(part / OUTPUTS, shapes, blocks)
         save_file(model.state_dict(), part / WEIGHTS)
+        vocabulary.write(part / VOCABULARY)
         Predictions(every, dataset.samples.label, probabilities).write(part)
         metrics = {split: _metrics(dataset, probabilities, split) for split in ("valid", "test")} | log
         write_json(part / "metrics.json", metrics)
-        write_json(part / "config.json", asdict(config))
-        write_json(part / "environment.json", environment())
+        write_record(part, asdict(config), inputs)
         steps, aucs = zip(*log["valid_auc"], strict=True)
         plot_curves(part / "curves.png", [("validation AUC", steps, aucs)])
     return metrics
@@ -181,15 +206,32 @@ def _metrics(dataset: Dataset, probabilities: np.ndarray, split: str) -> dict[st
     return evaluate(samples.label[rows], probabilities[rows], samples.user[rows])
 
 
+def _hashes(dataset: Dataset) -> dict[str, str]:
+    """SHA-256 of what a CRM is made from. Titles, texts and profiles may change."""
+    paths = [dataset.folder / f"{name}.parquet" for name in ("behaviours", "samples")]
+    hashes = {path.name: sha256_file(path) for path in paths}
+    for kind, table in {"item": dataset.items, "user": dataset.users}.items():
+        digest = hashlib.sha256()
+        for name in (f"{kind}_id", *dataset.meta["features"][kind]):
+            digest.update(json.dumps([name, table[name].to_pylist()]).encode())
+        hashes[f"{kind}s"] = digest.hexdigest()
+    return hashes
+
+
 def load_crm(folder: str | Path, dataset: Dataset) -> CRMOutputs:
     """Read what `train_crm` wrote.
 
     Raises:
-        InputError: the file is missing or damaged, or was made from another data set.
+        InputError: the file is missing or damaged, or was made from other data than are there now.
     """
     path = Path(folder) / OUTPUTS
     if not path.is_file():
         raise InputError(f"{path}: expected a file of `rellax crm`, found none")
+    if (Path(folder) / "inputs.json").exists() and not has_inputs(folder, _hashes(dataset)):
+        raise InputError(
+            f"{folder}: expected a CRM of the data in {dataset.folder}, found one of other data; "
+            f"`rellax crm {Path(folder).name}`, with the options that it had, brings it up to date"
+        )
     try:
         outputs = CRMOutputs(**load_file(path))
     except (SafetensorError, TypeError) as error:
@@ -211,7 +253,7 @@ class CRM:
 
     Args:
         folder: of `rellax crm`.
-        dataset: the one it was trained on, or the same with new behaviours.
+        dataset: the one it was trained on, or a newer one of the same items.
 
     Raises:
         InputError: a file is missing or damaged, or the CRM was trained on another data set.
@@ -228,8 +270,8 @@ class CRM:
         numbers = sum(tensor.numel() for tensor in weights.values())
         config = _read_config(Path(folder) / "config.json", numbers)
         device = torch.device("cpu")
+        self._features = _Features(dataset, Vocabulary.read(Path(folder) / VOCABULARY), config, device)
         with torch.random.fork_rng(devices=[]):
-            self._features = _Features(dataset, config, device)
             self._model = _build(self._features, config, device)
         try:
             self._model.load_state_dict(weights)
@@ -396,29 +438,28 @@ def _instance_embeddings(model: BaseModel, layer: Tensor) -> Tensor:
 
 
 class _Features:
-    """The data set as a CRM's input: categorical codes, gathered per batch.
+    """What a CRM reads: categorical codes, gathered per batch.
 
-    On the item side code 0 is padding. The rating is a feature of behaviours only: the target, which the
-    models read as one more item, has the code for "unknown" there.
+    Features have names of ours, as those of the data may be any. On the item side code 0 is padding. The
+    rating is a feature of behaviours only: the target, which the models read as one more item, has the code
+    for "unknown" there.
     """
 
-    def __init__(self, dataset: Dataset, config: CRMConfig, device: torch.device) -> None:
-        self.device = device
-        self.max_len = config.max_len
-        names = dataset.meta["features"]
-        self._scale = np.unique(dataset.behaviour_ratings)
-        self.unknown_rating = len(self._scale) + 1
-        columns = [*names["user"], "user"] if config.user_id else names["user"]
-        self._known = {name: _distinct(dataset.users[name]) for name in columns}
+    def __init__(
+        self, dataset: Dataset, vocabulary: Vocabulary, config: CRMConfig, device: torch.device
+    ) -> None:
+        self.device, self.max_len, self._vocabulary = device, config.max_len, vocabulary
+        self.unknown_rating = len(vocabulary.ratings) + 1
+        self._of_users = {f"user_{n}": feature for n, feature in enumerate(vocabulary.users)}
+        self._of_items = {f"item_{n}": feature for n, feature in enumerate(vocabulary.items)}
         self.items = {"item": torch.arange(dataset.items.num_rows + 1, device=device)}
         self.items |= {
-            name: self._tensor(np.append(0, _codes(dataset.items[name]) + 1)) for name in names["item"]
+            name: self._tensor(np.append(0, feature.codes(dataset.items) + 1))
+            for name, feature in self._of_items.items()
         }
-        self._read(dataset)
-        self._usual = {name: int(codes.bincount().argmax()) for name, codes in self.users.items()}
 
     def of(self, dataset: Dataset) -> _Features:
-        """The same codes for other users and samples of the same items.
+        """The same, with the users and samples of a data set of the same items.
 
         What is not known of a user is what most users have.
 
@@ -430,9 +471,10 @@ class _Features:
         return other
 
     def _read(self, dataset: Dataset) -> None:
-        samples = dataset.samples
-        self.users = {name: self._tensor(self._user_codes(name, dataset.users[name])) for name in self._known}
-        ratings = np.searchsorted(self._scale, dataset.behaviour_ratings)
+        samples, ratings = dataset.samples, self._vocabulary.rating_codes(dataset.behaviour_ratings)
+        self.users = {
+            name: self._tensor(feature.codes(dataset.users)) for name, feature in self._of_users.items()
+        }
         self.behaviour_items = self._tensor(dataset.behaviour_items) + 1
         self.behaviour_ratings = self._tensor(ratings) + 1
         self.sample_user = self._tensor(samples.user)
@@ -465,10 +507,11 @@ class _Features:
 
         feature_map = FeatureMap(dataset_id="", data_dir="")
         feature_map.default_emb_dim = embedding_dim
-        item_sizes = {name: int(codes.max()) + 1 for name, codes in self.items.items()}
-        for name, codes in self.users.items():
-            feature_map.features[name] = _categorical("user", int(codes.max()) + 1)
-        for name, size in (item_sizes | {"rating": self.unknown_rating + 1}).items():
+        for name, feature in self._of_users.items():
+            feature_map.features[name] = _categorical("user", len(feature.values))
+        sizes = {"item": len(self.items["item"])}
+        sizes |= {name: 1 + len(feature.values) for name, feature in self._of_items.items()}
+        for name, size in (sizes | {"rating": self.unknown_rating + 1}).items():
             feature_map.features[name] = _categorical("item", size, padding_idx=0)
         return feature_map
 
@@ -478,25 +521,8 @@ class _Features:
         rows = [tables[name].weight.detach()[codes[1:]] for name, codes in self.items.items()]
         return torch.cat(rows, dim=1).cpu()
 
-    def _user_codes(self, name: str, column: pa.ChunkedArray) -> np.ndarray:
-        codes = pc.index_in(column, value_set=self._known[name])
-        if codes.null_count and name == "user":
-            raise InputError("user_id: expected users of the data, whose ids the CRM reads, got a new one")
-        return pc.fill_null(codes, self._usual[name] if codes.null_count else 0).to_numpy()
-
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values.astype(np.int64)).to(self.device)
-
-
-def _distinct(column: pa.ChunkedArray) -> pa.Array:
-    """The values of a column, each once, in their order."""
-    values = column.unique()
-    return values.take(pc.array_sort_indices(values))
-
-
-def _codes(column: pa.ChunkedArray) -> np.ndarray:
-    """0, 1, 2, … for the distinct values of a column, in their order."""
-    return pc.rank(column, tiebreaker="dense").to_numpy().astype(np.int64) - 1
 
 
 def _categorical(source: str, vocab_size: int, **options: int) -> dict[str, Any]:

@@ -36,8 +36,9 @@ _BLOCK = 1 << 20
 class Samples:
     """One array per field, of length S, in global (time, user, item) order; in random order without times.
 
-    `position` is the number of earlier behaviours of that user, and so the target's row in their history;
-    `split` indexes `SPLITS`.
+    `position` is the number of earlier behaviours of that user, and so the target's row in their history; in
+    data prepared `strictly_before`, of those before its time, so that its row is that one or a later one of
+    that time. `split` indexes `SPLITS`.
     """
 
     user: np.ndarray  # int32
@@ -117,17 +118,23 @@ class Dataset:
             raise InputError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
         return np.flatnonzero(self.samples.split == SPLITS.index(split))
 
-    def choose(self, split: str, n: int | None, seed: int) -> np.ndarray:
+    def choose(
+        self, split: str, n: int | None, seed: int, *, name: str = "samples", at_most: bool = False
+    ) -> np.ndarray:
         """`n` random samples of a split, rising; None takes all. With the same seed, a larger `n` only adds.
+
+        Args:
+            name: what an error calls `n`.
+            at_most: take all where the split has fewer.
 
         Raises:
             InputError: the split has fewer than `n` samples.
         """
         indices = self.indices(split)
-        if n is None:
+        if n is None or (at_most and n > len(indices)):
             return indices
         if not 1 <= n <= len(indices):
-            raise InputError(f"n: expected 1 to {len(indices)} samples of split {split!r}, got {n}")
+            raise InputError(f"{name}: expected 1 to {len(indices)} samples of split {split!r}, got {n}")
         return np.sort(np.random.default_rng(seed).permutation(indices)[:n])
 
     def history(self, sample: int) -> slice:
@@ -159,12 +166,11 @@ class Dataset:
         path, samples, lengths = self.folder / "samples.parquet", self.samples, np.diff(self.offsets)
         _check_ids(self.folder / "behaviours.parquet", "item", self.behaviour_items, self.items.num_rows)
         _check_ids(path, "user", samples.user, len(lengths))
+        later = self.meta.get("strictly_before", False)
         for start in range(0, len(samples), _BLOCK):
             block = slice(start, start + _BLOCK)
             user, item, position = samples.user[block], samples.item[block], samples.position[block]
-            wrong = (position < 0) | (position >= lengths[user])
-            right = np.flatnonzero(~wrong)
-            wrong[right] = self.behaviour_items[self.offsets[user[right]] + position[right]] != item[right]
+            wrong = misplaced(self.behaviour_items, self.offsets, user, position, item, later=later)
             if wrong.any():
                 row = int(np.flatnonzero(wrong)[0])
                 raise InputError(
@@ -229,6 +235,30 @@ class _File:
         return InputError(f"{self.path}: expected Parquet, but it is damaged ({one_line(error)})")
 
 
+def misplaced(
+    behaviour_items: np.ndarray,
+    offsets: np.ndarray,
+    user: np.ndarray,
+    position: np.ndarray,
+    item: np.ndarray,
+    *,
+    later: bool,
+) -> np.ndarray:
+    """Which samples' items are not at their positions in the histories, nor, with `later`, after them."""
+    row, end = offsets[user] + position, offsets[user + 1]
+    wrong = np.ones(len(user), dtype=bool)
+    left = np.flatnonzero((position >= 0) & (row < end))
+    while len(left):
+        found = behaviour_items[row[left]] == item[left]
+        wrong[left[found]] = False
+        if not later:
+            break
+        left = left[~found]
+        row[left] += 1
+        left = left[row[left] < end[left]]
+    return wrong
+
+
 def _check_meta(path: Path, meta: dict[str, Any]) -> None:
     """Raise unless the entries that prompts and models are made from are of their kinds."""
 
@@ -247,6 +277,7 @@ def _check_meta(path: Path, meta: dict[str, Any]) -> None:
         "unrated": meta["unrated"] is None or number(meta["unrated"]),
         "answers": answers is None or (names(answers) and len(answers) == 2),
         "question": meta["question"] is None or isinstance(meta["question"], str),
+        "strictly_before": isinstance(meta.get("strictly_before", False), bool),
         "features": isinstance(features, dict)
         and all(names(features.get(kind)) for kind in ("item", "user")),
     }

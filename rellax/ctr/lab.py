@@ -7,7 +7,7 @@ import logging
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -17,11 +17,10 @@ import torch
 from rellax._files import read_json, write_json
 from rellax.ctr import assets, runs
 from rellax.ctr.config import Comparison, TrainConfig, recent_behaviours
-from rellax.ctr.crm import CRMConfig, train_crm
+from rellax.ctr.crm import CRMConfig, make_crm
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.embedding import embed
 from rellax.ctr.evaluate import evaluate, evaluate_share, evaluate_zero_shot
-from rellax.ctr.llm import resolve_device
 from rellax.ctr.methods import METHODS
 from rellax.ctr.prepare import prepare
 from rellax.ctr.retrieval import retrieve
@@ -183,9 +182,7 @@ class Lab:
     def crm(self, name: str, model: str, **options: Any) -> None:
         """Train a classical model in the folder `name`; `options` are fields of `CRMConfig`."""
         config = CRMConfig(model=model, epochs=self.config.crm_epochs, **options)
-        if not runs.is_claimed(self.out / name, asdict(config)):
-            device = str(resolve_device(self.device))
-            train_crm(Dataset.load(self.data), self.out / name, config, device=device)
+        make_crm(self.data, self.out / name, config, device=self.device)
 
     def share(self, name: str, method: str, k: int) -> None:
         """Score all samples by the share of liked behaviours, in the folder `name`."""

@@ -170,6 +170,11 @@ def make_parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     prepare.add_argument(
         "--raw", type=Path, help="folder with the raw files (default: fetched, or that of the column map)"
     )
+    prepare.add_argument(
+        "--strictly-before",
+        action="store_true",
+        help="histories end before the first behaviour of the target's time",
+    )
 
     crm = _command(
         commands,
@@ -353,7 +358,7 @@ def _command(
         epilog=_examples(examples),
         formatter_class=_Formatter,
     )
-    parser.set_defaults(run=runs[name])
+    parser.set_defaults(run=runs[name], command=name)
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     if "device" in common:
         parser.add_argument("--device", default="auto", choices=_CHOICES["device"], help="where models run")

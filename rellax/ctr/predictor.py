@@ -12,16 +12,17 @@ from typing import Any
 
 import numpy as np
 
+from rellax._files import read_json
 from rellax.ctr.batches import Collator, Example
 from rellax.ctr.calibration import Calibration, read_calibration
 from rellax.ctr.config import read_config
-from rellax.ctr.crm import CRM
+from rellax.ctr.crm import CRM, WEIGHTS
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.evaluate import predict_probabilities
 from rellax.ctr.llm import resolve_device
 from rellax.ctr.requests import Request, Requests
-from rellax.ctr.retrieval import find_positions, load_embeddings
-from rellax.ctr.task import Examples, Inputs, Task
+from rellax.ctr.retrieval import EMBEDDINGS, embeddings_folder, find_positions, load_embeddings
+from rellax.ctr.task import Examples, Inputs, Task, check_input
 from rellax.errors import InputError
 
 Row = Mapping[str, Any]
@@ -68,7 +69,7 @@ class Predictor:
         if batch_size < 1:
             raise InputError(f"batch_size: expected a positive number, got {batch_size}")
         where = resolve_device(device)
-        config = read_config(run)
+        config, inputs = read_config(run), read_json(Path(run) / "config.json")["inputs"]
         dataset = Dataset.load(config.data if data is None else data)
         self.batch_size, self.share_batches = batch_size, share_batches
         self.calibration = read_calibration(run) if calibrated else Calibration()
@@ -77,8 +78,10 @@ class Predictor:
         self._embeddings = self._crm = self._beside = None
         if config.evaluation_prompts == "retrieved":
             assert config.retrieved is not None, "TrainConfig asks for it with these prompts"
+            check_input(embeddings_folder(config.retrieved) / EMBEDDINGS, inputs)
             self._embeddings = load_embeddings(config.retrieved, dataset).to(where)
         if config.crm is not None and (config.interaction != "none" or config.crm_logit):
+            check_input(Path(config.crm) / WEIGHTS, inputs)
             self._crm = CRM(config.crm, dataset)
         if (beside := self.calibration.crm) is not None:
             self._beside = self._crm if beside == config.crm and self._crm else CRM(beside, dataset)
