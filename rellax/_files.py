@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,26 +40,53 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path, *, own: Collection[str] | None = None) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success it takes `path`'s place, on any error it is removed.
 
-    A folder that stood at `path` before is kept until the new one is complete.
+    A folder that stood at `path` before is kept until the new one is complete, and comes back on an error.
+
+    Args:
+        path: a new folder, or one to replace.
+        own: the only files that a folder to replace may hold, which is not the current one then; None: any.
+
+    Raises:
+        InputError: something else stands at `path`; nothing is touched.
     """
-    path = Path(path)
+    path = Path(path).resolve()
+    _check_replaceable(path, own)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    old = part.with_name(f"{part.name}.old")
     try:
         yield part
         part.chmod(0o777 & ~_umask())
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            path.replace(old / path.name)
+        try:
+            if path.exists():
+                path.replace(old)
             part.replace(path)
+        except BaseException:
+            if old.exists() and not path.exists():
+                old.replace(path)
+            raise
+        if old.exists():
             shutil.rmtree(old)
-        else:
-            part.replace(path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _check_replaceable(path: Path, own: Collection[str] | None) -> None:
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise InputError(f"{path}: expected a new folder, found a file")
+    if own is None:
+        return
+    if path.samefile("."):
+        raise InputError(f"{path}: expected another folder than the current one, which would be replaced")
+    if others := sorted(file.name for file in path.iterdir() if file.name not in own or file.is_dir()):
+        raise InputError(
+            f"{path}: expected a new folder, or one of {' and '.join(own)} alone, found {others[0]} in it"
+        )
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from test_patch import snapshot
 
 from rellax._files import sha256_file
 from rellax.errors import InputError
-from rellax.patch import SoftPromptConfig, load_adapter, patch_model, save_adapter
+from rellax.patch import SoftPromptConfig, load_adapter, patch_model, save_adapter, unpatch_model
 
 
 @pytest.fixture
@@ -45,7 +47,8 @@ def test_a_patched_model_is_loaded(saved: tuple[Any, Path]) -> None:
     other.rellax.soft_prompt.item_embeddings.zero_()
     other.eval()
     other.rellax.soft_prompt.cache_table()
-    load_adapter(other, folder)
+    with pytest.warns(UserWarning, match="adapter: expected one trained with loss 'choice', got 'vocab'"):
+        load_adapter(other, folder)
     with torch.no_grad():  # a table cached before would show here
         arguments = tiny.batch(tiny.instances(), answers=False)
         assert torch.equal(other(**arguments).logits, model.eval()(**arguments).logits)
@@ -62,6 +65,88 @@ def test_saving_again_replaces_the_folder(saved: tuple[Any, Path]) -> None:
     tiny.randomise(model, seed=11)
     save_adapter(model, folder)
     assert torch.equal(loss(load_adapter(tiny.base_model(), folder)), loss(model))
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_an_empty_folder_and_a_link_to_one(saved: tuple[Any, Path], tmp_path: Path) -> None:
+    model, folder = saved
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    save_adapter(model, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert contents(tmp_path / "empty") == contents(folder)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model", "model: expected a new folder, or one of .* alone, found config.json in it"),
+        ("beside", "found tokenizer.json in it"),
+        ("inside", "found adapter.json in it"),
+        ("file", "file: expected a new folder, found a file"),
+        (".", "expected another folder than the current one"),
+    ],
+)
+def test_saving_replaces_nothing_but_an_adapter(
+    saved: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    model, folder = saved
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_text("weights")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    save_adapter(model, tmp_path / "beside")
+    (tmp_path / "beside" / "tokenizer.json").write_text("{}")
+    (tmp_path / "inside" / "adapter.json").mkdir(parents=True)
+    (tmp_path / "inside" / "adapter.json" / "thesis").write_text("long")
+    (tmp_path / "file").write_text("long")
+    monkeypatch.chdir(folder if name == "." else tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match=message):
+        save_adapter(model, name)
+    assert contents(tmp_path) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "model", "beside", "inside", "file"}
+
+
+def test_the_older_adapter_comes_back_where_saving_fails(
+    saved: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, folder = saved
+    before, replace = contents(folder), Path.replace
+
+    def fails(self: Path, target: Path) -> Path:
+        if target == folder and not self.name.endswith(".old"):
+            assert not folder.exists()
+            raise OSError("no space left on device")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fails)
+    tiny.randomise(model, seed=11)
+    with pytest.raises(OSError, match="no space left"):
+        save_adapter(model, folder)
+    assert contents(folder) == before
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_whole_model_is_pickled(tmp_path: Path) -> None:
+    model = tiny.patched(tiny.base_model())
+    arguments = tiny.batch(tiny.instances())
+    expected = model(**arguments).loss
+    torch.save((model, arguments), tmp_path / "model.pt")
+    load = "import torch; model, arguments = torch.load('model.pt', weights_only=False); "
+    run = load + "torch.save(model(**arguments).loss, 'loss.pt')"
+    subprocess.run([sys.executable, "-c", run], cwd=tmp_path, check=True)
+    assert torch.equal(torch.load(tmp_path / "loss.pt"), expected)
+
+    loaded, _ = torch.load(tmp_path / "model.pt", weights_only=False)
+    tiny.randomise(loaded, seed=9)
+    assert not torch.equal(loss(loaded), expected)
+    assert torch.equal(loss(model), expected)
+    original = [type(module) for module in tiny.base_model().modules()]
+    assert [type(module) for module in unpatch_model(loaded).modules()] == original
 
 
 def test_stage_two_starts_from_stage_one(tmp_path: Path) -> None:
@@ -123,7 +208,7 @@ def _tensors(edit: Any) -> Any:
         (_flip_a_byte, "adapter.safetensors: damaged"),
         (_cut("adapter.safetensors"), "adapter.safetensors: damaged"),
         (_cut("adapter.json"), "adapter.json: expected JSON"),
-        (lambda folder: (folder / "adapter.safetensors").unlink(), "found no such file"),
+        (lambda folder: (folder / "adapter.safetensors").unlink(), "expected a file of tensors, found none"),
         (lambda folder: (folder / "adapter.json").unlink(), "expected a JSON file, found none"),
         (lambda folder: (folder / "adapter.json").write_text("[]"), "expected the fields"),
         (_edit(format=99), "expected format 1, got 99"),
@@ -173,6 +258,10 @@ def _refused(model: Any, folder: Path, message: str) -> None:
             "expected one with alpha = 6, got 5",
         ),
         (
+            lambda: tiny.patched(tiny.base_model(), answer_ids=(tiny.YES, tiny.NO), interaction="diagonal"),
+            r"expected one with answer_ids \(7, 4\), got \(4, 7\)",
+        ),
+        (
             lambda: patch_model(
                 tiny.base_model(),
                 tiny.config(interaction="diagonal"),
@@ -181,7 +270,7 @@ def _refused(model: Any, folder: Path, message: str) -> None:
             r"expected one with placeholder_ids \[3\], got \[60, 70\]",
         ),
     ],
-    ids=["model", "rank", "interaction", "targets", "soft-prompt", "alpha", "placeholders"],
+    ids=["model", "rank", "interaction", "targets", "soft-prompt", "alpha", "answers", "placeholders"],
 )
 def test_adapters_of_something_else(saved: tuple[Any, Path], make: Any, message: str) -> None:
     _refused(make(), saved[1], message)

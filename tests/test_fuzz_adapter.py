@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import tiny_models as tiny
 import torch
-from fuzzing import examples, one_sentence
+from fuzzing import at_most_one_sentence, examples, one_sentence
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_patch import snapshot
 
 from rellax._files import read_json, sha256_file
-from rellax.patch import load_adapter, save_adapter
+from rellax.patch import export_peft, load_adapter, peft_files, save_adapter
 from rellax.patch.config import CFLoRAConfig
 from rellax.subr import load_embeddings
 
@@ -176,9 +176,24 @@ def test_configurations_of_anything(saved: Path, models: list[Any], tmp_path: Pa
             CFLoRAConfig.from_dict(config)
             if field in harmless or junk == description["config"][field]:
                 return
-        # An unpatched model takes any alpha; of a patched one the tensors say which layers it adapts.
-        at_fault = {"alpha": models[1:], "target_modules": models[:1]}.get(field, models)
+        at_fault = models[1:] if field == "alpha" else models  # an unpatched model takes any
         refused(at_fault, write(tmp_path / "adapter", description | {"config": config}, content))
+
+    check()
+
+
+def test_configurations_of_peft_of_anything(saved: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="dropped"):
+        export_peft(saved, tmp_path / "peft")
+    config = read_json(tmp_path / "peft" / "adapter_config.json")
+    more = ["alpha_pattern", "init_lora_weights", "layers_to_transform", "use_rslora", "use_dora"]
+
+    @examples(60)
+    @given(st.sampled_from([*sorted(config), *more]), JUNK)
+    def check(field: str, junk: Any) -> None:
+        (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config | {field: junk}))
+        with at_most_one_sentence():
+            CFLoRAConfig(**peft_files.read(tmp_path / "peft")[0])
 
     check()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import GenerationMixin, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import DynamicCache, GenerationMixin, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from rellax.errors import InputError
@@ -35,6 +37,11 @@ from rellax.patch import forward as patched_forward
 from rellax.patch.forward import ForwardContext, Handed
 
 CHECKPOINTS = ("none", "non-reentrant", "reentrant")
+ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
+WORDS = list(range(tiny.VOCAB))
+FORCED = {  # after prompts of 9 tokens a placeholder is generated
+    "prefix_allowed_tokens_fn": lambda _, ids: [tiny.PLACEHOLDERS[0]] if len(ids) == 9 else WORDS
+}
 
 
 def close(actual: Any, expected: Any) -> None:
@@ -185,6 +192,24 @@ def test_num_items_in_batch_divides_the_sum() -> None:
         close(loss, truth.choice_loss(made) * len(made) / 7)
 
 
+@pytest.mark.parametrize("base", [{}, {"base_logit": torch.zeros(3)}], ids=["plain", "base_logit"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_choice_is_one_item_of_a_batch_however_many_labels_it_has(
+    layout: str, base: dict[str, Tensor]
+) -> None:
+    """The answer and the end after it are labelled, and Trainer counts both."""
+    model, truth = pair()
+    made = tiny.instances()
+    ended = [tiny.Instance(F.pad(one.tokens, (0, 1), value=2), one.items, one.embed) for one in made]
+    arguments = tiny.batch(ended, layout) | base
+    labels, ids = arguments["labels"].view(-1), arguments["input_ids"].view(-1)
+    answers = (labels != -100).nonzero() - 1
+    labels[answers] = ids[answers]
+    assert int((labels != -100).sum()) == 6
+    close(model(**arguments, num_items_in_batch=torch.tensor(6)).loss, truth.choice_loss(made))
+    close(model(**arguments, num_items_in_batch=12).loss, truth.choice_loss(made) / 2)
+
+
 def test_without_instance_embed_it_is_plain_lora() -> None:
     model, truth = pair()
     made = tiny.instances()
@@ -294,6 +319,44 @@ def test_a_failed_forward_leaves_no_gate_behind() -> None:
     assert torch.equal(model.lm_head(model.model(ids).last_hidden_state), expected)
 
 
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_threads_have_gates_of_their_own(kind: str) -> None:
+    """Before each adapted layer a thread waits until the other one has come as far."""
+    model, _ = pair(target_modules=(*ATTENTION_INPUTS, "down_proj"))
+    set_checkpointing(model, kind)
+
+    def step(seed: int) -> tuple[Tensor, Tensor]:
+        arguments = tiny.batch(tiny.instances(seed))
+        embed = arguments["instance_embed"].requires_grad_()
+        loss = model(**arguments).loss
+        loss.backward()
+        assert embed.grad is not None
+        return loss.detach(), embed.grad
+
+    alone = [step(seed) for seed in (3, 4)]
+    both = threading.Barrier(2, timeout=60)
+
+    def wait(*_: Any) -> None:
+        both.wait()
+
+    for projection in model.rellax.projections.values():
+        projection.register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(2) as threads:
+        close(list(threads.map(step, (3, 4))), alone)
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS[1:])
+def test_layers_are_recomputed_in_another_thread(kind: str) -> None:
+    """As in autograd's own for a GPU."""
+    model, truth = pair(target_modules=(*ATTENTION_INPUTS, "down_proj"))
+    set_checkpointing(model, kind)
+    made = tiny.instances()
+    loss = model(**tiny.batch(made)).loss
+    with ThreadPoolExecutor(1) as other:
+        found = other.submit(tiny.gradients, model, loss).result()
+    close(found, tiny.true_gradients(model, truth.choice_loss(made)))
+
+
 def test_in_eval_mode_nothing_is_checkpointed() -> None:
     model, truth = pair()
     set_checkpointing(model, "reentrant")
@@ -334,27 +397,110 @@ def test_gates_feel_the_loss_at_the_identity() -> None:
 @pytest.mark.parametrize("beams", [1, 2])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_with_a_cache_equals_generation_without(family: str, beams: int) -> None:
+    """The first token is made to be a placeholder, which is then a word."""
     model, truth = pair(family)
     model.eval()
     made = tiny.instances()
     arguments = tiny.batch(made, "left", answers=False)
-    options = {
-        "max_new_tokens": 6,
-        "do_sample": False,
-        "num_beams": beams,
-        "eos_token_id": None,
-        "suppress_tokens": [tiny.PLACEHOLDERS[0]],
-    }
+    options = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams, "eos_token_id": None} | FORCED
     cached = model.generate(**arguments, **options)
     assert torch.equal(cached, model.generate(**arguments, **options, use_cache=False))
     if beams == 1:  # each token is the truth's choice after the ones before
         for row, one in zip(cached, made, strict=True):
-            prompt = one.tokens[:-1]
-            for token in row[-6:]:
+            prompt = torch.cat([one.tokens[:-1], row[-6:-5]])
+            assert prompt[-1] == tiny.PLACEHOLDERS[0]
+            for token in row[-5:]:
                 logits = truth.logits(tiny.Instance(prompt, one.items, one.embed))[-1]
-                logits[tiny.PLACEHOLDERS[0]] = -torch.inf
                 assert int(logits.argmax()) == int(token)
                 prompt = torch.cat([prompt, token[None]])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prefill_chunk_size": 1},
+        {"prefill_chunk_size": 4},
+        {"cache_implementation": "static", "disable_compile": True},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 2},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_ways_to_generate(options: dict[str, Any]) -> None:
+    model, _ = pair()
+    model.eval()
+    arguments = tiny.batch(tiny.instances(), "left", answers=False)
+    arguments["input_ids"][arguments["input_ids"] == tiny.PLACEHOLDERS[1]] = tiny.PLACEHOLDERS[0]
+    if (
+        "prompt_lookup_num_tokens" in options
+    ):  # for one row, and transformers looks its words up in the logits
+        arguments = {name: value[1:2] for name, value in arguments.items()}
+    one = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None} | FORCED
+    beams = {name: options[name] for name in options if name == "num_beams"}
+    expected = model.generate(**arguments, **one, **beams, use_cache=False)
+    found = model.generate(**arguments, **one, **options)
+    assert torch.equal(found[:: len(found) // len(expected)], expected)
+
+
+@pytest.mark.parametrize("start", [1, 4, 8])
+def test_generation_goes_on_from_a_cache(start: int) -> None:
+    """The prompt is given as a whole, in chunks, or as what follows the cached tokens."""
+    model, _ = pair()
+    model.eval()
+    arguments = {
+        name: value[1:2] for name, value in tiny.batch(tiny.instances(), "left", answers=False).items()
+    }
+    ids, items = arguments["input_ids"], arguments["item_ids"]
+    before = int(model.rellax.soft_prompt.is_placeholder(ids[:, :start]).sum())
+    one = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(**arguments, **one)
+
+    def cached() -> dict[str, Any]:
+        cache = DynamicCache(config=model.config)
+        beginning = {"input_ids": ids[:, :start], "item_ids": items[:, :before]}
+        model(**arguments | beginning | {"attention_mask": None}, use_cache=True, past_key_values=cache)
+        return {patched_forward.CACHE: cache}
+
+    assert torch.equal(model.generate(**arguments, **one, **cached()), expected)
+    rest = {"input_ids": ids[:, start:], "item_ids": items[:, before:]}
+    assert torch.equal(model.generate(**arguments | rest, **one, **cached()), expected[:, start:])
+    if patched_forward.CACHE != "cache":
+        return  # chunks begin with the cached tokens then
+    chunked = model.generate(**arguments, **one, **cached(), prefill_chunk_size=2)
+    assert torch.equal(chunked, expected)
+    if start == 4:  # which of the items follow is not known then
+        with pytest.raises(InputError, match="prefill_chunk_size: expected None beside a cache"):
+            model.generate(**arguments | rest, **one, **cached(), prefill_chunk_size=2)
+
+
+def test_a_generated_placeholder_after_embeddings() -> None:
+    model, _ = pair()
+    model.eval()
+    arguments = tiny.batch(tiny.instances(), "left", answers=False)
+    one = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    ids, items = arguments.pop("input_ids"), arguments.pop("item_ids")
+    embeds = model.rellax.soft_prompt(ids, items, model.get_input_embeddings().weight)
+    forced = {"prefix_allowed_tokens_fn": lambda _, ids: WORDS[60:] if len(ids) == 0 else WORDS}
+    found = model.generate(**arguments, **one, **forced, inputs_embeds=embeds)
+    assert torch.equal(
+        found, model.generate(ids, item_ids=items, **arguments, **one, **FORCED)[:, ids.shape[1] :]
+    )
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        (lambda items: None, "item_ids: expected the items of the placeholders in input_ids, got None"),
+        (lambda items: items[:, :1], "item_ids: expected 2 ids in row 0, .*, got 1"),
+        (lambda items: items.tolist(), "item_ids: expected a tensor, got list"),
+    ],
+    ids=["none", "few", "list"],
+)
+def test_a_prompt_to_generate_from_has_all_its_items(items: Any, message: str) -> None:
+    model, _ = pair()
+    arguments = tiny.batch(tiny.instances(), "left", answers=False)
+    with pytest.raises(InputError, match=message):
+        model.generate(**arguments | {"item_ids": items(arguments["item_ids"])}, max_new_tokens=1)
 
 
 def test_generate_is_transformers_own() -> None:
@@ -547,9 +693,6 @@ def test_report() -> None:
     assert "skipped 2 x model.layers.*.mlp.up_proj: not in target_modules" in str(report)
 
 
-ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
-
-
 class Calls(TorchDispatchMode):
     """Counts the calls of one operator."""
 
@@ -580,7 +723,7 @@ def test_layers_that_read_one_tensor_run_as_one(layout: str) -> None:
         assert calls.count == expected * len(model.model.layers)
         results.append((loss, tiny.gradients(model, loss)))
         for projection in model.rellax.projections.values():
-            assert projection.ready is None
+            assert projection.in_flight.ready is None
             projection.sharing = ()
     assert_close(*results)
 
@@ -625,7 +768,7 @@ def test_a_shared_output_is_for_the_tensor_it_was_computed_from() -> None:
     x, other = torch.randn(2, 1, 3, q.in_features, dtype=q.weight.dtype)
     alone = k(other)
     expected = v(x)
-    assert q.ready is None  # no attention block handed it anything
+    assert q.in_flight.ready is None  # no attention block handed it anything
     for layer in (q, k, v):
         layer.receive(Handed())
     q(x)
@@ -795,6 +938,21 @@ def _wrong(**changes: Any) -> Any:
         ),
         ("right", _wrong(item_ids=torch.zeros(2, 3)), r"item_ids: expected integers of shape \(B = 3, K\)"),
         ("right", _wrong(input_ids=None), "input_ids: expected token ids"),
+        (
+            "right",
+            _wrong(instance_embed=lambda a: a["instance_embed"].tolist()),
+            "instance_embed: expected a tensor, got list",
+        ),
+        (
+            "right",
+            _wrong(item_ids=lambda a: a["item_ids"].numpy()),
+            "item_ids: expected a tensor, got ndarray",
+        ),
+        (
+            "packed",
+            _wrong(cu_seqlens=lambda a: a["cu_seqlens"].tolist()),
+            "cu_seqlens: expected a tensor, got list",
+        ),
         ("right", _wrong(labels=lambda a: a["labels"][:, :-1]), "labels: expected shape"),
         ("right", _wrong(labels=lambda a: a["labels"].where(a["labels"] < 0, 9)), "labels"),
         ("right", _wrong(cu_seqlens=torch.tensor([0, 10])), "cu_seqlens: expected .* int32"),
@@ -814,6 +972,13 @@ def test_arguments_that_do_not_fit(layout: str, change: Any, message: str) -> No
     model, _ = pair()
     with pytest.raises(InputError, match=message):
         model(**change(tiny.batch(tiny.instances(), layout)))
+
+
+def test_a_replica_of_data_parallel_is_refused() -> None:
+    """As `nn.DataParallel` makes it, and transformers' Trainer on a machine of several GPUs."""
+    model, _ = pair()
+    with pytest.raises(InputError, match=r"replica of nn.DataParallel.*DistributedDataParallel"):
+        model._replicate_for_data_parallel()(**tiny.batch(tiny.instances()))
 
 
 def test_arguments_for_parts_the_model_does_not_have() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -102,7 +104,7 @@ def test_a_and_b_are_taken_over(make: Any) -> None:
     close(tiny.gradients(inner, loss), tiny.true_gradients(inner, truth.choice_loss(made)))
     prompts = tiny.batch(made, "left", answers=False)
     close(answer_logits(model, **prompts), truth.choice_logits(made).detach())
-    options = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [tiny.PLACEHOLDERS[0]]}
+    options = {"max_new_tokens": 4, "do_sample": False}
     model.eval()
     cached = model.generate(**prompts, **options)
     assert torch.equal(cached, model.generate(**prompts, **options, use_cache=False))
@@ -135,9 +137,85 @@ def test_pefts_switches_still_work() -> None:
         close(model(ids, instance_embed=embed).logits, base(ids).logits)
     twin = copy.deepcopy(model)
     close(twin(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "merge",
+    [lambda m: m.merge_adapter(), lambda m: m.merge_and_unload(), lambda m: m.unload()],
+    ids=["merge_adapter", "merge_and_unload", "unload"],
+)
+def test_gates_are_not_lost_in_a_merge(merge: Callable[[Any], Any]) -> None:
+    """PEFT would leave a model that takes `instance_embed` and does nothing with it."""
+    model, arguments = (
+        patch_model(peft_model(), tiny.config()),
+        tiny.batch(tiny.instances(placeholders=False)),
+    )
+    expected = model(**arguments).loss
+    with pytest.raises(InputError, match=r"without gates to merge .*call rellax.unpatch_model first"):
+        merge(model)
+    assert torch.equal(model(**arguments).loss, expected)
+    merge(unpatch_model(model))
+
+
+def test_without_gates_an_adapter_can_be_merged() -> None:
+    model, ids = patch_model(peft_model(), tiny.config(interaction="none")), plain_ids()
+    expected = model(ids).logits
     model.merge_adapter()
     with pytest.raises(InputError, match="expected PEFT's adapter unmerged"):
         model(ids)
+    model.unmerge_adapter()
+    close(model.merge_and_unload()(ids).logits, expected)
+
+
+INPUTS = ["q_proj", "k_proj", "v_proj"]
+
+
+def _two_to_switch(**options: Any) -> Any:
+    model = peft_model(target_modules=INPUTS)
+    model.add_adapter("other", lora_config(**{"target_modules": INPUTS} | options))
+    model.set_adapter("other")
+    tiny.randomise(model, seed=5)
+    return model
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha_pattern": {"v_proj": 60}},
+        {"rank_pattern": {"k_proj": 2}},
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["k_proj", "v_proj"]},
+    ],
+    ids=["scale", "rank", "first", "others"],
+)
+def test_another_adapter_of_peft_is_switched_to(options: dict[str, Any]) -> None:
+    """Its layers that read one tensor differ from each other, or some are not adapted."""
+    model, ids = _two_to_switch(**options), plain_ids()
+    expected = model(ids).logits
+    model.set_adapter("default")
+    first = model(ids).logits
+    patch_model(model)
+    close(model(ids).logits, first)
+    model.set_adapter("other")
+    close(model(ids).logits, expected)
+
+
+def test_compiled_it_is_one_graph_for_each_adapter() -> None:
+    model, arguments = _two_to_switch(alpha_pattern={"v_proj": 60}), {"input_ids": plain_ids()}
+    model.set_adapter("default")
+    patch_model(model).eval()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        close(compiled(**arguments).logits, model(**arguments).logits)
+
+
+def test_another_adapter_that_is_no_plain_lora() -> None:
+    model = _two_to_switch(use_dora=True)
+    model.set_adapter("default")
+    patch_model(model).set_adapter("other")
+    with pytest.raises(InputError, match=r"expected plain LoRA of PEFT .* got the variant DoraLinearVariant"):
+        model(plain_ids())
 
 
 def _two_adapters(model: Any) -> Any:
@@ -265,10 +343,28 @@ def _pickle(folder: Path) -> None:
         (_retensor(lambda t: t.update(x=torch.ones(2))), "expected nothing but lora_A and lora_B .*, got x"),
         (_retensor(lambda t: t.pop(f"{FIRST}.lora_B.weight")), "lora_B .d_out, r. of model.layers.0"),
         (
-            _retensor(lambda t: [t.pop(f"{FIRST}.lora_{ab}.weight") for ab in "AB"]),
-            "expected model.layers.0.*lacks",
+            _retensor(
+                lambda t: [
+                    t.update({name.replace("layers.1", "layers.2"): t[name].clone()}) for name in list(t)
+                ]
+            ),
+            "expected linear layers of LlamaForCausalLM's decoder, got model.layers.2.mlp.down_proj",
         ),
         (_retensor(lambda t: t.clear()), "got no layers"),
+        (
+            _retensor(lambda t: t[f"{FIRST}.lora_A.weight"].fill_(math.nan)),
+            "expected finite floating numbers",
+        ),
+        (
+            _retensor(lambda t: t.update({f"{FIRST}.lora_A.weight": torch.ones(3, 32, dtype=torch.int64)})),
+            r"expected finite floating numbers as .*q_proj.lora_A.weight, got others \(torch.int64\)",
+        ),
+        (_change(lora_alpha="six"), "expected a number as lora_alpha, got 'six'"),
+        (_change(lora_alpha=10**400), "expected a number as lora_alpha, got 1000"),
+        (_change(lora_dropout=None), "expected a number as lora_dropout, got None"),
+        (_change(alpha_pattern={"q_proj": "six"}), "expected a number as q_proj, got 'six'"),
+        (_change(alpha_pattern=["q_proj"]), r"numbers by pattern as alpha_pattern, got \['q_proj'\]"),
+        (_change(alpha_pattern={"(": 3}), "expected regular expressions in alpha_pattern, got others"),
         (_cut, "adapter_model.safetensors: expected a file of nothing but tensors"),
         (_pickle, "adapter_model.bin: expected a file of nothing but tensors"),
         (
@@ -288,6 +384,52 @@ def test_checkpoints_of_peft_that_are_refused(
     with pytest.raises(InputError, match=message):
         load_adapter(model, tmp_path)
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layers_to_transform": [1]},
+        {"target_modules": r".*(0\.self_attn\.q|1\.self_attn\.v)_proj"},
+        {"exclude_modules": ["model.layers.0.mlp.down_proj"]},
+    ],
+    ids=["layers", "regex", "exclude"],
+)
+def test_adapters_of_some_layers(tmp_path: Path, options: dict[str, Any]) -> None:
+    """PEFT's folder, our own of the same model, and ours as PEFT's, on models that have not been patched."""
+    theirs, ids = peft_model(**options), plain_ids()
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = theirs(ids).logits
+    gated = patch_model(theirs, tiny.config(target_modules=patch_targets(theirs)))
+    tiny.randomise(gated.rellax, seed=4)
+    save_adapter(gated, tmp_path / "ours")
+    with pytest.warns(UserWarning, match="gates"):
+        export_peft(tmp_path / "ours", tmp_path / "exported")
+
+    patched = set(gated.rellax.report.patched)
+    assert len(patched) in (2, 3, 5)
+    for folder in ("theirs", "ours", "exported"):
+        loaded = load_adapter(tiny.base_model(), tmp_path / folder)
+        assert set(loaded.rellax.report.patched) == patched
+        assert loaded.rellax.report.skipped["model.layers.0.mlp.down_proj"] == "not in the adapter"
+        close(loaded(ids).logits, expected)
+        if folder == "ours":
+            embed = torch.randn(3, tiny.COND)
+            close(loaded(ids, instance_embed=embed).logits, gated(ids, instance_embed=embed).logits)
+    again = PeftModel.from_pretrained(tiny.base_model(), tmp_path / "exported")
+    layers = {name for name, module in again.get_base_model().named_modules() if hasattr(module, "lora_A")}
+    assert layers == patched
+    close(again(ids).logits, expected)
+
+
+def patch_targets(model: Any) -> tuple[str, ...]:
+    names = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
+    return tuple({name.rpartition(".")[2] for name in names})
+
+
+def test_pickling_one_says_what_to_do_instead() -> None:
+    with pytest.raises(InputError, match="got PatchedPeftLinear; save_adapter saves what was trained"):
+        pickle.dumps(patch_model(peft_model()))
 
 
 def test_old_checkpoints_of_peft(tmp_path: Path) -> None:
@@ -359,9 +501,14 @@ def test_our_adapters_are_plain_lora_for_peft(tmp_path: Path, parts: dict[str, A
 
 def test_export_does_not_replace_other_folders(tmp_path: Path) -> None:
     save_adapter(tiny.patched(tiny.base_model(), soft_prompt=False, interaction="none"), tmp_path / "ours")
-    (tmp_path / "thesis").mkdir()
-    with pytest.raises(InputError, match="thesis: expected a new folder, or an adapter of PEFT's"):
+    for _ in range(2):  # it replaces its own
         export_peft(tmp_path / "ours", tmp_path / "thesis")
+    (tmp_path / "thesis" / "tokenizer.json").write_text("{}")
+    with pytest.raises(
+        InputError, match=r"thesis: expected a new folder, or one of .*, found tokenizer.json"
+    ):
+        export_peft(tmp_path / "ours", tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "tokenizer.json").read_text() == "{}"
 
 
 def test_runs_are_exported_by_the_command_line(workspace: Workspace, tmp_path: Path) -> None:

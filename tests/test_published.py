@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,16 @@ GATE = f"LM.{LAYER.format(0, 'q_proj')}.lora_gate"
             "expected no LM.*lora_gate.4.bias",
         ),
         (patched, _edit(lambda t: t.clear()), "expected tensors named lora_gate.N, got none"),
+        (
+            patched,
+            _edit(lambda t: t[f"{GATE}.3.bias"].fill_(math.nan)),
+            "finite floating numbers as LM.*3.bias",
+        ),
+        (
+            patched,
+            _edit(lambda t: t.update({f"{GATE}.3.bias": torch.ones(9, dtype=torch.int64)})),
+            r"finite floating numbers as LM.*3.bias, got others \(torch.int64\)",
+        ),
         (lambda: patched(r=2), None, r"lora_A of shape \(2, 32\), got \(3, 32\)"),
         (lambda: patched(cond_dim=6), None, r"lora_gate.0.bias of shape \(6,\), got \(5,\)"),
         (lambda: patched(target_modules=["q_proj"]), None, "expected no model.layers.0.self_attn.v_proj"),

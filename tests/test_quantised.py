@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from test_patch import CHECKPOINTS, close, set_checkpointing
 from tiny_models import LAYOUTS, Truth
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from workspace import Workspace, make_model
 
 from rellax.ctr import cli, task
@@ -266,6 +267,23 @@ def test_sizes_that_do_not_divide(tmp_path: Path, kind: str, message: str) -> No
     save(tmp_path / "odd", hidden_size=64, intermediate_size=40, head_dim=16)
     with pytest.raises(InputError, match=message):
         load(tmp_path / "odd", kind)
+
+
+def test_patching_refuses_sizes_that_do_not_divide(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not here")
+    save(tmp_path / "odd", hidden_size=64, intermediate_size=40, head_dim=16)
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "odd", quantization_config=options)
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(InputError, match=r"model: bitsandbytes nf4 on a CPU takes .* 64 values, got 40 in"):
+        patch_model(model, tiny.config())
+    assert [type(module) for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.values[0] in ("nf4", "int8wo")])
+def test_pickling_one_says_what_to_do_instead(folder: Path, kind: str) -> None:
+    with pytest.raises(InputError, match="got PatchedQuantisedLinear; save_adapter saves what was trained"):
+        pickle.dumps(patch_model(load(folder, kind), tiny.config()))
 
 
 def test_a_copy_works_on_its_own(folder: Path) -> None:

@@ -223,6 +223,7 @@ class Truth:
         """The logits (L, V) of one instance."""
         soft_prompt = self.model.rellax.soft_prompt
         is_soft = torch.isin(one.tokens, torch.tensor(PLACEHOLDERS))
+        is_soft &= is_soft.cumsum(0) <= len(one.items)  # any after those was generated: a word
         embeds = self.base.get_input_embeddings()(one.tokens.masked_fill(is_soft, 0))
         if one.items:
             first, _, second = soft_prompt.projector

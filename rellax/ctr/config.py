@@ -21,11 +21,11 @@ INTERACTIONS = ("none", "diagonal", "full")
 CRM_SAMPLES = ("all", "held-out", "shots")
 SIMILARITIES = ("text", "text+crm")
 LEARNING_RATES = {"1": 1e-3, "2": 3e-4, "joint": 1e-3}
-_LATER = {"crm_logit", "compile", "recent_share"}  # fields of `TrainConfig` that early runs have not recorded
 CHOICES = {  # what fields of `TrainConfig` may be
     "stage": STAGES,
     "prompts": PROMPTS,
     "interaction": INTERACTIONS,
+    "gate_init": ("identity", "kaiming"),
     "loss": ("choice", "vocab"),
     "select": ("auc", "log_loss"),
     "packing": PACKING,
@@ -50,6 +50,8 @@ class TrainConfig:
         stage: "1" (A and B, no gates, no soft prompt), "2" (A and B frozen, gates and soft-prompt projector
             trained) or "joint" (everything from scratch).
         interaction: of the LoRA components, "none", "diagonal" or "full".
+        gate_init: "identity" (gates begin as none, so stage 2 begins with the stage-1 model) or "kaiming", as
+            published.
         soft_prompt: a soft prompt after each behaviour and after the target.
         crm_logit: the answer's log-odds begin at those of the CRM, so that what is learnt is what it lacks.
             The CRM should not have been trained on the shots: `rellax crm --hold-out`.
@@ -95,6 +97,7 @@ class TrainConfig:
 
     stage: str = "1"
     interaction: str = "none"
+    gate_init: str = "identity"
     soft_prompt: bool = False
     crm_logit: bool = False
     r: int = 8
@@ -167,9 +170,8 @@ class TrainConfig:
         return "recent" if self.prompts == "recent" else "retrieved"
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values; later ones only where they are used, so that older runs stay valid."""
-        values = {**dataclasses.asdict(self), "target_modules": list(self.target_modules)}
-        return {name: value for name, value in values.items() if value or name not in _LATER}
+        """The fields as JSON values."""
+        return {**dataclasses.asdict(self), "target_modules": list(self.target_modules)}
 
     def _check_values(self) -> None:
         for name, allowed in CHOICES.items():
@@ -332,14 +334,14 @@ def read_config(run: str | Path) -> TrainConfig:
     """
     path = Path(run) / "config.json"
     values = read_json(path, maker="rellax train")
-    names = [field.name for field in dataclasses.fields(TrainConfig)]
-    if not isinstance(values, dict) or not values.keys() >= set(names) - _LATER:
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    if not isinstance(values, dict) or not values.keys() >= names:
         raise InputError(f"{path}: expected the configuration of `rellax train`, found another")
     if not (Path(run) / "metrics.json").exists():
         raise InputError(
             f"{run}: expected a finished run, found one that was stopped; its command finishes it"
         )
-    values = {name: values[name] for name in names if name in values}
+    values = {name: values[name] for name in names}
     return TrainConfig(**values | {"target_modules": tuple(values["target_modules"])})
 
 

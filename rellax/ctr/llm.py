@@ -25,6 +25,7 @@ from transformers.utils import logging
 from rellax._files import sha256_file
 from rellax.ctr.runs import has_bfloat16
 from rellax.errors import InputError
+from rellax.patch import quantised
 
 _GROUP = 32  # weights that share a scale, where they have 4 bits
 
@@ -75,7 +76,8 @@ def load_model(
             f"quantize: {str(name)!r} cannot be quantised to {quantize!r}; for one, layers must read a "
             f"multiple of {_GROUP} values ({str(error).splitlines()[0]})"
         ) from error
-    _check_blocks(model, quantize)
+    if problem := quantised.block_problem(model):
+        raise InputError(f"quantize: {problem}")
     return model
 
 
@@ -84,17 +86,6 @@ def checkpoint_activations(model: Any) -> None:
     name = "activation_checkpointing_enable"  # gradient_checkpointing_enable before transformers 5.24
     enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
     enable({"use_reentrant": False})
-
-
-def _check_blocks(model: Any, kind: str) -> None:
-    """bitsandbytes 0.50 dequantises 4 bits wrongly on a CPU where a row of weights is not whole blocks."""
-    for name, module in model.named_modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if state is not None and module.weight.device.type == "cpu" and module.in_features % state.blocksize:
-            raise InputError(
-                f"quantize: {kind!r} on a CPU takes layers that read a multiple of {state.blocksize} values, "
-                f"got {module.in_features} in {name}"
-            )
 
 
 def _quantization(kind: str, dtype: torch.dtype) -> Any:

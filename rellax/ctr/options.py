@@ -31,6 +31,7 @@ _CHOICES: dict[str, Sequence[str]] = {
 TRAIN_HELP = {
     "stage": "1: LoRA; 2: gates and soft-prompt projector over frozen LoRA; joint: all at once",
     "interaction": "gates between the LoRA components",
+    "gate_init": "identity: stage 2 begins with the stage-1 model; kaiming: as published",
     "soft_prompt": "soft prompts after each behaviour and after the target",
     "crm_logit": "begin from the classical model's log-odds and learn what they lack",
     "prompts": "the K most recent behaviours, the K retrieved ones, or each sample once with either",

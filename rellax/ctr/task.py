@@ -231,6 +231,7 @@ class Task:
             target_modules=config.target_modules,
             cond_dim=CFLoRAConfig.cond_dim if embeddings is None else embeddings.shape[1],
             interaction=config.interaction,
+            gate_init=config.gate_init,
             loss=config.loss,
             answer_ids=self.collator.answer_ids,
         )

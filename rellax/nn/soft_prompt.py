@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Sequence
 
@@ -45,8 +46,7 @@ class SoftPrompt(nn.Module):
             nn.Linear(hidden_size, hidden_size, device=device, dtype=dtype),
         )
         self._arrivals = _Arrivals()
-        self._table: Tensor | None = None
-        self._table_of: list[tuple[Tensor, int]] = []
+        self._table: tuple[Tensor, list[tuple[Tensor, int]]] | None = None
 
     def forward(
         self, input_ids: Tensor, item_ids: Tensor, word_embeddings: Tensor, scale: Tensor | None = None
@@ -68,6 +68,15 @@ class SoftPrompt(nn.Module):
                 CUDA graph they are not. Till then, or for good, a placeholder without an item has NaN for
                 its embedding; on a CPU it is an error of the operator.
         """
+        rows, index = self.locate(input_ids, item_ids)
+        return soft_prompt(input_ids, word_embeddings, rows, index, word_scale=scale)
+
+    def locate(self, input_ids: Tensor, item_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The soft rows (S, d) of a prompt, and which of them each token takes: (B, L), -1 for a word.
+
+        Raises:
+            InputError: as `forward`.
+        """
         if item_ids.dim() != 2 or item_ids.shape[0] != input_ids.shape[0] or item_ids.is_floating_point():
             raise InputError(
                 f"item_ids: expected integers of shape (B = {input_ids.shape[0]}, K), "
@@ -80,13 +89,13 @@ class SoftPrompt(nn.Module):
         # A column after the last stands for all items that a row of the batch should have and has not.
         row_of_item = F.pad(row_of_item, (0, 1), value=rows.shape[0])
         nth = (placeholder.cumsum(1) - 1).clamp(0, item_ids.shape[1])
-        index = row_of_item.gather(1, nth).where(placeholder, -1)
-        return soft_prompt(input_ids, word_embeddings, rows, index, word_scale=scale)
+        return rows, row_of_item.gather(1, nth).where(placeholder, -1)
 
     def is_placeholder(self, input_ids: Tensor) -> Tensor:
         """Boolean mask of the placeholder tokens, in the shape of `input_ids`."""
         return torch.isin(input_ids, self.placeholder_ids)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def cache_table(self) -> None:
         """Project all N items once; forward reads this table (N, d) while gradients are off.
@@ -96,29 +105,32 @@ class SoftPrompt(nn.Module):
         """
         if self._cached_table() is not None:
             return
-        self._table = self._rows(self.item_embeddings)
-        self._table_of = self._versions()
+        if any(version < 0 for _, version in self._versions()):
+            self._apply(torch.clone)  # out of inference mode
+        self._table = self._rows(self.item_embeddings), self._versions()
 
     def train(self, mode: bool = True) -> SoftPrompt:
         if mode:
-            self._drop_table()
+            self._table = None
         return super().train(mode)
 
-    def _drop_table(self) -> None:
-        self._table, self._table_of = None, []
-
     def _versions(self) -> list[tuple[Tensor, int]]:
-        return [(tensor, tensor._version) for tensor in (*self.projector.parameters(), self.item_embeddings)]
+        """What the table is made of; -1: an inference tensor, of which no version is counted."""
+        tensors = (*self.projector.parameters(), self.item_embeddings)
+        return [(tensor, -1 if tensor.is_inference() else tensor._version) for tensor in tensors]
 
     def _cached_table(self) -> Tensor | None:
-        if self._table is None:
+        cached = self._table
+        if cached is None:
             return None
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in self.projector.parameters()):
             return None
-        pairs = zip(self._table_of, self._versions(), strict=True)
-        if not all(old is new and was == now for (old, was), (new, now) in pairs):
-            self._drop_table()
-        return self._table
+        table, versions = cached
+        pairs = zip(versions, self._versions(), strict=True)
+        if all(old is new and was == now for (old, was), (new, now) in pairs):
+            return table
+        self._table = None
+        return None
 
     def _project(self, item_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Soft rows (S, d), and which of them each id takes: S, which does not exist, where it is no item."""
@@ -150,8 +162,8 @@ class SoftPrompt(nn.Module):
                 raise InputError(f"item_ids: {problem}" + ("" if values is sent else ", in an earlier batch"))
 
 
-class _Arrivals:
-    """Copies of a GPU's small tensors, handed out once they have arrived: nobody waits for them."""
+class _Arrivals(threading.local):
+    """A GPU's small tensors, handed to the thread that sent them when they have arrived: none waits."""
 
     def __init__(self) -> None:
         self._pending: deque[tuple[Tensor, torch.cuda.Event]] = deque()

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from rellax._files import atomic_folder, read_json, sha256_file, write_json
-from rellax.errors import InputError, one_line
+from rellax.errors import InputError
 from rellax.patch import peft_files
 from rellax.patch.config import CFLoRAConfig, SoftPromptConfig
-from rellax.patch.engine import hf_model, patch_model, patched_model, unpatch_model
+from rellax.patch.engine import hf_model, patch_layers, patched_model, unpatch_model
 from rellax.patch.forward import CausalLM
 from rellax.patch.rules import find_family
 
@@ -32,16 +33,22 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Write A, B, the gate bank and the soft prompt (with its item table) of a patched model to a folder.
 
     Beside the tensors lies a JSON file with the configuration and a description of the base model, whose own
-    weights are not saved. The folder is written under a temporary name and replaces an older one.
+    weights are not saved. The two belong together, so they have a folder of their own: it is written under a
+    temporary name and replaces an older one, and a reader meets one or the other, never a mixture.
+
+    Args:
+        model: a patched model.
+        folder: a new folder, or one of nothing but an adapter.
 
     Raises:
-        InputError: the model is not patched, or its gates are PEFT's to save.
+        InputError: the model is not patched, its gates are PEFT's to save, or `folder` is a file, the current
+            folder, or holds something else. Nothing is touched then.
     """
     inner = patched_model(model)
     if inner.rellax.active_bank() is not inner.rellax.gate_bank:
         raise InputError("model: expected one of patch_model, got one of CFLoraConfig, which PEFT saves")
     state = inner.rellax
-    with atomic_folder(folder) as part:
+    with atomic_folder(folder, own=(CONFIG_FILE, TENSOR_FILE)) as part:
         tensors = {name: t.detach().cpu().contiguous() for name, t in _tensors(inner).items()}
         (part / TENSOR_FILE).write_bytes(
             save(tensors)
@@ -61,6 +68,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
 def load_adapter(model: Model, folder: str | Path, *, partial: bool = False) -> Model:
     """Load an adapter's folder: patch an unpatched model with it, or replace a patched one's tensors.
 
+    An unpatched model gets exactly the adapter's layers, also where they are of some decoder layers only.
     A LoRA that PEFT's `save_pretrained` wrote is an adapter without gates and soft prompt: of stage 1.
 
     Args:
@@ -72,30 +80,35 @@ def load_adapter(model: Model, folder: str | Path, *, partial: bool = False) -> 
     Returns:
         The same object.
 
+    Warns:
+        UserWarning: the adapter was trained with another loss than a patched model's.
+
     Raises:
-        InputError: a file is missing or damaged, or the adapter belongs to another model, rank or set of
-            layers, or is one of PEFT's that is more than plain LoRA. The model is then unchanged.
+        InputError: a file is missing or damaged, or the adapter belongs to another model, rank, set of layers
+            or pair of answers, or is one of PEFT's that is more than plain LoRA. The model is then unchanged.
     """
     inner = hf_model(model)
     find_family(inner)
-    placeholder_ids = None
+    placeholder_ids, loss = None, None
     if peft_files.is_peft(folder):
         values, tensors = peft_files.read(folder)
         config = CFLoRAConfig(**values, interaction="none")
     else:
         description, tensors = _read(Path(folder))
-        if description["base_model"] != (own := _describe(inner)):
-            raise InputError(f"adapter: expected one of {own}, got one of {description['base_model']}")
+        if description["base_model"] != (base := _describe(inner)):
+            raise InputError(f"adapter: expected one of {base}, got one of {description['base_model']}")
         config = CFLoRAConfig.from_dict(description["config"])
-        placeholder_ids = description["placeholder_ids"]
-    _check_sizes(config, tensors)
+        placeholder_ids, loss = description["placeholder_ids"], config.loss
+    _check(config, tensors)
     if isinstance(inner, CausalLM):
         _load(inner, config, placeholder_ids, tensors, partial)
+        if loss not in (None, own := inner.rellax.config.loss):
+            warnings.warn(f"adapter: expected one trained with loss {own!r}, got {loss!r}", stacklevel=2)
         return model
     soft_prompt = None
     if placeholder_ids is not None:
         soft_prompt = SoftPromptConfig(tensors[_TABLE], placeholder_ids)
-    patch_model(model, config, soft_prompt=soft_prompt)
+    patch_layers(model, config, soft_prompt, _layers(tensors))
     try:
         _load(inner, config, placeholder_ids, tensors, partial=False)
     except BaseException:
@@ -111,19 +124,22 @@ def export_peft(adapter: str | Path, folder: str | Path, *, base_model: str | No
 
     Args:
         adapter: a folder of `save_adapter`.
-        folder: written under a temporary name, replaces an older adapter.
+        folder: a new one, or one of nothing but such an adapter; written as by `save_adapter`.
         base_model: folder or hub name of the model it was trained for, to be noted.
 
     Warns:
         UserWarning: the adapter has gates or a soft prompt, which plain LoRA has no place for.
 
     Raises:
-        InputError: a file is missing or damaged, or `folder` holds something else.
+        InputError: a file is missing or damaged, or `folder` is a file, the current folder, or holds
+            something else. Nothing is touched then.
     """
-    folder = Path(folder)
-    if folder.exists() and not peft_files.is_peft(folder):
-        raise InputError(f"{folder}: expected a new folder, or an adapter of PEFT's, found something else")
     description, tensors = _read(Path(adapter))
+    config = CFLoRAConfig.from_dict(description["config"])
+    _check(config, tensors)
+    layers = _layers(tensors)
+    if len(layers) / len(config.target_modules) != description["base_model"].get("layers"):
+        config = replace(config, target_modules=layers)  # of some decoder layers only
     lora = {name: tensor for name, tensor in tensors.items() if name.endswith((".lora_a", ".lora_b"))}
     words = {"rellax.gate_bank.": "gates", "rellax.soft_prompt.": "soft prompt"}
     dropped = [words[part] for part in _PARTS if any(name.startswith(part) for name in tensors)]
@@ -133,7 +149,7 @@ def export_peft(adapter: str | Path, folder: str | Path, *, base_model: str | No
             "predict what the patched model does",
             stacklevel=2,
         )
-    peft_files.write(folder, description["config"], lora, base_model)
+    peft_files.write(folder, config.to_dict(), lora, base_model)
 
 
 def _describe(model: Any) -> dict[str, Any]:
@@ -163,29 +179,15 @@ def _tensors(model: Any) -> dict[str, Tensor]:
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     description = read_json(folder / CONFIG_FILE)
     keys = {"format", "base_model", "config", "placeholder_ids", "sha256"}
-    if not isinstance(description, dict) or not keys <= description.keys():
+    is_whole = isinstance(description, dict) and keys <= description.keys()
+    if not is_whole or not isinstance(description["base_model"], dict):
         raise InputError(f"{folder / CONFIG_FILE}: expected the fields {sorted(keys)} of an adapter")
     if type(description["format"]) is not int or description["format"] != FORMAT:
         raise InputError(f"{folder / CONFIG_FILE}: expected format {FORMAT}, got {description['format']!r}")
     file = folder / TENSOR_FILE
-    if not file.is_file():
-        raise InputError(f"{file}: expected the adapter's tensors, found no such file")
-    if sha256_file(file) != description["sha256"]:
+    if file.is_file() and sha256_file(file) != description["sha256"]:
         raise InputError(f"{file}: damaged, its SHA-256 is not the one in {CONFIG_FILE}")
-    try:
-        tensors = load_file(file)
-    except (
-        SafetensorError,
-        KeyError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # KeyError: a dtype of a later version
-        raise InputError(f"{file}: expected safetensors, but it is damaged ({one_line(error)})") from None
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-            raise InputError(
-                f"{file}: expected finite floating numbers as {name}, got others ({tensor.dtype})"
-            )
+    tensors = peft_files.read_tensors(file)
     _check_placeholder_ids(folder / CONFIG_FILE, description["placeholder_ids"])
     if (description["placeholder_ids"] is None) is (_TABLE in tensors):
         raise InputError(f"{folder}: expected placeholder_ids and {_TABLE} both or neither")
@@ -197,11 +199,21 @@ def _check_placeholder_ids(path: Path, ids: Any) -> None:
         raise InputError(f"{path}: placeholder_ids: expected a list of token ids or null, got {ids!r}")
 
 
-def _check_sizes(config: CFLoRAConfig, tensors: dict[str, Tensor]) -> None:
-    """Raise unless the tensors are as large as the configuration says, which nothing allocates before."""
+def _layers(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of the layers that an adapter adapts."""
+    return [name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")]
+
+
+def _check(config: CFLoRAConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Raise unless layers and sizes are those that the configuration says; nothing is allocated before."""
     ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_a") and tensor.dim()}
     if ranks != {config.r}:
         raise InputError(f"adapter: expected lora_a of rank r = {config.r}, got {sorted(ranks)}")
+    targets = {layer.rpartition(".")[2] for layer in _layers(tensors)}
+    if targets != set(config.target_modules):
+        raise InputError(
+            f"adapter: expected layers named {sorted(config.target_modules)}, got {sorted(targets)}"
+        )
     norm = tensors.get("rellax.gate_bank.ln_weight")
     if norm is not None and norm.shape[-1:] != (config.cond_dim,):
         raise InputError(
@@ -232,6 +244,9 @@ def _load(
             raise InputError(f"adapter: expected {name} of shape {want}, got {got}")
     if config.alpha != (alpha := model.rellax.config.alpha):
         raise InputError(f"adapter: expected one with alpha = {alpha:g}, got {config.alpha:g}")
+    answers = model.rellax.config.answer_ids
+    if None not in (answers, config.answer_ids) and config.answer_ids != answers:
+        raise InputError(f"adapter: expected one with answer_ids {answers}, got {config.answer_ids}")
     if _TABLE in tensors and placeholder_ids != (own := _placeholder_ids(model)):
         raise InputError(f"adapter: expected one with placeholder_ids {own}, got {placeholder_ids}")
     with torch.no_grad():

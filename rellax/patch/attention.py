@@ -32,13 +32,18 @@ _QUERIES = 192
 """So many queries of each head take part in a product: their scores stay in the cache."""
 
 
-def adopt(config: Any) -> None:
-    """Make a model's attention this one, if it is transformers' SDPA."""
+def register() -> None:
+    """Let transformers find this attention by its name."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, segment_sdpa)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def adopt(config: Any) -> None:
+    """Make a model's attention this one, if it is transformers' SDPA."""
+    register()
     if config._attn_implementation == "sdpa":
         config._attn_implementation = NAME
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -55,9 +55,9 @@ class CFLoRAConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise InputError(f"{name}: expected a positive integer, got {value!r}")
-        if not _is_number(self.alpha) or not 0 < self.alpha < math.inf:
+        if not is_number(self.alpha) or self.alpha <= 0:
             raise InputError(f"alpha: expected a positive number, got {self.alpha!r}")
-        if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
+        if not is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
             raise InputError(f"dropout: expected a probability in [0, 1), got {self.dropout!r}")
         choices = {"interaction": (*INTERACTIONS, "none"), "gate_init": GATE_INITS, "loss": LOSSES}
         for name, allowed in choices.items():
@@ -103,14 +103,18 @@ class SoftPromptConfig:
             raise InputError(f"item_embeddings: expected a floating tensor of shape (N, E), got {shown}")
         if not torch.isfinite(table).all():
             raise InputError("item_embeddings: expected finite numbers, got NaN or infinity")
-        ids = tuple(self.placeholder_ids)
-        if not ids or any(not isinstance(i, int) or i < 0 for i in ids) or len(set(ids)) < len(ids):
-            raise InputError(f"placeholder_ids: expected distinct token ids, got {ids}")
-        object.__setattr__(self, "placeholder_ids", ids)
+        ids = self.placeholder_ids
+        listed = isinstance(ids, Sequence) and all(isinstance(i, int) and i >= 0 for i in ids)
+        if not listed or not ids or len(set(ids)) < len(ids):
+            raise InputError(f"placeholder_ids: expected distinct token ids, got {ids!r}")
+        object.__setattr__(self, "placeholder_ids", tuple(ids))
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def is_number(value: object) -> bool:
+    """Whether it is a finite number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def _answer_ids(ids: Sequence[int]) -> tuple[int, int]:

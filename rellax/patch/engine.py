@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from rellax.nn import AnswerHead, GateBank, SoftPrompt
 from rellax.nn.cflora import CFLoRAUpdate
 from rellax.patch import attention, quantised, rules
 from rellax.patch.config import CFLoRAConfig, SoftPromptConfig
-from rellax.patch.forward import Attention, CausalLM, Projection
+from rellax.patch.forward import AnswerOutput, Attention, CausalLM, Projection
 from rellax.patch.state import RellaxState, Report
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -44,6 +44,22 @@ def patch_model(
         InputError: the model or a layer is of an unknown class, a target does not exist, the configuration
             contradicts PEFT's, or the model is patched already. The model is then unchanged.
     """
+    return patch_layers(model, config, soft_prompt)
+
+
+def patch_layers(
+    model: Model,
+    config: CFLoRAConfig | None,
+    soft_prompt: SoftPromptConfig | None,
+    only: Collection[str] | None = None,
+) -> Model:
+    """`patch_model`, on the linear layers of these names alone; None: on all that the configuration means."""
+    for name, value, kind in (
+        ("config", config, CFLoRAConfig),
+        ("soft_prompt", soft_prompt, SoftPromptConfig),
+    ):
+        if value is not None and not isinstance(value, kind):
+            raise InputError(f"{name}: expected a {kind.__name__} or None, got {type(value).__name__}")
     inner = hf_model(model)
     if isinstance(inner, CausalLM):
         raise InputError("model: expected an unpatched one, got a patched one; call unpatch_model first")
@@ -51,7 +67,7 @@ def patch_model(
     layers = inner.get_submodule(family.layers)
     attentions = [layer.get_submodule(family.attention_path) for layer in layers]
     _check_model(inner, family, attentions, soft_prompt)
-    found, skipped = _select(inner, family, layers, config)
+    found, skipped = _select(inner, family, layers, config, only)
     classes = [rules.projection_class(name, module) for name, module in found.items()]
     config = _resolve(config, found)
     state = _build_state(inner, config, found, soft_prompt)
@@ -102,8 +118,7 @@ def unpatch_model(model: Model) -> Model:
         if isinstance(module, Projection):
             module.release()
             del module.gate_index
-            for name in ("sharing", "handed", "ready"):
-                vars(module).pop(name, None)
+            vars(module).pop("sharing", None)
         elif isinstance(module, Attention):
             del module.rellax_projections
         elif isinstance(module, CausalLM):
@@ -122,11 +137,17 @@ def answer_logits(model: nn.Module, **batch: Any) -> Tensor:
     and no logits over the vocabulary are made. Call `model.eval()` before, as for any prediction.
 
     Raises:
-        InputError: the batch does not fit the model, or the configuration has no `answer_ids`.
+        InputError: the model is not patched, the batch does not fit it, or the configuration has no
+            `answer_ids`.
     """
     with torch.no_grad():
-        logits: Tensor = model(**batch, answer_only=True).answer_logits
-    return logits
+        out = model(**batch, answer_only=True)
+    if not isinstance(out, AnswerOutput):
+        raise InputError(
+            f"model: expected a patched model, got an unpatched {type(hf_model(model)).__name__}"
+        )
+    assert out.answer_logits is not None, "the forward pass has asked for answer_ids"
+    return out.answer_logits
 
 
 def packing_pays(model: nn.Module) -> bool:
@@ -166,7 +187,43 @@ def _put_in_front(module: nn.Module, mixin: Any) -> None:
 def _patched_class(mixin: Any, base: Any) -> Any:
     """`base` with `mixin` in front, under its own name: transformers' registries look classes up by name."""
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (mixin, base), {**names, "rellax_base": base})
+    return type(base.__name__, (mixin, base), {**names, "__reduce_ex__": _reduce, "rellax_base": base})
+
+
+def _reduce(module: Any, protocol: Any) -> Any:
+    """How `copy` and `pickle` take a module of a `_patched_class` apart: by that name they find its base."""
+    cls, default = type(module), nn.Module.__reduce_ex__(module, protocol)
+    if "rellax_base" not in vars(cls):
+        return default  # FSDP2 has put a class of its own in front
+    mixin, base = cls.__bases__
+    return _Maker(mixin, base, _nameless(module)), (), *default[2:]
+
+
+def _nameless(module: nn.Module) -> str:
+    """A class of adapted layers that `pickle` cannot find, as those of PEFT or quantised; "": none."""
+    classes = {type(m) for m in module.modules() if isinstance(m, Projection)}
+    found = [c.__name__ for c in classes if getattr(sys.modules[c.__module__], c.__name__, None) is not c]
+    return min(found, default="")
+
+
+class _Maker:
+    """Makes a module of a `_patched_class` without its attributes: called by `copy`, stored by `pickle`."""
+
+    def __init__(self, mixin: Any, base: Any, nameless: str = "") -> None:
+        self.mixin, self.base, self.nameless = mixin, base, nameless
+
+    def __call__(self) -> Any:
+        attention.register()  # a process that has patched no model has not
+        cls = _patched_class(self.mixin, self.base)
+        return cls.__new__(cls)
+
+    def __reduce__(self) -> Any:
+        if self.nameless:
+            raise InputError(
+                f"model: expected adapted layers of torch to pickle, got {self.nameless}; save_adapter saves "
+                "what was trained, for load_adapter on a new model"
+            )
+        return _Maker, (self.mixin, self.base)
 
 
 def _check_model(
@@ -183,6 +240,8 @@ def _check_model(
             raise InputError(f"model: expected {name} in {family.model}, got {type(module).__name__}")
     if kind := quantised.describe(lm_head):
         raise InputError(f"model: expected an output layer that is not quantised, got one of {kind}")
+    if problem := quantised.block_problem(model):
+        raise InputError(f"model: {problem}")
 
 
 def _check_forward(model: nn.Module) -> None:
@@ -195,7 +254,11 @@ def _check_forward(model: nn.Module) -> None:
 
 
 def _select(
-    model: nn.Module, family: rules.Family, layers: Any, config: CFLoRAConfig | None
+    model: nn.Module,
+    family: rules.Family,
+    layers: Any,
+    config: CFLoRAConfig | None,
+    only: Collection[str] | None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The linear layers to adapt by name, and those to leave alone with the reason."""
     linears = {
@@ -208,6 +271,10 @@ def _select(
         if stray := [name for name in tuned if name not in linears]:
             raise InputError(f"model: expected PEFT's layers among the decoder's linear layers, got {stray}")
         wanted, reason = set(tuned), "PEFT did not adapt it"
+    elif only is not None:
+        if stray := sorted(set(only) - linears.keys()):
+            raise InputError(f"adapter: expected linear layers of {family.model}'s decoder, got {stray[0]}")
+        wanted, reason = set(only), "not in the adapter"
     else:
         targets = (config or CFLoRAConfig()).target_modules
         known = [path.rsplit(".", 1)[-1] for path in family.projections]

@@ -7,12 +7,14 @@ gets the keywords, and the first to run in its layer, also when a checkpointed l
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
@@ -22,6 +24,7 @@ from rellax.nn import SoftPrompt
 from rellax.nn.answer import add_base
 from rellax.nn.cflora import CFLoRA, forward_together
 from rellax.ops import cflora_tiles
+from rellax.ops import soft_prompt as embed_prompt
 from rellax.patch import attention, checkpoint
 from rellax.patch.config import CFLoRAConfig
 from rellax.patch.state import RellaxState
@@ -77,50 +80,67 @@ class AnswerOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
+class InFlight(threading.local):
+    """What a projection has been handed, and the output that is ready for it: in each thread its own."""
+
+    def __init__(self) -> None:
+        self.handed: Handed | None = None
+        self.ready: tuple[Tensor, Tensor] | None = None
+
+    def __reduce__(self) -> tuple[type[InFlight], tuple[()]]:
+        """A copy of a module is in the middle of no call."""
+        return InFlight, ()
+
+
 class Projection(CFLoRA):
     """An adapted linear layer: takes what attention handed it, once.
 
-    Of layers that share their input the first one to run computes all, in one pass over it. The others find
-    their output ready, and take it only for the very tensor it was computed from.
+    Of layers that share their input the first one to run computes all that are like it, in one pass over it.
+    The others find their output ready, and take it only for the very tensor it was computed from.
     """
 
     rellax_base: type[nn.Module]
     gate_index: int
     sharing: Sequence[Projection] = ()
-    handed: Handed | None = None
-    ready: tuple[Tensor, Tensor] | None = None
+    in_flight: InFlight
 
     def adopt(self, config: CFLoRAConfig) -> None:
         """Called once, on a module whose class has just become this one: add what it lacks."""
-        raise NotImplementedError
+        self.in_flight = InFlight()
 
     def release(self) -> None:
         """Take away what `adopt` added."""
-        raise NotImplementedError
+        del self.in_flight
+
+    def likeness(self: Any) -> tuple[Any, ...] | None:
+        """What layers must have in common to run as one; None: this one has no update now."""
+        return self.scale, self.dropout if self.training else 0.0, self.lora_a.shape
 
     def receive(self, handed: Handed | None) -> None:
-        """Take what the next call needs, and forget what an earlier call left."""
-        self.handed, self.ready = handed, None
+        """Take what this thread's next call needs, and forget what an earlier call left."""
+        self.in_flight.handed, self.in_flight.ready = handed, None
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        handed, ready = self.handed, self.ready
+        handed, ready = self.in_flight.handed, self.in_flight.ready
         self.receive(None)
         if ready is not None and ready[0] is x:
             return ready[1]
         if handed is None:
             return super().forward(x)
-        waiting = [layer for layer in self.sharing if layer.handed is not None]
-        gates: list[Any] = [handed.gate, *(layer.handed.gate for layer in waiting if layer.handed)]
+        waiting = [layer for layer in self.sharing if layer.in_flight.handed is not None]
+        likeness = self.likeness() if waiting else None
+        waiting = [layer for layer in waiting if layer.likeness() == likeness]
+        gates: list[Any] = [layer.in_flight.handed.gate for layer in waiting if layer.in_flight.handed]
         rows = x if handed.cu_seqlens is None else x.squeeze(0)
         first, *others = forward_together(
             [self, *waiting],
             rows,
-            None if handed.gate is None else gates,
+            None if handed.gate is None else [handed.gate, *gates],
             cu_seqlens=handed.cu_seqlens,
             tiles=handed.tiles,
         )
         for layer, y in zip(waiting, others, strict=True):
-            layer.ready = (x, y.view(*x.shape[:-1], y.shape[-1]))
+            layer.in_flight.ready = (x, y.view(*x.shape[:-1], y.shape[-1]))
         return first.view(*x.shape[:-1], first.shape[-1])
 
 
@@ -163,6 +183,7 @@ class CausalLM(nn.Module):
         max_seqlen: int | None = None,
         answer_positions: Tensor | None = None,
         answer_only: bool = False,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
         """The model's own forward, with these additions.
@@ -184,18 +205,33 @@ class CausalLM(nn.Module):
             answer_positions: (n,) int64, rising: the tokens before the labels, in the flattened batch. The
                 vocab loss waits for a GPU to count the labels where they are not given.
             answer_only: return only `answer_logits`, at the last token of each instance.
-            num_items_in_batch: what the sum of losses is divided by; None: the number of labels.
+            num_items_in_batch: a number of labels that the sum of losses is divided by, as `Trainer` counts
+                those of a step's micro-batches. The choice loss, which reads one label an instance, takes the
+                share of it that it reads of this batch's labels. None: the number of labels that are read.
 
         Raises:
-            InputError: an argument does not fit the others or the configuration.
+            InputError: an argument does not fit the others or the configuration, or `nn.DataParallel` calls.
         """
+        if getattr(self, "_is_replica", False):
+            raise InputError(
+                "model: expected no replica of nn.DataParallel, whose gates would be lost, got one; use "
+                "DistributedDataParallel (torchrun), or one GPU"
+            )
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None:
             raise InputError("input_ids: expected token ids, got None (and no inputs_embeds)")
-        earlier_name = kwargs.pop("past_key_values", None)
-        cache = earlier_name if cache is None else cache
+        cache = past_key_values if cache is None else cache
         given = {name: kwargs.pop(name, None) for name in PACKING}
         cu_seqlens = given["cu_seq_lens_q"] if cu_seqlens is None else cu_seqlens
+        _check_tensors(
+            input_ids=input_ids,
+            instance_embed=instance_embed,
+            item_ids=item_ids,
+            base_logit=base_logit,
+            cu_seqlens=cu_seqlens,
+            answer_positions=answer_positions,
+            labels=labels,
+        )
         if cu_seqlens is not None:
             _check_packed(tokens, cu_seqlens, attention_mask, cache, use_cache)
             use_cache = False
@@ -236,16 +272,52 @@ class CausalLM(nn.Module):
         return self._rellax_answer(kwargs, labels, cu_seqlens, answer_positions, base_logit)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *, inputs_embeds: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        *,
+        inputs_embeds: Tensor | None = None,
+        soft_rows: Tensor | None = None,
+        soft_index: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """The model's own; item ids belong to the prompt, which is in the cache once that holds anything."""
-        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
+        """The model's own, with the embeddings of a prompt that `_expand_inputs_for_generation` has read."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
-        cache = inputs.get(CACHE)
-        if cache is not None and cache.get_seq_length() > 0:
-            inputs.pop("item_ids", None)
-        return inputs
+        tokens = inputs.get("input_ids")
+        if soft_rows is None or soft_index is None or tokens is None:
+            return inputs
+        prompt, end = soft_index.shape[1], input_ids.shape[1]
+        if end < prompt:  # these are a chunk of the prompt, that after the cached ones
+            end += int(inputs[CACHE].get_seq_length())
+            if end > prompt:
+                raise InputError(
+                    "prefill_chunk_size: expected None beside a cache whose tokens input_ids lack"
+                )
+        start = end - tokens.shape[1]
+        index = F.pad(soft_index, (0, max(end - prompt, 0)), value=-1)[:, start:end]
+        table = self.get_input_embeddings()
+        scale = getattr(table, "embed_scale", None)
+        embeds = embed_prompt(tokens, table.weight, soft_rows, index, word_scale=scale)
+        return inputs | {"input_ids": None, "inputs_embeds": embeds}
+
+    def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own, which `generate` calls once, with the whole prompt.
+
+        Its placeholders stand for items. One that is generated later is a word.
+        """
+        soft_prompt, rows = self.rellax.soft_prompt, None
+        if soft_prompt is not None:
+            ids, item_ids = kwargs["input_ids"].to(self.device), kwargs.pop("item_ids", None)
+            _check_tensors(item_ids=item_ids)
+            if kwargs.get("inputs_embeds") is not None:
+                ids = ids[:, :0]  # they are embedded
+            if item_ids is None:
+                _check_no_placeholder(soft_prompt, ids)
+                item_ids = ids.new_empty(len(ids), 0)
+            rows, kwargs["soft_index"] = soft_prompt.locate(ids, item_ids.to(self.device))
+        ids, expanded = super()._expand_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        return ids, expanded if rows is None else expanded | {"soft_rows": rows}
 
     def _rellax_gates(self, instance_embed: Tensor | None, instances: int) -> Tensor | None:
         if instance_embed is None:
@@ -306,6 +378,12 @@ class CausalLM(nn.Module):
                 base_logit=base_logit,
             )
         return AnswerOutput(loss, logits, outputs.get(CACHE), outputs.hidden_states, outputs.attentions)
+
+
+def _check_tensors(**values: Any) -> None:
+    for name, value in values.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise InputError(f"{name}: expected a tensor, got {type(value).__name__}")
 
 
 def _check_no_placeholder(soft_prompt: SoftPrompt, input_ids: Tensor) -> None:

@@ -7,10 +7,10 @@ more than plain LoRA, which is refused.
 from __future__ import annotations
 
 import math
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rellax._files import atomic_folder, read_json, write_json
-from rellax.errors import InputError
+from rellax.errors import InputError, one_line
+from rellax.patch.config import is_number
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # the latter from before safetensors
@@ -88,7 +89,7 @@ def write(
     """Write `<layer>.lora_a` and `<layer>.lora_b` for `PeftModel.from_pretrained`; the inverse of `read`.
 
     Args:
-        folder: written under a temporary name, replaces an older one.
+        folder: written under a temporary name, replaces an older one of nothing but these two files.
         config: has r, alpha, dropout and target_modules.
         base_model: folder or hub name of the model they were trained for.
     """
@@ -98,7 +99,7 @@ def write(
         layer, _, matrix = name.rpartition(".")
         renamed[f"{_PREFIX}{layer}.{names[matrix]}"] = tensor.detach().cpu().contiguous()
     alpha = float(config["alpha"])
-    with atomic_folder(folder) as part:
+    with atomic_folder(folder, own=(CONFIG_FILE, TENSOR_FILES[0])) as part:
         save_file(renamed, part / TENSOR_FILES[0], metadata={"format": "pt"})
         write_json(
             part / CONFIG_FILE,
@@ -120,20 +121,35 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, or of one of `torch.save`, read with weights_only.
 
     Raises:
-        InputError: it is missing, damaged, or holds something else.
+        InputError: it is missing, damaged, or holds something else than finite floating numbers.
     """
     if not path.is_file():
         raise InputError(f"{path}: expected a file of tensors, found none")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: expected a file of nothing but tensors, found none ({reason})") from None
+            found = load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{path}: expected a file of nothing but tensors, found another ({one_line(error)})"
+        ) from None
     if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise InputError(f"{path}: expected a dictionary of tensors, got {type(found).__name__}")
+    for name, tensor in found.items():
+        if not _is_finite(tensor):
+            raise InputError(
+                f"{path}: expected finite floating numbers as {name}, got others ({tensor.dtype})"
+            )
     return found
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    try:
+        wide = tensor.float() if tensor.element_size() == 1 else tensor
+        return tensor.is_floating_point() and bool(torch.isfinite(wide).all())
+    except RuntimeError:  # a dtype or a layout that torch hardly knows
+        return False
 
 
 def effective_alpha(scale: float, r: int) -> float:
@@ -154,17 +170,34 @@ def _check_plain(config: Mapping[str, Any], folder: Path) -> None:
             raise InputError(f"{folder}: expected plain LoRA, got {name}={value!r}")
 
 
+def _alphas(config: Mapping[str, Any], folder: Path) -> list[tuple[re.Pattern[str], float]]:
+    """Patterns of layers' names with their alpha: the first that fits counts, the last fits all."""
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise InputError(f"{folder}: expected numbers by pattern as alpha_pattern, got {patterns!r}")
+    alpha, dropout = config.get("lora_alpha", 8), config.get("lora_dropout", 0.0)
+    for name, value in [("lora_alpha", alpha), ("lora_dropout", dropout), *patterns.items()]:
+        if not is_number(value):
+            raise InputError(f"{folder}: expected a number as {name}, got {value!r}")
+    try:
+        found = [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in patterns.items()]
+    except (re.error, OverflowError, RecursionError) as error:
+        raise InputError(
+            f"{folder}: expected regular expressions in alpha_pattern, got others ({one_line(error)})"
+        ) from None
+    return [*found, (re.compile(""), alpha)]
+
+
 def _shared_values(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
     """What all layers have in common."""
-    alphas, found = config.get("alpha_pattern") or {}, set()
+    alphas, found = _alphas(config, folder), set()
     layers = list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
     for layer in layers:
         pair = [tensors.get(f"{layer}.{matrix}") for matrix in _MATRICES.values()]
         if pair[0] is None or pair[1] is None or pair[0].shape[0] != pair[1].shape[1] or not len(pair[0]):
             raise InputError(f"{folder}: expected lora_A (r, d_in) and lora_B (d_out, r) of {layer}")
         r = pair[0].shape[0]
-        key = next((key for key in alphas if re.match(rf"(.*\.)?({key})$", layer)), None)
-        alpha = alphas.get(key, config.get("lora_alpha", 8))
+        alpha = next(alpha for pattern, alpha in alphas if pattern.match(layer))
         found.add((r, effective_alpha(alpha / (math.sqrt(r) if config.get("use_rslora") else r), r)))
     if len(found) != 1:
         raise InputError(

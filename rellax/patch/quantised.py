@@ -55,6 +55,22 @@ def frozen(model: nn.Module) -> list[nn.Module]:
     return [module for module in linears if _is_torchao(module.weight)]
 
 
+def block_problem(model: nn.Module) -> str:
+    """What keeps a model from its forward pass; "": nothing.
+
+    On a CPU bitsandbytes 0.50 dequantises 4 bits wrongly where a row of weights is not whole blocks.
+    """
+    for name, module in model.named_modules():
+        weight: Any = getattr(module, "weight", None)
+        state, inputs = getattr(weight, "quant_state", None), getattr(module, "in_features", 0)
+        if state is not None and weight.device.type == "cpu" and inputs % state.blocksize:
+            return (
+                f"bitsandbytes {weight.quant_type} on a CPU takes layers that read a multiple of "
+                f"{state.blocksize} values, got {inputs} in {name}"
+            )
+    return ""
+
+
 def numel(parameter: Tensor) -> int:
     """How many weights a parameter stands for, however they are packed."""
     state = getattr(parameter, "quant_state", None)

@@ -88,9 +88,11 @@ class PatchedLinear(Projection, CFLoRALinear):
     rellax_base = nn.Linear
 
     def adopt(self, config: CFLoRAConfig) -> None:
+        super().adopt(config)
         self.add_lora(config.r, config.alpha, config.dropout)
 
     def release(self) -> None:
+        super().release()
         self.remove_lora()
 
 
@@ -115,10 +117,12 @@ def _patched_peft_linear(layer: Any) -> type[Projection]:
         rellax_base = layer
 
         def adopt(self, config: CFLoRAConfig) -> None:
-            pass
+            super().adopt(config)
+            self.is_gated = config.interaction != "none"
 
         def release(self) -> None:
-            pass
+            super().release()
+            del self.is_gated
 
         @property
         def lora_a(self) -> Tensor:
@@ -136,15 +140,40 @@ def _patched_peft_linear(layer: Any) -> type[Projection]:
         def dropout(self) -> float:
             return getattr(self.lora_dropout[self.active_adapters[0]], "p", 0.0)
 
+        def is_adapted(self) -> bool:
+            """Whether PEFT would add to the base layer's output now."""
+            return not self.disable_adapters and any(name in self.r for name in self.active_adapters)
+
+        def likeness(self) -> tuple[Any, ...] | None:
+            return super().likeness() if self.is_adapted() else None
+
         def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
             if self.merged:
                 raise InputError("model: expected PEFT's adapter unmerged, it was merged after patching")
-            if self.disable_adapters:
+            if not self.is_adapted():
                 self.receive(None)
                 return self.base(x)
-            if len(self.active_adapters) != 1:
-                raise InputError(f"model: expected one active adapter of PEFT, got {self.active_adapters}")
+            if problem := _adapter_problem(self):
+                raise InputError(f"model: expected plain LoRA of PEFT on a linear layer, got {problem}")
             return super().forward(x)
+
+        def merge(self, *args: Any, **kwargs: Any) -> None:
+            self._check_ungated()
+            super().merge(*args, **kwargs)
+
+        def unload_and_optionally_merge_module(self, merge: bool, **options: Any) -> nn.Module:
+            """What PEFT asks a layer that is to become its base layer for."""
+            self._check_ungated()
+            if merge:
+                self.merge(**options)
+            return self.get_base_layer()
+
+        def _check_ungated(self) -> None:
+            if self.is_gated:
+                raise InputError(
+                    "model: expected an adapter without gates to merge or unload, they differ from row to "
+                    "row; call rellax.unpatch_model first"
+                )
 
         def base(self, x: Tensor) -> Tensor:
             return quantised.product(self.base_layer, self.base_layer.weight, x)
@@ -194,8 +223,12 @@ def _peft_problem(module: Any) -> str:
         type(base) is nn.Linear or quantised.describe(base)
     ):
         return f"{type(module).__qualname__} on {type(module.get_base_layer()).__qualname__}"
+    return _adapter_problem(module)
+
+
+def _adapter_problem(module: Any) -> str:
     active = module.active_adapters
-    if len(active) != 1 or active[0] not in module.lora_A:
+    if len(active) != 1 or active[0] not in module.r:
         return f"active adapters {active} where one is expected"
     if module.merged:
         return "an adapter merged into the base weights"

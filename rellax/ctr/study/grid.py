@@ -195,8 +195,6 @@ class _Study:
 
     def claim(self) -> None:
         settings = {name: value for name, value in asdict(self.config).items() if name not in _FREE}
-        if not self.config.recent_share:  # early studies have not recorded it
-            del settings["recent_share"]
         if not runs.is_claimed(self.out, settings):
             write_json(self.out / "config.json", settings)
             write_json(self.out / "environment.json", runs.environment())
