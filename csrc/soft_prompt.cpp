@@ -1,7 +1,5 @@
 #include "soft_prompt.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cstring>
 #include <numeric>
@@ -10,13 +8,13 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "pages.h"
 #include "parallel.h"
 
 namespace rellax {
 namespace {
 
 constexpr int64_t kPieceBytes = int64_t{512} << 10;  // that a thread takes at once
-constexpr int64_t kHugePage = int64_t{2} << 20;
 constexpr int64_t kThreadBytes = int64_t{1} << 19;  // for which a further thread is worth its waking
 constexpr int64_t kPrefetched = 2048;               // bytes of a row: the hardware fetches what follows them
 
@@ -24,18 +22,6 @@ int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
 int threads_for(int64_t bytes, int threads) {
     return static_cast<int>(std::clamp<int64_t>(bytes / kThreadBytes, 1, std::max(threads, 1)));
-}
-
-// Asks for huge pages under a block that holds one: where its memory is new, as malloc may have just mapped it, the
-// system's handing over 4 KiB at a time takes longer than all the copying.
-void prefer_huge_pages(void* block, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-    if (bytes < 2 * kHugePage) return;
-    const auto address = reinterpret_cast<uintptr_t>(block);
-    const uintptr_t first = (address + kHugePage - 1) / kHugePage * kHugePage;
-    const uintptr_t last = (address + bytes) / kHugePage * kHugePage;
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
 }
 
 const char* row_of(const Rows& rows, int64_t index) {
@@ -89,7 +75,8 @@ void soft_prompt(const SoftPrompt& task, int threads) {
             convert(from, source(token), factor, dtype, target, task.d);
         }
     };
-    prefer_huge_pages(task.out, total);
+    // Malloc may have just mapped this: 4 KiB at a time, handing it over takes longer than all the copying.
+    advise_large_pages(task.out, total);
     const auto tokens_of = [&](int64_t size) { return std::max<int64_t>(size / std::max<int64_t>(bytes, 1), 1); };
     const int64_t piece = tokens_of(kPieceBytes), ahead = tokens_of(kBytesAhead);
     const int64_t pieces = (task.tokens + piece - 1) / piece;
@@ -119,7 +106,7 @@ void row_sums(const RowSums& task, int threads) {
     const int64_t pieces = static_cast<int64_t>(first.size()) - 1;
     const int64_t blocks = (task.d + kSumColumns - 1) / kSumColumns;
     const int64_t row_bytes = task.d * size_of(task.dtype);
-    prefer_huge_pages(task.out, task.count * row_bytes);
+    advise_large_pages(task.out, task.count * row_bytes);
     parallel_for(pieces * blocks, threads_for((start.back() + task.count) * row_bytes, threads), [&](int64_t index) {
         const int64_t piece = index / blocks, column = index % blocks * kSumColumns;
         kernel(task, start.data(), token.data(), first[piece], first[piece + 1], column,

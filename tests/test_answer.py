@@ -102,6 +102,26 @@ def test_gradients_in_fp64(case: str) -> None:
     assert torch.autograd.gradcheck(function, [inputs[name] for name in names], fast_mode=True)
 
 
+def test_a_bias_in_fp64_widens_nothing(backend: str) -> None:
+    inputs = inputs_of(torch.float32, bias=True, train_head=False)
+    expected = answer_loss(**inputs)[0]
+    loss, logits = answer_loss(**inputs | {"bias": inputs["bias"].double()})
+    assert loss.dtype == logits.dtype == torch.float32, backend
+    torch.testing.assert_close(loss, expected)
+
+
+def test_a_head_in_fp64_widens_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = inputs_of(torch.float32, train_head=False)
+    inputs["lm_head_weight"] = inputs["lm_head_weight"].double()
+    loss, logits = answer_loss(**inputs)
+    assert loss.dtype == logits.dtype == torch.float64
+    torch.testing.assert_close(loss, naive(**inputs | {"hidden": inputs["hidden"].double()})[0])
+    assert torch.autograd.grad(loss, inputs["hidden"])[0].dtype == torch.float32
+    monkeypatch.setenv("RELLAX_BACKEND", "triton")
+    with pytest.raises(InputError, match=r"RELLAX_BACKEND=triton: .* does not take torch\.float64"):
+        answer_loss(**inputs)
+
+
 def test_choice_loss_is_binary_cross_entropy() -> None:
     inputs = inputs_of(torch.float64, choice_ids=(5, 2), ignored=0.0)
     loss, logits = answer_loss(**inputs)

@@ -279,6 +279,17 @@ def test_a_changed_factor_is_seen(backend: str) -> None:
         assert not torch.allclose(seen[-1], seen[-2])
 
 
+def test_a_probability_next_to_one_drops_all(backend: str) -> None:
+    """Rounded to 32 bits it would be 1, which no hash reaches."""
+    inputs = cflora(torch.float32, dropout=1 - 2**-40)
+    y = cflora_linear(**inputs)
+    torch.testing.assert_close(y, F.linear(inputs["x"], inputs["weight"], inputs["bias"]), msg=backend)
+    dx, da = gradients(y, inputs["x"], inputs["lora_a"])
+    (expected,) = gradients(F.linear(inputs["x"], inputs["weight"]), inputs["x"])
+    torch.testing.assert_close(dx, expected)
+    assert not da.any()
+
+
 @pytest.mark.parametrize("case", ["plain", "packed", "dropout"])
 def test_same_bits_every_time(case: str, backend: str) -> None:
     inputs = cflora(torch.float32, **CFLORA[case])

@@ -18,12 +18,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import rellax.ops
 from rellax.errors import InputError
-from rellax.ops import _register
+from rellax.ops import _eager, _register
 from rellax.ops._register import Backends
 from rellax.testing.cases import OPERATORS
 
 ROOT = Path(__file__).parent.parent
 CASES = [(operator, case) for operator, (_, table) in OPERATORS.items() for case in table]
+DIFFERENTIABLE = [operator for operator in OPERATORS if operator not in ("history_topk", "item_topk")]
 
 
 def inputs_of(operator: str, case: str) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def test_opcheck(operator: str, case: str) -> None:
     with Recorder() as recorder:
         run(getattr(rellax.ops, operator), inputs_of(operator, case))
     names = [op.name() for op, _ in recorder.calls]
-    differentiable = operator not in ("history_topk", "item_topk")
+    differentiable = operator in DIFFERENTIABLE
     defined = {"cflora_linears": "cflora_linear", "cflora_update": "cflora_linear"}.get(operator, operator)
     assert names == [f"rellax::{defined}"] + differentiable * [f"rellax::{defined}_backward"]
     torch.library.opcheck(*recorder.calls[0])
@@ -95,6 +96,84 @@ def test_compiles_whole(operator: str, case: str, dynamic: bool) -> None:
     torch.manual_seed(0)
     for actual, eager in zip(run(compiled, inputs), expected, strict=True):
         assert torch.equal(actual, eager)
+
+
+@pytest.mark.parametrize(
+    ("operator", "case", "name"),
+    [
+        ("answer_loss", "vocab", "positions"),
+        ("answer_loss", "vocab", "labels"),
+        ("answer_loss", "choice", "labels"),
+        ("cflora_linear", "packed", "cu_seqlens"),
+        ("history_topk", "every-behaviour", "items"),
+        ("history_topk", "queries", "user"),
+        ("item_topk", "queries", "queries"),
+    ],
+)
+def test_values_are_checked_in_compiled_graphs_too(operator: str, case: str, name: str) -> None:
+    """On a CPU, where C++ would read and write beside the arrays."""
+    torch._dynamo.reset()
+    compiled = torch.compile(getattr(rellax.ops, operator), fullgraph=True, backend="aot_eager")
+    inputs = tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, inputs_of(operator, case))
+    compiled(**inputs)
+    inputs[name][-1] = 10**6
+    with pytest.raises(InputError, match=f"^{name}: expected"):
+        compiled(**inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("operator", "case"), CASES)
+def test_the_default_dtype_changes_nothing(operator: str, case: str, dtype: torch.dtype) -> None:
+    function, inputs = getattr(rellax.ops, operator), inputs_of(operator, case)
+    expected = run(function, inputs)
+    torch.set_default_dtype(dtype)
+    try:
+        actual = run(function, inputs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "library"])
+@pytest.mark.parametrize("operator", DIFFERENTIABLE)
+def test_outputs_may_be_changed_in_place(
+    operator: str, eager: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of torch's own layers may."""
+    if not eager:
+        monkeypatch.setattr(_eager, "_is_eager", lambda tensors: False)
+    inputs = inputs_of(operator, next(iter(OPERATORS[operator][1])))
+    gradients = []
+    for change in (lambda y: y * 2, lambda y: y.mul_(2)):
+        outputs = getattr(rellax.ops, operator)(**inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        roots = [change(output).sum() for output in outputs if output.requires_grad]
+        gradients.append(torch.autograd.grad(roots, leaves_of(inputs)))
+    for doubled, in_place in zip(*gradients, strict=True):
+        assert torch.equal(doubled, in_place), backend
+
+
+def transposed(value: Any) -> Any:
+    """A matrix or a stack of them with the same values, column by column in memory."""
+    if not isinstance(value, Tensor) or value.dim() < 2 or not value.is_floating_point():
+        return value
+    return value.detach().mT.contiguous().mT.requires_grad_(value.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("operator", "case"),
+    [(operator, case) for operator, case in CASES if case in ("plain", "packed", "vocab", "frozen-head")],
+)
+def test_fakes_tell_the_strides_of_any_layout(operator: str, case: str, backend: str) -> None:
+    inputs = {name: tree_map(transposed, value) for name, value in inputs_of(operator, case).items()}
+    with Recorder() as recorder:
+        run(getattr(rellax.ops, operator), inputs)
+    assert len(recorder.calls) == 2, backend
+    for op, args in recorder.calls:
+        args = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, args)
+        torch.library.opcheck(op, args, test_utils="test_faketensor")
 
 
 def test_all_operators_in_one_graph_of_inductor() -> None:

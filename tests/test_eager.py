@@ -7,24 +7,31 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 import rellax.ops
 from rellax.ops import _eager, cflora
 from rellax.testing import cases
 
 OPERATORS = ("answer_loss", "cflora_linears", "gate_bank", "soft_prompt")
+CASES = [(name, case) for name, (_, table) in cases.OPERATORS.items() for case in table]
 
 
-def outputs_and_gradients(name: str, **options: Any) -> list[Tensor]:
-    build, _ = cases.OPERATORS[name]
-    inputs = build(torch.float32, **options)
+def outputs_and_gradients(name: str, case: str | None = None) -> list[Tensor]:
+    build, table = cases.OPERATORS[name]
+    inputs = build(torch.float32, **table[case] if case else {})
     made = getattr(rellax.ops, name)(**inputs)
-    outputs = [y for y in (made if isinstance(made, tuple) else (made,)) if y.requires_grad]
+    outputs = list(made) if isinstance(made, tuple) else [made]
+    roots = [y for y in outputs if y.requires_grad]
     leaves = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.requires_grad]
-    return [*outputs, *torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs])]
+    upstream = [torch.ones_like(y) for y in roots]
+    return [*outputs, *(torch.autograd.grad(roots, leaves, upstream) if roots else ())]
+
+
+def kinds(tensors: list[Tensor]) -> list[tuple[torch.Size, torch.dtype]]:
+    return [(tensor.shape, tensor.dtype) for tensor in tensors]
 
 
 @pytest.fixture
@@ -83,12 +90,23 @@ def test_modes_profilers_and_subclasses_see_the_operator(library_calls: list[Any
     assert len(library_calls) == 3
 
 
-def test_fake_tensors_get_shapes_alone(library_calls: list[Any]) -> None:
-    with FakeTensorMode() as mode:
-        inputs = tree_map(lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, layer())
-        y = rellax.ops.cflora_linear(**inputs)
-    assert y.shape == (*inputs["x"].shape[:-1], inputs["weight"].shape[0])
-    assert len(library_calls) == 1
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_fake_tensors_get_shapes_alone(name: str, case: str) -> None:
+    with FakeTensorMode():
+        fake = outputs_and_gradients(name, case)
+    assert all(isinstance(tensor, FakeTensor) for tensor in fake)
+    assert kinds(fake) == kinds(outputs_and_gradients(name, case))
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_tensors_without_memory_get_shapes_alone(
+    name: str, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = kinds(outputs_and_gradients(name, case))
+    monkeypatch.setattr(cases, "device", lambda: torch.device("meta"))
+    meta = outputs_and_gradients(name, case)
+    assert all(tensor.is_meta for tensor in meta)
+    assert kinds(meta) == expected
 
 
 def test_a_second_derivative_is_refused() -> None:

@@ -307,6 +307,14 @@ def test_every_regime_gives_the_bits_of_a_brute_force(
 
 
 @pytest.mark.parametrize("regime", REGIMES)
+def test_in_every_regime_rows_without_an_element_tie(backend: str, regime: str) -> None:
+    count, _, lengths, queries, k = REGIMES[regime]
+    items, offsets = histories(lengths, count)
+    asked = every_behaviour(items, offsets) if queries is None else random_queries(offsets, count, queries)
+    assert_exact(torch.zeros(count, 0), items, offsets, k, asked)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_every_regime_finds_a_score_that_is_not_finite(
     monkeypatch: pytest.MonkeyPatch, regime: str, value: float

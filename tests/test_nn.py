@@ -274,8 +274,9 @@ def _load(module: SoftPrompt, assign: bool) -> None:
         lambda module: _load(module, assign=True),
         lambda module: module.train().eval(),
         lambda module: module.float().double(),
+        torch.inference_mode()(lambda module: module.float().double()),
     ],
-    ids=["items", "step", "load", "assign", "train", "cast"],
+    ids=["items", "step", "load", "assign", "train", "cast", "cast-in-inference-mode"],
 )
 def test_soft_prompt_drops_a_stale_table(change: Any) -> None:
     module, words = soft_prompt()
@@ -292,6 +293,23 @@ def test_soft_prompt_drops_a_stale_table(change: Any) -> None:
         embeds = module(IDS, ITEM_IDS, words)
         assert projected
         assert_close(embeds, by_hand(module, IDS, ITEM_IDS, words))
+
+
+def test_soft_prompt_has_a_table_after_a_move_in_inference_mode() -> None:
+    """And the table is dropped when a weight changes there."""
+    module, words = soft_prompt()
+    module.eval()
+    with torch.inference_mode():
+        module.float().double()
+    module.cache_table()
+    projected = []
+    module.projector.register_forward_hook(lambda *_: projected.append(1))
+    with torch.inference_mode():
+        embeds = module(IDS, ITEM_IDS, words)
+        assert not projected  # the table served
+        assert_close(embeds, by_hand(module, IDS, ITEM_IDS, words))
+        _step(module)
+        assert_close(module(IDS, ITEM_IDS, words), by_hand(module, IDS, ITEM_IDS, words))
 
 
 def test_soft_prompt_has_gradients_beside_a_table() -> None:
@@ -374,6 +392,13 @@ def test_answer_head(loss: str, softcap: float | None) -> None:
     assert_close(logits[:3], rows[:, [4, 11]].detach())
     assert logits[3].isnan().all()
     assert not logits.requires_grad
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 1), (3,)])
+def test_answer_head_takes_one_base_logit_an_instance(shape: tuple[int, ...]) -> None:
+    hidden, labels = torch.randn(2, 4, 8), torch.full((2, 4), 11)
+    with pytest.raises(InputError, match=r"^base_logit: expected \(B,\) = \(2\), floating"):
+        AnswerHead((4, 11))(hidden, labels, torch.randn(20, 8), base_logit=torch.zeros(shape))
 
 
 def test_answer_head_without_any_label() -> None:

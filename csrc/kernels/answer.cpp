@@ -70,8 +70,8 @@ void multiply(const T* rows, const T* weight, int64_t weight_stride, int64_t d, 
 }
 
 // Adds a tile of W to a row's sums: its products with the row become logits, and these what each row of W weighs in the
-// row's mean. All is relative to the largest logit so far; the factor that is returned turns what was relative to the
-// largest before.
+// row's mean. All is relative to the largest logit so far, to 0 while there are none but -inf; the factor that is
+// returned turns what was relative to the largest before.
 float weigh(const Answer& task, int64_t first, int64_t count, float* products, float* largest, float* total) {
     for (int64_t c = 0; c < count; c += kWidth) {
         Floats logits = load(products + c);
@@ -82,14 +82,15 @@ float weigh(const Answer& task, int64_t first, int64_t count, float* products, f
     for (int64_t c = count; c < kAnswerTile; ++c) products[c] = -__builtin_inff();
     const float before = *largest;
     for (int64_t c = 0; c < count; ++c) *largest = products[c] > *largest ? products[c] : *largest;
+    const float origin = *largest == -__builtin_inff() ? 0.0f : *largest;
     Floats parts = {};
     for (int64_t c = 0; c < kAnswerTile; c += kWidth) {
-        const Floats logits = load(products + c), weights = exp_negative(logits - *largest);
+        const Floats logits = load(products + c), weights = exp_negative(logits - origin);
         const Floats capped = task.softcap == 0.0f ? Floats{} : logits / task.softcap;
         parts += weights;
         store(products + c, weights * (1.0f - capped * capped));
     }
-    const float factor = exp_negative(Floats{} + (before - *largest))[0];
+    const float factor = exp_negative(Floats{} + (before - origin))[0];
     *total = factor * *total + sum(parts);
     return factor;
 }

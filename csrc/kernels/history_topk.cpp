@@ -422,7 +422,7 @@ private:
         const int64_t longest = end(first + count - 1), stride = padded(task_.dim);
         for (int64_t row = 0; row < count; ++row) scratch_.rows[row].certified = settle(first + row, scratch_.rows[row]);
         const int64_t row_bytes = stride * static_cast<int64_t>(sizeof(float));
-        const int64_t part = row_bytes < kCachedBytes ? kCachedBytes / row_bytes : 1;
+        const int64_t part = 0 < row_bytes && row_bytes < kCachedBytes ? kCachedBytes / row_bytes : 1;
         for (int64_t from = 0; from < longest; from += part) {
             for (int64_t row = 0; row < count; ++row) {
                 Row& of = scratch_.rows[row];

@@ -424,7 +424,7 @@ def _contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def _dropped(p: float, seed: Tensor | None) -> tuple[Tensor | None, int, float]:
     """The seed where anything is dropped, the least hash that is kept, the factor that makes up for it."""
-    return seed if p else None, round(p * 2**32) - 2**31, 1 / (1 - p)
+    return seed if p else None, min(round(p * 2**32), 2**32 - 1) - 2**31, 1 / (1 - p)
 
 
 class _Cut(NamedTuple):
@@ -477,12 +477,12 @@ def cflora_fwd(
         for i, (h_i, partial_i, b) in enumerate(
             zip(h.split(rank, 1), partial.split(rank, 2), lora_b, strict=True)
         ):
-            y = rows.new_empty((len(rows), len(b)))
+            outputs.append(x.new_empty((*x.shape[:-1], len(b))))
+            y = _rows(outputs[i])
             bias_i, base_i = (bias[i], None) if weight else (None, base[i])
             _expand(y, h_i, partial_i, gate[i] if gate else None, b, bias_i, base_i, scale, cut)
             if weight:
                 y.addmm_(rows, weight[i].t())
-            outputs.append(y.view(*x.shape[:-1], len(b)))
     return outputs, h
 
 

@@ -306,15 +306,16 @@ def gate_bank_fwd(
     """As ``rellax.reference.gate_bank.gate_bank_fwd``."""
     (M, hidden, d_u), B, outputs = w1.shape, u.shape[0], w2.shape[1]
     parameters = [x.float().contiguous() for x in (ln_weight, ln_bias, w1, b1, w2, b2)]
-    flat = u.new_empty((M, B, outputs), dtype=torch.float32)
+    r = math.isqrt(hidden // 2)
+    full = outputs == r * r
+    gate = u.new_empty((M, B, *((r, r) if full else (r,))), dtype=torch.float32)
     with torch.cuda.device_of(u):
         normed, _ = _normalise(u, eps)
         tile = _tile(B, u.device)
         grid = (cdiv(B, tile["BLOCK_B"]), cdiv(outputs, tile["BLOCK_N"]), M)
-        tensors = (normed, *parameters, flat)
+        tensors = (normed, *parameters, gate)
         _launch(_gate_bank_fwd_kernel, grid, *tensors, B, d_u, hidden, outputs, **tile)
-    r = math.isqrt(hidden // 2)
-    return flat.unflatten(-1, (r, r)) if outputs == r * r else torch.diag_embed(flat)
+    return gate if full else torch.diag_embed(gate)
 
 
 def gate_bank_bwd(

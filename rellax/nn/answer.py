@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rellax.errors import InputError
-from rellax.ops.answer import answer_loss, check_choice, loss_denominator
+from rellax.ops._check import can_read, check_tensor
+from rellax.ops.answer import answer_loss, check_choice, check_choice_labels, loss_denominator
 from rellax.reference.answer import select_rows
 
 LOSSES = ("choice", "vocab")
@@ -66,7 +67,9 @@ class AnswerHead(nn.Module):
             lm_head_weight: (V, d).
             bias: (V,), or None.
             positions: (n,) int64, rising: where the labels are predicted, for who knows; see `find_answers`.
-            denominator: what the sum of losses is divided by; None: the number of labels.
+            denominator: a number of labels, perhaps of several batches, that the sum of losses is divided by;
+                the choice loss takes the share of it that it reads of this batch's labels. None: the number
+                of labels that are read.
             base_logit: (B,), added to the logit of Yes; for the choice loss alone.
 
         Raises:
@@ -80,6 +83,9 @@ class AnswerHead(nn.Module):
         elif base_logit is not None:
             raise InputError(f'base_logit: expected None with loss={self.loss!r}, or loss="choice"')
         answers = find_answers(labels, cu_seqlens, positions, first_only=self.loss == "choice")
+        if denominator is not None and self.loss == "choice":
+            read, given = ((each != -100).sum().clamp(min=1) for each in (answers.labels, labels[:, 1:]))
+            denominator = loss_denominator(denominator, labels) * read / given
         if base_logit is not None:
             return self._boosted(hidden, answers, lm_head_weight, bias, denominator, base_logit)
         loss, logits = answer_loss(
@@ -128,7 +134,9 @@ class AnswerHead(nn.Module):
         Products and sums are elementwise: autocast leaves them in fp32.
         """
         assert self.answer_ids is not None, "`forward` has asked for them"
-        check_choice(self.answer_ids, "choice", answers.labels, lm_head_weight.shape[0])
+        check_choice(self.answer_ids, "choice", lm_head_weight.shape[0])
+        if can_read(answers.labels):
+            check_choice_labels(answers.labels, self.answer_ids)
         two, two_bias = select_rows(lm_head_weight, bias, self.answer_ids)
         dtype = torch.promote_types(torch.promote_types(hidden.dtype, lm_head_weight.dtype), torch.float32)
         rows = hidden.flatten(0, 1)[answers.positions].to(dtype)
@@ -157,6 +165,7 @@ class AnswerHead(nn.Module):
 
 def add_base(logits: Tensor, base_logit: Tensor) -> Tensor:
     """[No, Yes] logits (B, 2) with the log-odds `base_logit` (B,) that they begin from added to Yes's."""
+    check_tensor("base_logit", base_logit, (logits.shape[0],), "(B,)", logits.device)
     return logits + F.pad(base_logit.to(logits.dtype)[:, None], (1, 0))
 
 
@@ -175,7 +184,7 @@ def find_answers(
     labels = labels.flatten()
     instance = torch.bucketize(token, starts, right=True) - 1
     supervised = (labels != -100) & (token != starts[instance])  # nothing predicts an instance's first token
-    if positions is not None and positions.device.type == "cpu" and not torch.compiler.is_compiling():
+    if positions is not None and can_read(positions):
         _check_positions(positions, supervised)
     first = starts.new_full(starts.shape, tokens, dtype=torch.int64)
     first = first.scatter_reduce(0, instance, token.where(supervised, tokens), "amin")

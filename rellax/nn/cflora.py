@@ -56,7 +56,7 @@ def forward_together(
     """The outputs of CFLoRA layers that all read x, for which x is read once.
 
     Args:
-        layers: modules with `CFLoRA`'s attributes; scale, dropout and training mode are the first one's.
+        layers: modules with `CFLoRA`'s attributes, of one scale, dropout, training mode and rank.
         x: (B, L, d_in), or packed (T, d_in) with `cu_seqlens`.
         gates: (B, r, r) for each layer; None: identities.
         cu_seqlens, tiles: as in `rellax.ops.cflora_linear`.

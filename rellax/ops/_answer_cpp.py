@@ -36,6 +36,7 @@ def answer_fwd(
         return reference.answer_fwd(
             hidden, lm_head_weight, bias, positions, labels, denominator, choice_ids, loss, softcap, needs
         )
+    bias = None if bias is None else bias.float().contiguous()
     rows = hidden.flatten(0, -2)[positions]
     two_rows = reference.select_rows(lm_head_weight, bias, choice_ids)
     choice = reference.head_logits(rows.float(), *two_rows, softcap).contiguous()
@@ -48,7 +49,7 @@ def answer_fwd(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     share = ~ignored / denominator.float()
-    value = ((lse - logits) * share).sum()
+    value = ((lse - logits).masked_fill(ignored, 0) * share).sum()
     if need_hidden:
         slope = 1 if softcap is None else 1 - (logits / softcap).square()[:, None]
         mean = (mean - slope * target) * share[:, None]
@@ -60,8 +61,8 @@ def _pass(
 ) -> tuple[Tensor, Tensor]:
     """lse (n,) and mean (n, d), or (0,), as in csrc/answer.h."""
     (n, d), weight = rows.shape, weight if weight.stride(1) == 1 else weight.contiguous()
-    lse, mean = torch.empty(n), torch.empty((n, d) if need_mean else 0)
-    bias = None if bias is None else bias.float().contiguous()
+    lse = rows.new_empty(n, dtype=torch.float32)
+    mean = lse.new_empty((n, d) if need_mean else 0)
     for first in range(0, n, _ROWS):
         part = slice(first, first + _ROWS)
         extension().answer_forward(

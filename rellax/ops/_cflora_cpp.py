@@ -36,15 +36,16 @@ def cflora_fwd(
     All is prepared before the products, which leave little of the interpreter's in the caches.
     """
     rows = _rows(x)
-    h = torch.empty((rows.shape[0], len(lora_a) * lora_a[0].shape[0]))
-    outputs = [rows.new_empty((rows.shape[0], b.shape[0])) for b in lora_b]
-    bases = outputs if weight else [_rows(y) for y in base]
-    update = _Set(rows, False, outputs, bases, lora_a, lora_b, gate, scale, (dropout, seed), h)
+    h = x.new_empty((rows.shape[0], len(lora_a) * lora_a[0].shape[0]), dtype=torch.float32)
+    outputs = [x.new_empty((*x.shape[:-1], b.shape[0])) for b in lora_b]
+    written = [_rows(y) for y in outputs]
+    bases = written if weight else [_rows(y) for y in base]
+    update = _Set(rows, False, written, bases, lora_a, lora_b, gate, scale, (dropout, seed), h)
     tokens = _tokens(x, gate, cu_seqlens)
-    for y, w, b in zip(outputs, weight, bias, strict=bool(weight)):
+    for y, w, b in zip(written, weight, bias, strict=bool(weight)):
         torch.mm(rows, w.t(), out=y) if b is None else torch.addmm(b, rows, w.t(), out=y)
     extension().cflora_forward(update.task, **tokens)
-    return [y.view(*x.shape[:-1], y.shape[1]) for y in outputs], h
+    return outputs, h
 
 
 def cflora_bwd(
@@ -68,7 +69,7 @@ def cflora_bwd(
     dx = rows[0].new_empty((h.shape[0] if need_x else 0, d_in))
     dh = torch.empty_like(h) if need_a else None
     z = torch.empty_like(h) if need_b else None
-    dgate = [torch.empty(g.shape) for g in gate] if need_gate else []
+    dgate = [g.new_empty(g.shape, dtype=torch.float32) for g in gate] if need_gate else []
     nothing: list[Tensor | None] = [None] * len(dy)
     update = _Set(dx, bool(weight), rows, nothing, lora_a, lora_b, gate, scale, (dropout, seed), h)
     tokens = _tokens(dy[0], gate, cu_seqlens)

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from rellax.errors import InputError
 
@@ -88,17 +89,21 @@ def is_number(value: object) -> bool:
 
 def can_read(tensor: Tensor) -> bool:
     """Whether values may be checked now: on a CPU, outside of tracing. No GPU is made to wait for a check."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    traced = torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
+    return tensor.device.type == "cpu" and not traced
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, instances: int | None, tokens: int, device: torch.device) -> None:
-    """Raise unless `cu_seqlens` (B + 1,) int32 rises from 0 to `tokens`; values are read on a CPU only."""
+def check_cu_seqlens(cu_seqlens: Tensor, instances: int | None, device: torch.device) -> None:
+    """Raise unless `cu_seqlens` is (B + 1,) int32."""
     offsets = None if instances is None else instances + 1
     check_tensor("cu_seqlens", cu_seqlens, (offsets,), "(B + 1,)", device, torch.int32)
-    if can_read(cu_seqlens):
-        ends = cu_seqlens.tolist()
-        if not ends or ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in itertools.pairwise(ends)):
-            raise bad("cu_seqlens", f"offsets that rise from 0 to the {tokens} tokens", ends)
+
+
+def check_offsets(cu_seqlens: Tensor, tokens: int) -> None:
+    """Raise unless the values rise from 0 to `tokens`."""
+    ends = cu_seqlens.tolist()
+    if not ends or ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in itertools.pairwise(ends)):
+        raise bad("cu_seqlens", f"offsets that rise from 0 to the {tokens} tokens", ends)
 
 
 def check_embeddings(embeddings: Tensor) -> None:

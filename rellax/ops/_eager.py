@@ -52,7 +52,7 @@ def _is_eager(tensors: Sequence[Tensor]) -> bool:
     """Whether nothing but autograd watches what is done with these tensors."""
     return (
         not torch.compiler.is_compiling()
-        and all(type(tensor) in _PLAIN for tensor in tensors)
+        and all(type(tensor) in _PLAIN and not tensor.is_meta for tensor in tensors)
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None

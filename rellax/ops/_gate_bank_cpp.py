@@ -26,12 +26,13 @@ def gate_bank_fwd(
     """As ``rellax.reference.gate_bank.gate_bank_fwd``, for fp32, bf16 and fp16."""
     arguments = [_ready(tensor) for tensor in (ln_weight, ln_bias, w1, b1, w2)]
     u, b2 = u.float().contiguous(), _ready(b2)
-    flat = torch.empty((w1.shape[0], u.shape[0], w2.shape[1]))
-    extension().gate_bank_forward(
-        _bank(eps, u, *arguments), b2=b2.data_ptr(), flat=flat.data_ptr(), threads=torch.get_num_threads()
-    )
     r = math.isqrt(w1.shape[1] // 2)
-    return flat.unflatten(-1, (r, r)) if flat.shape[-1] == r * r else torch.diag_embed(flat)
+    full = w2.shape[1] == r * r
+    gate = u.new_empty((w1.shape[0], u.shape[0], *((r, r) if full else (r,))))
+    extension().gate_bank_forward(
+        _bank(eps, u, *arguments), b2=b2.data_ptr(), flat=gate.data_ptr(), threads=torch.get_num_threads()
+    )
+    return gate if full else torch.diag_embed(gate)
 
 
 def gate_bank_bwd(

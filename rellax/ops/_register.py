@@ -29,6 +29,7 @@ from rellax.errors import InputError
 from rellax.ops._eager import Operator
 
 BACKENDS = ("reference", "cpp", "triton")
+_PROCESS = os.getpid()
 
 
 @functools.cache
@@ -46,9 +47,12 @@ def extension_built() -> bool:
 
 @functools.cache
 def extension() -> Any:
-    """The C++ extension, on PyTorch's threads. Imported by its name, as its package imports the operators."""
+    """The C++ extension, on PyTorch's threads; in a forked process, where they are missing, on its caller's.
+
+    Imported by its name, as its package imports the operators.
+    """
     module = importlib.import_module("rellax._C")
-    module.set_parallel_region(_openmp_entry())
+    module.set_parallel_region(_openmp_entry() if os.getpid() == _PROCESS else 0)
     return module
 
 
@@ -169,11 +173,17 @@ def operator(
     cpp_dtypes: tuple[torch.dtype, ...] | None = None,
     triton: str | None = None,
     triton_dtypes: tuple[torch.dtype, ...] | None = None,
+    check: Callable[..., None] | None = None,
 ) -> Operator:
-    """Define ``rellax::<name>`` with `reference`'s signature as its schema (arguments: :class:`Backends`).
+    """Define ``rellax::<name>`` with `reference`'s signature as its schema.
 
     The operator's first argument, a tensor or a list of tensors, decides where it runs. Autocast is off
     inside, on every backend alike: which dtype a product runs in is part of the operator's contract.
+
+    Args:
+        check: takes the arguments before an implementation does, and raises where their values do not fit; in
+            compiled graphs too, but on a CPU alone: no GPU is made to wait for it.
+        name, reference, cpp, cpp_dtypes, triton, triton_dtypes: as in :class:`Backends`.
     """
     backends = _operators[name] = Backends(
         name, reference, cpp=cpp, cpp_dtypes=cpp_dtypes, triton=triton, triton_dtypes=triton_dtypes
@@ -183,6 +193,8 @@ def operator(
         first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
         device = first.device
         implementation = backends(device, first.dtype)
+        if check is not None and device.type == "cpu":
+            check(*args)
         if not torch.is_autocast_enabled(device.type):
             return implementation(*args)
         with torch.autocast(device.type, enabled=False):

@@ -61,7 +61,7 @@ def soft_prompt_bwd(
 def _sums(rows: Tensor, index: Tensor, factor: float, table: Tensor) -> Tensor:
     """In the shape and dtype of `table`: row i is factor times the sum of all rows whose index is i."""
     index = index.contiguous()
-    sums = torch.empty(table.shape, dtype=table.dtype if table.dtype in DTYPES else torch.float32)
+    sums = table.new_empty(table.shape, dtype=table.dtype if table.dtype in DTYPES else torch.float32)
     extension().row_sums(
         rows=_described(rows),
         index=index.data_ptr(),

@@ -17,6 +17,18 @@ from rellax.reference import answer as reference
 LOSSES = ("vocab", "choice")
 _SMALLEST = torch.finfo(torch.float32).tiny
 
+
+def _check_values(
+    hidden: Tensor, weight: Tensor, _bias: Tensor | None, positions: Tensor, labels: Tensor, *rest: Any
+) -> None:
+    _denominator, choice_ids, loss, *_ = rest
+    check_range("positions", positions, hidden.shape[:-1].numel(), "row of hidden")
+    if loss == "choice":
+        check_choice_labels(labels, choice_ids)
+    else:
+        check_range("labels", labels[labels != reference.IGNORED], weight.shape[0], "token")
+
+
 _forward = operator(
     "answer_loss",
     reference.answer_fwd,
@@ -24,6 +36,7 @@ _forward = operator(
     cpp_dtypes=(torch.float32, torch.bfloat16),
     triton="rellax.kernels.answer:answer_fwd",
     triton_dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    check=_check_values,
 )
 # It writes zeros and n rows: PyTorch does that at the memory's speed on every device.
 _backward = operator(
@@ -71,16 +84,18 @@ def answer_loss(
         where hidden or lm_head_weight is.
 
     Raises:
-        InputError: a shape, dtype, device or option does not fit. On a CPU, outside of torch.compile, also: a
-            position or label is out of range, or for "choice" a label is not one of the two.
+        InputError: a shape, dtype, device or option does not fit. On a CPU also: a position or label is out
+            of range, or for "choice" a label is not one of the two.
     """
     if loss is None:
         loss = "vocab" if choice_ids is None else "choice"
     _check(hidden, lm_head_weight, bias, positions, labels)
-    choice = check_choice(choice_ids, loss, labels, lm_head_weight.shape[0])
+    choice = check_choice(choice_ids, loss, lm_head_weight.shape[0])
     if softcap is not None:
         check_number("softcap", softcap, "a positive number", _SMALLEST)
     total = loss_denominator(denominator, labels)
+    if lm_head_weight.dtype == torch.float64:
+        hidden = hidden.double()  # its dtype chooses the backend
     needs = [
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in (hidden, lm_head_weight, bias)
@@ -170,14 +185,10 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, positions: Tenso
         raise bad("hidden", "floating (B, L, d) or (T, d)", hidden)
     device = hidden.device
     check_tensor("lm_head_weight", weight, (None, hidden.shape[-1]), "(V, d)", device)
-    V = weight.shape[0]
     if bias is not None:
-        check_tensor("bias", bias, (V,), "(V,)", device)
+        check_tensor("bias", bias, (weight.shape[0],), "(V,)", device)
     check_tensor("positions", positions, (None,), "(n,)", device, torch.int64)
     check_tensor("labels", labels, tuple(positions.shape), "(n,)", device, torch.int64)
-    if can_read(positions):
-        check_range("positions", positions, hidden.shape[:-1].numel(), "row of hidden")
-        check_range("labels", labels[labels != reference.IGNORED], V, "token")
 
 
 def _is_token(value: Any, vocabulary: int) -> bool:
@@ -185,7 +196,7 @@ def _is_token(value: Any, vocabulary: int) -> bool:
     return whole and 0 <= value < vocabulary
 
 
-def check_choice(choice_ids: Sequence[int] | None, loss: str, labels: Tensor, vocabulary: int) -> list[int]:
+def check_choice(choice_ids: Sequence[int] | None, loss: str, vocabulary: int) -> list[int]:
     """The answer tokens as a list, empty where there are none."""
     if loss not in LOSSES:
         raise bad("loss", f"one of {', '.join(LOSSES)}", repr(loss))
@@ -197,8 +208,12 @@ def check_choice(choice_ids: Sequence[int] | None, loss: str, labels: Tensor, vo
     valid = len(ids) == 2 and all(_is_token(token, vocabulary) for token in ids) and ids[0] != ids[1]
     if not valid:
         raise bad("choice_ids", f"two different tokens (No, Yes) in [0, {vocabulary})", repr(choice_ids))
-    if loss == "choice" and can_read(labels):
-        other = labels[(labels != reference.IGNORED) & (labels != ids[0]) & (labels != ids[1])]
-        if other.numel():
-            raise bad("labels", f"choice_ids {tuple(ids)} or {reference.IGNORED}", int(other[0]))
     return [int(token) for token in ids]
+
+
+def check_choice_labels(labels: Tensor, choice_ids: Sequence[int]) -> None:
+    """Raise unless every label is one of the two answers, or none. Reads the values."""
+    no, yes = choice_ids
+    other = labels[(labels != reference.IGNORED) & (labels != no) & (labels != yes)]
+    if other.numel():
+        raise bad("labels", f"choice_ids {(no, yes)} or {reference.IGNORED}", int(other[0]))

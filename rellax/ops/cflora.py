@@ -10,12 +10,29 @@ from torch import Tensor
 
 from rellax.kernels._tiles import tile_table
 from rellax.ops import _cflora_cpp as cpp
-from rellax.ops._check import bad, check_cu_seqlens, check_number, check_tensor, is_floating, is_number
+from rellax.ops._check import (
+    bad,
+    can_read,
+    check_cu_seqlens,
+    check_number,
+    check_offsets,
+    check_tensor,
+    is_floating,
+    is_number,
+)
 from rellax.ops._register import operator
 from rellax.reference import cflora as reference
 
 _CPP_DTYPES = (torch.float32, torch.bfloat16)
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _check_values(x: Tensor, *rest: Any) -> None:
+    *_, cu_seqlens, _tiles, _dropout, _seed = rest
+    if cu_seqlens is not None:
+        check_offsets(cu_seqlens, x.shape[0])
+
+
 _forward = operator(
     "cflora_linear",
     reference.cflora_fwd,
@@ -23,6 +40,7 @@ _forward = operator(
     cpp_dtypes=_CPP_DTYPES,
     triton="rellax.kernels.cflora:cflora_fwd",
     triton_dtypes=_TRITON_DTYPES,
+    check=_check_values,
 )
 _backward = operator(
     "cflora_linear_backward",
@@ -71,7 +89,8 @@ def cflora_linear(
         (B, L, d_out) or (T, d_out), in x's dtype.
 
     Raises:
-        InputError: a shape, dtype or device does not fit, or a frozen tensor requires a gradient.
+        InputError: a shape, dtype or device does not fit, or a frozen tensor requires a gradient. On a CPU
+            also: cu_seqlens do not rise from 0 to T.
     """
     (y,) = cflora_linears(
         x,
@@ -178,7 +197,9 @@ def cflora_tiles(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """
     if not isinstance(cu_seqlens, Tensor):
         raise bad("cu_seqlens", "(B + 1,), int32", cu_seqlens)
-    check_cu_seqlens(cu_seqlens, None, tokens, cu_seqlens.device)
+    check_cu_seqlens(cu_seqlens, None, cu_seqlens.device)
+    if can_read(cu_seqlens):
+        check_offsets(cu_seqlens, tokens)
     return tile_table(cu_seqlens, tokens)
 
 
@@ -301,7 +322,7 @@ def _check(
             check_tensor("gate", gates[i], (instances, r, r), "(B, r, r)", device)
             instances = gates[i].shape[0]
     if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, instances, x.shape[0], device)
+        check_cu_seqlens(cu_seqlens, instances, device)
     if tiles is not None:
         check_tensor("tiles", tiles, (None,), "cflora_tiles of cu_seqlens", device, torch.int32)
     check_number("scale", scale, "a finite number")

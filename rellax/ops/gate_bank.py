@@ -82,7 +82,7 @@ def _forward_fake(u: Tensor, _ln_weight: Tensor, _ln_bias: Tensor, w1: Tensor, *
 def _backward_fake(_dgate: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     u, ln_weight, ln_bias, w1, b1, w2, _eps, need_u = rest
     du = u.new_empty(u.shape if need_u else (0,))
-    parameters = (torch.empty_like(tensor) for tensor in (ln_weight, ln_bias, w1, b1, w2))
+    parameters = (tensor.new_empty(tensor.shape) for tensor in (ln_weight, ln_bias, w1, b1, w2))
     return du, *parameters, w2.new_empty(w2.shape[:2])
 
 

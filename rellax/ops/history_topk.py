@@ -25,8 +25,8 @@ def _cpp(
     queries = [None if index is None else index.contiguous() for index in (target, user, end)]
     addresses = [0 if index is None else index.data_ptr() for index in queries]
     rows = len(items if target is None else target)
-    positions = torch.empty((rows, k), dtype=torch.int64)
-    scores = torch.empty((rows, k), dtype=torch.float32)
+    positions = items.new_empty((rows, k))
+    scores = embeddings.new_empty((rows, k), dtype=torch.float32)
     extension().history_topk(
         embeddings=embeddings.data_ptr(),
         dtype=str(embeddings.dtype).removeprefix("torch."),
@@ -47,8 +47,38 @@ def _cpp(
 
 _QUERY = ("target", "user", "end")
 
+
+def _check_values(
+    embeddings: Tensor,
+    items: Tensor,
+    offsets: Tensor,
+    target: Tensor | None,
+    user: Tensor | None,
+    end: Tensor | None,
+    _k: int,
+) -> None:
+    first, last, falls = int(offsets[0]), int(offsets[-1]), int((offsets.diff() < 0).sum())
+    if first != 0 or last != len(items) or falls:
+        expected = f"values that rise from 0 to the M = {len(items)} behaviours"
+        raise bad("offsets", expected, f"{first} to {last}, falling {falls} times")
+    check_range("items", items, embeddings.shape[0], "row of embeddings")
+    if target is None or user is None or end is None:
+        return
+    check_range("target", target, embeddings.shape[0], "row of embeddings")
+    check_range("user", user, offsets.shape[0] - 1, "user of offsets")
+    length = offsets.diff()[user]
+    if (outside := (end < 0) | (end > length)).any():
+        q = int(outside.nonzero()[0, 0])
+        expected = f"between 0 and the {int(length[q])} behaviours of user {int(user[q])}"
+        raise bad("end", expected, f"{int(end[q])} for query {q}")
+
+
 _forward = operator(
-    "history_topk", reference.history_topk, cpp=_cpp, triton="rellax.kernels.history_topk:history_topk"
+    "history_topk",
+    reference.history_topk,
+    cpp=_cpp,
+    triton="rellax.kernels.history_topk:history_topk",
+    check=_check_values,
 )
 
 
@@ -86,12 +116,12 @@ def history_topk(
 
     Raises:
         InputError: a shape, dtype or device does not fit, or only some of target, user and end are given.
-            On a CPU, outside of torch.compile, also: an index is out of range, offsets do not rise from 0
-            to M, or a score is not finite.
+            On a CPU also: an index is out of range, offsets do not rise from 0 to M, or, outside of
+            torch.compile, a score is not finite.
     """
     _check_history(embeddings, items, offsets, k)
     if target is not None and user is not None and end is not None:
-        _check_queries(embeddings, offsets, target, user, end)
+        _check_queries(embeddings, target, user, end)
         target, user, end = target.long(), user.long(), end.long()
     elif not (target is None and user is None and end is None):
         given = [name for name, index in zip(_QUERY, (target, user, end), strict=True) if index is not None]
@@ -118,26 +148,10 @@ def _check_history(embeddings: Tensor, items: Tensor, offsets: Tensor, k: int) -
     check_count("k", k)
     if offsets.shape[0] == 0:
         raise bad("offsets", "shape (U + 1,), at least (1,)", offsets)
-    if not can_read(offsets):
-        return
-    first, last, falls = int(offsets[0]), int(offsets[-1]), int((offsets.diff() < 0).sum())
-    if first != 0 or last != len(items) or falls:
-        expected = f"values that rise from 0 to the M = {len(items)} behaviours"
-        raise bad("offsets", expected, f"{first} to {last}, falling {falls} times")
-    check_range("items", items, embeddings.shape[0], "row of embeddings")
 
 
-def _check_queries(embeddings: Tensor, offsets: Tensor, target: Tensor, user: Tensor, end: Tensor) -> None:
+def _check_queries(embeddings: Tensor, target: Tensor, user: Tensor, end: Tensor) -> None:
     for name, index in zip(_QUERY, (target, user, end), strict=True):
         check_index(name, index, "(Q,)", embeddings.device)
         if index.shape != target.shape:
             raise bad(name, f"one for each of the Q = {target.shape[0]} targets", index)
-    if not can_read(target):
-        return
-    check_range("target", target, embeddings.shape[0], "row of embeddings")
-    check_range("user", user, offsets.shape[0] - 1, "user of offsets")
-    length = offsets.diff()[user]
-    if (outside := (end < 0) | (end > length)).any():
-        q = int(outside.nonzero()[0, 0])
-        expected = f"between 0 and the {int(length[q])} behaviours of user {int(user[q])}"
-        raise bad("end", expected, f"{int(end[q])} for query {q}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rellax.ops._check import bad, can_read, check_count, check_embeddings, check_index, check_range
+from rellax.ops._check import bad, check_count, check_embeddings, check_index, check_range
 from rellax.ops._register import extension, operator
 from rellax.reference import item_topk as reference
 
@@ -14,7 +14,8 @@ def _cpp(embeddings: Tensor, queries: Tensor | None, k: int, exclude_self: bool)
     embeddings = embeddings.contiguous()
     queries = None if queries is None else queries.contiguous()
     rows = len(embeddings) if queries is None else len(queries)
-    indices, scores = torch.empty((rows, k), dtype=torch.int64), torch.empty((rows, k))
+    indices = embeddings.new_empty((rows, k), dtype=torch.int64)
+    scores = embeddings.new_empty((rows, k), dtype=torch.float32)
     search = extension().ItemTopk(
         embeddings=embeddings.data_ptr(),
         dtype=str(embeddings.dtype).removeprefix("torch."),
@@ -33,7 +34,24 @@ def _cpp(embeddings: Tensor, queries: Tensor | None, k: int, exclude_self: bool)
     return indices, scores
 
 
-_forward = operator("item_topk", reference.item_topk, cpp=_cpp, triton="rellax.kernels.item_topk:item_topk")
+def _check_values(embeddings: Tensor, queries: Tensor | None, _k: int, _exclude_self: bool) -> None:
+    """Raise unless every dot product of two rows is sure to be finite in fp32, and twice of it."""
+    if queries is not None:
+        check_range("queries", queries, embeddings.shape[0], "row of embeddings")
+    if embeddings.numel() == 0:
+        return
+    low, high = (float(extreme) for extreme in torch.aminmax(embeddings))
+    if not 2 * max(low * low, high * high) * embeddings.shape[1] <= torch.finfo(torch.float32).max:
+        raise bad("embeddings", "rows whose dot products are finite in fp32", f"values from {low} to {high}")
+
+
+_forward = operator(
+    "item_topk",
+    reference.item_topk,
+    cpp=_cpp,
+    triton="rellax.kernels.item_topk:item_topk",
+    check=_check_values,
+)
 
 
 def item_topk(
@@ -61,8 +79,8 @@ def item_topk(
         item -1 and -inf.
 
     Raises:
-        InputError: a shape, dtype or device does not fit. On a CPU, outside of torch.compile, also: a query
-            is out of range, or `embeddings` holds NaN, infinity or values whose dot products may overflow.
+        InputError: a shape, dtype or device does not fit. On a CPU also: a query is out of range, or
+            `embeddings` holds NaN, infinity or values whose dot products may overflow.
     """
     check_embeddings(embeddings)
     check_count("k", k)
@@ -71,10 +89,6 @@ def item_topk(
     if queries is not None:
         check_index("queries", queries, "(Q,)", embeddings.device)
         queries = queries.long()
-    if can_read(embeddings):
-        if queries is not None:
-            check_range("queries", queries, embeddings.shape[0], "row of embeddings")
-        _check_finite(embeddings)
     indices, scores = _forward(embeddings.detach(), queries, k, exclude_self)
     return indices, scores
 
@@ -83,12 +97,3 @@ def item_topk(
 def _fake(embeddings: Tensor, queries: Tensor | None, k: int, _exclude_self: bool) -> tuple[Tensor, Tensor]:
     shape = (embeddings.shape[0] if queries is None else queries.shape[0], k)
     return embeddings.new_empty(shape, dtype=torch.int64), embeddings.new_empty(shape, dtype=torch.float32)
-
-
-def _check_finite(embeddings: Tensor) -> None:
-    """Raise unless every dot product of two rows is sure to be finite in fp32, and twice of it."""
-    if embeddings.numel() == 0:
-        return
-    low, high = (float(extreme) for extreme in torch.aminmax(embeddings))
-    if not 2 * max(low * low, high * high) * embeddings.shape[1] <= torch.finfo(torch.float32).max:
-        raise bad("embeddings", "rows whose dot products are finite in fp32", f"values from {low} to {high}")

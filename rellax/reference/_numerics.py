@@ -42,8 +42,8 @@ def column_hashes(seed: Tensor, columns: int) -> Tensor:
 
 
 def keep_threshold(p: float) -> int:
-    """The least signed 32-bit hash that is kept."""
-    return round(p * 2**32) - 2**31
+    """The least signed 32-bit hash that is kept; the largest hash always is."""
+    return min(round(p * 2**32), 2**32 - 1) - 2**31
 
 
 def _mix(h: Tensor) -> Tensor:

@@ -86,7 +86,8 @@ def _cross_entropy(
     for part in _blocks(rows.shape[0], weight.shape[0], _LOGITS):
         logits = head_logits(rows[part], weight, bias, softcap)
         lse = logits.logsumexp(1, keepdim=True)
-        loss += ((lse - logits.gather(1, labels[part])) * share[part]).sum()
+        losses = (lse - logits.gather(1, labels[part])).masked_fill(ignored[part], 0)
+        loss += (losses * share[part]).sum()
         if not any(needs):
             continue
         dlogits = (logits - lse).exp_()

@@ -46,9 +46,10 @@ def cflora_fwd(
     outputs = []
     for i, (h_i, b_i) in enumerate(zip(h.chunk(len(lora_a), 1), lora_b, strict=True)):
         z = scale * _apply_gate(h_i, gate[i] if gate else None, cu_seqlens)
-        y = F.linear(rows, weight[i], bias[i]) if weight else base[i].flatten(0, -2).clone()
-        y.addmm_(z.to(x.dtype), b_i.to(x.dtype).t())
-        outputs.append(y.view(*x.shape[:-1], y.shape[1]))
+        y = x.new_empty((*x.shape[:-1], b_i.shape[0]))
+        product = F.linear(rows, weight[i], bias[i]) if weight else base[i].flatten(0, -2)
+        torch.addmm(product, z.to(x.dtype), b_i.to(x.dtype).t(), out=y.flatten(0, -2))
+        outputs.append(y)
     return outputs, h
 
 
@@ -115,7 +116,7 @@ def _gate_gradient(h: Tensor, dz: Tensor, gate: Tensor, cu_seqlens: Tensor | Non
     """Σ_{t in b} h_tᵀ dz_t: (B, r, r)."""
     if cu_seqlens is None:
         return (_padded(h, gate.shape[0]).mT @ _padded(dz, gate.shape[0])).to(gate.dtype)
-    dgate = torch.empty_like(gate, dtype=h.dtype)
+    dgate = h.new_empty(gate.shape)
     lengths = cu_seqlens.diff().tolist()
     for dgate_b, h_b, dz_b in zip(dgate, h.split(lengths), dz.split(lengths), strict=True):
         torch.mm(h_b.t(), dz_b, out=dgate_b)

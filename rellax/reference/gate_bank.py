@@ -35,7 +35,8 @@ def gate_bank_fwd(
     hidden = _linear(_affine(normed, ln_weight, ln_bias), w1, b1)
     flat = _linear(F.gelu(hidden), w2, b2)
     r = math.isqrt(w1.shape[1] // 2)
-    return flat.unflatten(-1, (r, r)) if flat.shape[-1] == r * r else torch.diag_embed(flat)
+    # No view: those that an operator makes may not be changed in place.
+    return flat.unflatten(-1, (r, r)).clone() if flat.shape[-1] == r * r else torch.diag_embed(flat)
 
 
 def gate_bank_bwd(

@@ -7,7 +7,6 @@ y is in the dtype of the word table, to which soft rows and the scale are rounde
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from rellax.reference._numerics import sum_rows
@@ -22,7 +21,7 @@ def soft_prompt_fwd(
 ) -> Tensor:
     """(…, d) in the word table's dtype; the scale, rounded to it, is 1 where it is None."""
     soft = soft_index >= 0
-    y = F.embedding(input_ids.masked_fill(soft, 0), word_embeddings)
+    y = word_embeddings[input_ids.masked_fill(soft, 0)]
     if word_scale is not None:
         y *= word_scale.to(y.dtype)
     y[soft] = soft_rows[soft_index[soft]].to(y.dtype)

@@ -124,6 +124,7 @@ ANSWER: Table = {
     "softcap": {"softcap": 2.0},
     "high-softcap": {"softcap": 30.0, "train_head": False},
     "bias": {"bias": True},
+    "banned-tokens": {"bias": True, "banned": 2112, "vocabulary": 2200, "train_head": False},
     "frozen-head": {"train_head": False},
     "packed": {"shape": (33,)},
     "denominator": {"denominator": 16},
@@ -277,20 +278,25 @@ def answer(
     choice_ids: tuple[int, int] | None = None,
     loss: str | None = None,
     bias: bool = False,
+    banned: int = 0,
     softcap: float | None = None,
     denominator: float | None = None,
     ignored: float = 0.3,
     train_head: bool = True,
 ) -> dict[str, Any]:
-    """Keywords of ``answer_loss``; a share of the labels is `ignored`, though never only the first."""
+    """Keywords of ``answer_loss``; a share of the labels is `ignored`, though never only the first.
+
+    Of so many `banned` tokens, the first ones, none is a label and the bias is -inf.
+    """
     new = _Source()
     tokens = torch.Size(shape).numel()
     positions = torch.randperm(tokens, generator=new.generator)[:n].to(device())
-    labels = new.integers(vocabulary, n)
+    labels = banned + new.integers(vocabulary - banned, n)
     if choice_ids is not None and loss != "vocab":
         labels = torch.tensor(choice_ids, device=device())[labels % 2]
     drop = new.uniform(n) < ignored
     drop[:1] &= ignored == 1.0
+    ban = torch.arange(vocabulary, device=device()) < banned
     return {
         "hidden": new.tensor(*shape, d, dtype=dtype).requires_grad_(),
         "lm_head_weight": new.tensor(vocabulary, d, dtype=dtype, scale=d**-0.5).requires_grad_(train_head),
@@ -298,7 +304,9 @@ def answer(
         "labels": labels.masked_fill(drop, -100),
         "choice_ids": choice_ids,
         "loss": loss,
-        "bias": new.tensor(vocabulary, dtype=dtype).requires_grad_(train_head) if bias else None,
+        "bias": new.tensor(vocabulary, dtype=dtype).masked_fill_(ban, -torch.inf).requires_grad_(train_head)
+        if bias
+        else None,
         "softcap": softcap,
         "denominator": denominator,
     }
