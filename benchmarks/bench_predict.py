@@ -171,7 +171,8 @@ def _save_run(k: int, folder: Path) -> None:
     from rellax._files import write_json
     from rellax.ctr.crm import load_crm
     from rellax.ctr.dataset import Dataset
-    from rellax.ctr.task import Inputs, Task
+    from rellax.ctr.retrieval import retrieve
+    from rellax.ctr.task import Inputs, Task, input_hashes
     from rellax.subr import save_embeddings
 
     config = replace(_config(k, folder), prompts="retrieved", retrieved=str(folder / "retrieved"))
@@ -181,13 +182,14 @@ def _save_run(k: int, folder: Path) -> None:
     torch.manual_seed(0)
     vectors = F.normalize(torch.randn(dataset.items.num_rows, DIM), dim=1)
     save_embeddings(folder / "embeddings", vectors, dataset.items["item_id"].to_pylist(), "random")
-    write_json(folder / "retrieved" / "config.json", {"embeddings": str(folder / "embeddings")})
+    nearest = {"data": config.data, "embeddings": str(folder / "embeddings"), "k": k}
+    retrieve(nearest, folder / "retrieved", device="cpu", progress=False)
     inputs = Inputs(dataset, None, outputs.item_embeddings, outputs.instance_embeddings)
     task = Task(config, inputs)
     for projection in task.model.rellax.projections.values():
         torch.nn.init.normal_(projection.lora_b, std=0.02)  # as if it had been trained
     save_adapter(task.model, folder / "adapter")
-    write_json(folder / "config.json", config.to_json())
+    write_json(folder / "config.json", config.to_json() | {"inputs": input_hashes(config)})
     write_json(folder / "metrics.json", {})
 
 

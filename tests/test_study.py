@@ -145,10 +145,7 @@ def test_stopped_resumed_grown_and_reported(
     records = {
         cell.name: read_json(tmp_path / "study" / cell.name / "config.json") for cell in cells(config)[-9:]
     }
-    assert [records[f"{name}-k3-n6-s1"].get("recent_share") for name in ("lora-recent", "rella")] == [
-        None,
-        0.5,
-    ]
+    assert [records[f"{name}-k3-n6-s1"]["recent_share"] for name in ("lora-recent", "rella")] == [0.0, 0.5]
     with (tmp_path / "study" / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 30
