@@ -222,7 +222,8 @@ class Comparison:
         micro_batch_size: prompts at once, at most.
         epochs, lr: of stage 1.
         epochs2, lr2: of stage 2. The published rate, 3e-4, is for some thousand steps; for the few of these
-            sizes 5e-3 was the first tried (AUC 0.78 on 300 validation samples), no other was compared.
+            sizes 1e-2 and 2e-2 are better than 5e-3 for gates alone, and 2e-2 is worse with soft prompts
+            (docs/results/notes.md).
         crm_epochs: of the classical models, at most.
         similarity: what behaviours are retrieved by: "text", the embeddings of the items' texts, or
             "text+crm", these and the item embeddings of a classical model.
