@@ -106,6 +106,20 @@ def test_weight_decay_is_for_matrices(workspace: Workspace, tmp_path: Path) -> N
         torch.testing.assert_close(decayed[name], expected, rtol=1e-5, atol=1e-8)
 
 
+def test_soft_prompts_have_a_rate_of_their_own(workspace: Workspace, tmp_path: Path) -> None:
+    config = workspace.config(stage="joint", epochs=1, soft_prompt_lr=1e-12, **GATED)
+    begun = dict(Task(config, load_inputs(config)).model.named_parameters())
+    train(config, tmp_path / "run", progress=False)
+    moved = {
+        name: (tensor - begun[name]).abs().max().item()
+        for name, tensor in load_file(tmp_path / "run" / "adapter" / "adapter.safetensors").items()
+        if name in begun
+    }
+    soft = {name for name in moved if "projector" in name}
+    assert 4 == len(soft) < len(moved)
+    assert all((moved[name] < 1e-9) == (name in soft) for name in moved)
+
+
 def test_run_folder(stage_1: Path, workspace: Workspace) -> None:
     names = {path.name for path in stage_1.iterdir()}
     assert names == {
@@ -643,6 +657,7 @@ def test_mixture_has_each_sample_with_either_history(workspace: Workspace) -> No
         ({"schedule": "step"}, "schedule: expected one of linear, cosine, constant, got 'step'"),
         ({"patience": 0}, "patience: expected a positive number or None, got 0"),
         ({"weight_decay": -0.1}, "weight_decay: expected zero or more, got -0.1"),
+        ({"soft_prompt_lr": 0.1}, "soft_prompt_lr: expected None without soft_prompt, got 0.1"),
         ({"crm_logit": True, "crm": None}, "crm: gates, soft prompts and crm_logit need the folder"),
         ({"stage": "joint", "crm_logit": True}, "stage joint trains gates or the soft-prompt projector"),
         (

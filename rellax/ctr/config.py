@@ -67,6 +67,7 @@ class TrainConfig:
 
     Optimisation:
         lr: peak learning rate; None takes the stage's own.
+        soft_prompt_lr: that of the soft-prompt projector; None is `lr`.
         schedule: of the rate after its rise: "linear" or "cosine" (both end at zero), or "constant".
         warmup: fraction of all steps over which the rate rises.
         weight_decay: of AdamW, on all that is trained but biases and norms.
@@ -113,6 +114,7 @@ class TrainConfig:
 
     epochs: int = 1
     lr: float | None = None
+    soft_prompt_lr: float | None = None
     batch_size: int = 16
     micro_batch_size: int = 8
     schedule: str = "linear"
@@ -179,7 +181,7 @@ class TrainConfig:
         for name in ("k", "max_tokens", "epochs", "batch_size", "micro_batch_size", "checkpoint_every", "r"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
-        for name in ("shots", "validation_samples", "validate_every", "patience", "lr"):
+        for name in ("shots", "validation_samples", "validate_every", "patience", "lr", "soft_prompt_lr"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise InputError(f"{name}: expected a positive number or None, got {value!r}")
@@ -187,6 +189,10 @@ class TrainConfig:
             _check_fraction(name, getattr(self, name))
         if self.weight_decay < 0:
             raise InputError(f"weight_decay: expected zero or more, got {self.weight_decay!r}")
+        if self.soft_prompt_lr is not None and not self.soft_prompt:
+            raise InputError(
+                f"soft_prompt_lr: expected None without soft_prompt, got {self.soft_prompt_lr!r}"
+            )
 
     def _check_stage(self) -> None:
         if self.stage == "1" and self._is_conditional:
@@ -224,6 +230,7 @@ class Comparison:
         epochs2, lr2: of stage 2. The published rate, 3e-4, is for some thousand steps; for the few of these
             sizes 1e-2 and 2e-2 are better than 5e-3 for gates alone, and 2e-2 is worse with soft prompts
             (docs/results/notes.md).
+        soft_prompt_lr: of the soft-prompt projector; None is `lr2`.
         crm_epochs: of the classical models, at most.
         similarity: what behaviours are retrieved by: "text", the embeddings of the items' texts, or
             "text+crm", these and the item embeddings of a classical model.
@@ -240,6 +247,7 @@ class Comparison:
     lr: float = 1e-3
     epochs2: int = 1
     lr2: float = 5e-3
+    soft_prompt_lr: float | None = None
     crm_epochs: int = 10
     similarity: str = "text"
     recent_share: float = 0.0

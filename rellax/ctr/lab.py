@@ -211,6 +211,8 @@ class Lab:
             options = {"epochs": config.epochs2, "lr": config.lr2, "stage": "2", "start": self._path(start)}
         if what.reads_crm:
             options["crm"] = self._path(crm)
+        if what.options.get("soft_prompt"):
+            options["soft_prompt_lr"] = config.soft_prompt_lr
         options |= {"k": k, "shots": shots, "seed": seed, "prompts": what.prompts, **what.options}
         train(self._train_config(**options), self.out / name, device=self.device, progress=self.progress)
         evaluate(self.out / name, **self._scoring())

@@ -13,13 +13,20 @@ from rellax.ctr.config import TrainConfig
 _NOT_DECAYED = ("bias", "ln_bias", "ln_weight", "b1", "b2")
 
 
-def adamw(parameters: Mapping[str, Tensor], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over named parameters: matrices decay, biases and norms do not."""
-    groups: list[list[Tensor]] = [[], []]
+def adamw(parameters: Mapping[str, Tensor], config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over named parameters: matrices decay, biases and norms do not.
+
+    Each of its groups has a `share`: its learning rate over that of `learning_rate`.
+    """
+    groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in parameters.items():
-        groups[name.rsplit(".", 1)[-1] in _NOT_DECAYED].append(parameter)
-    decays = zip(groups, (weight_decay, 0.0), strict=True)
-    return torch.optim.AdamW([{"params": group, "weight_decay": decay} for group, decay in decays if group])
+        decay = 0.0 if name.rsplit(".", 1)[-1] in _NOT_DECAYED else config.weight_decay
+        own = config.soft_prompt_lr if ".soft_prompt." in name else None
+        share = 1.0 if own is None else own / config.peak_lr
+        groups.setdefault((decay, share), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": group, "weight_decay": decay, "share": share} for (decay, share), group in groups.items()]
+    )
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:

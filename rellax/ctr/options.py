@@ -41,6 +41,7 @@ TRAIN_HELP = {
     "shots": "random training samples (default: all)",
     "epochs": "passes over the training samples",
     "lr": "peak learning rate (default: the stage's own)",
+    "soft_prompt_lr": "peak learning rate of the soft-prompt projector (default: --lr's)",
     "batch_size": "prompts in a step",
     "micro_batch_size": "prompts at once, at most",
     "schedule": "of the learning rate after its rise",
@@ -75,6 +76,7 @@ DEMO_HELP = {
     "lr": "of stage 1",
     "epochs2": "of stage 2",
     "lr2": "of stage 2",
+    "soft_prompt_lr": "of the soft-prompt projector (default: --lr2's)",
     "crm_epochs": "of the classical models, at most",
     "similarity": "what behaviours are retrieved by: the item texts' embeddings alone, or with those of a "
     "classical model",

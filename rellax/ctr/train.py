@@ -130,7 +130,7 @@ class _Trainer:
         self.steps = config.epochs * self.per_epoch
 
         self.trainable = {name: p for name, p in self.task.model.named_parameters() if p.requires_grad}
-        self.optimiser = adamw(self.trainable, config.weight_decay)
+        self.optimiser = adamw(self.trainable, config)
         replicated = accelerator.num_processes > 1 and not sharded
         self.model = accelerator.prepare_model(self.task.model) if replicated else self.task.model
         self.batches = functools.lru_cache(maxsize=1)(self._epoch_batches)
@@ -205,7 +205,7 @@ class _Trainer:
         rows = self.batches(epoch)[index]
         rate = learning_rate(config, self.step, self.steps)
         for group in self.optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["share"]
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         state = np.random.SeedSequence((config.seed, self.step, process)).generate_state(1, np.uint64)
         torch.manual_seed(int(state[0]))
