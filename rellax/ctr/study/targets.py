@@ -74,40 +74,39 @@ def _verdict(result: dict[str, Any]) -> str:
     return "met" if better else "missed"
 
 
-def _stacked_beats_classical(method: str) -> Callable[[Results], tuple[str, str]]:
-    def decide(results: Results) -> tuple[str, str]:
-        k, shots = _decisive(results)
+def _stacked_beats_classical(results: Results, ours: Result, best: Result) -> tuple[str, str]:
+    both, alone = results.stacked(ours, best)
+    if not len(both):
+        return "not run", ""
+    result = results.compare_probabilities(both, alone)
+    return _verdict(result), f", {best.method}: {signed(result)}"
+
+
+def _beats_classical(results: Results, ours: Result, best: Result) -> tuple[str, str]:
+    result = signed(results.compare(ours, best))
+    verdict = "met" if ours.auc > best.auc else "missed"
+    return verdict, f": {ours.auc:.3f} against {best.method} {best.auc:.3f}, {result}"
+
+
+def _against_best(
+    method: str, decide: Callable[[Results, Result, Result], tuple[str, str]]
+) -> Callable[[Results], tuple[str, str]]:
+    """With the largest number of shots that is still few, beside the best classical model on all samples.
+
+    Args:
+        decide: the verdict, and what follows K and shots.
+    """
+
+    def decided(results: Results) -> tuple[str, str]:
+        shots = max((n for n in results.shots if n <= _FEW_SHOTS), default=0)
+        k = results.chosen_k(shots)
         ours, best = results.get(method, k, shots), results.best_classical(None)
         if ours is None or best is None:
             return "not run", "-"
-        both, alone = results.stacked(ours, best)
-        if not len(both):
-            return "not run", "-"
-        result = results.compare_probabilities(both, alone)
-        return _verdict(result), f"K = {k}, {shots:,} shots, {best.method}: {signed(result)}"
+        verdict, detail = decide(results, ours, best)
+        return verdict, f"K = {k}, {shots:,} shots{detail}" if detail else "-"
 
-    return decide
-
-
-def _beats_classical(method: str) -> Callable[[Results], tuple[str, str]]:
-    def decide(results: Results) -> tuple[str, str]:
-        k, shots = _decisive(results)
-        ours, best = results.get(method, k, shots), results.best_classical(None)
-        if ours is None or best is None:
-            return "not run", "-"
-        result = signed(results.compare(ours, best))
-        return (
-            "met" if ours.auc > best.auc else "missed",
-            f"K = {k}, {shots:,} shots: {ours.auc:.3f} against {best.method} {best.auc:.3f}, {result}",
-        )
-
-    return decide
-
-
-def _decisive(results: Results) -> tuple[int, int]:
-    """K, and the largest number of shots that is still few."""
-    shots = max((n for n in results.shots if n <= _FEW_SHOTS), default=0)
-    return results.chosen_k(shots), shots
+    return decided
 
 
 _TARGETS: dict[str, Callable[[Results], tuple[str, str]]] = {
@@ -118,9 +117,11 @@ _TARGETS: dict[str, Callable[[Results], tuple[str, str]]] = {
     "no fall of AUC as K grows": _no_fall,
     "ReLLaX above ReLLa, p < 0.05": _beats("rellax", "rella"),
     "ReLLa above LoRA on recent prompts, p < 0.05": _beats("rella", "lora-recent"),
-    "ReLLaX with at most 8,192 shots above the best classical model on all samples": _beats_classical(
-        "rellax"
+    "ReLLaX with at most 8,192 shots above the best classical model on all samples": _against_best(
+        "rellax", _beats_classical
     ),
-    "the same, boosted from the classical model": _beats_classical("rellax-boosted"),
-    "the same, boosted and stacked on that model, p < 0.05": _stacked_beats_classical("rellax-boosted"),
+    "the same, boosted from the classical model": _against_best("rellax-boosted", _beats_classical),
+    "the same, boosted and stacked on that model, p < 0.05": _against_best(
+        "rellax-boosted", _stacked_beats_classical
+    ),
 }
