@@ -265,6 +265,13 @@ def _load(module: SoftPrompt, assign: bool) -> None:
     module.load_state_dict(state, assign=assign)
 
 
+def projections(module: SoftPrompt) -> list[int]:
+    """Gets an entry each time that the module projects items."""
+    projected: list[int] = []
+    module.projector.register_forward_hook(lambda *_: projected.append(1))
+    return projected
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -282,8 +289,7 @@ def test_soft_prompt_drops_a_stale_table(change: Any) -> None:
     module, words = soft_prompt()
     module.eval()
     module.cache_table()
-    projected = []
-    module.projector.register_forward_hook(lambda *_: projected.append(1))
+    projected = projections(module)
     with torch.no_grad():
         embeds = module(IDS, ITEM_IDS, words)
         assert not projected  # the table served
@@ -302,8 +308,7 @@ def test_soft_prompt_has_a_table_after_a_move_in_inference_mode() -> None:
     with torch.inference_mode():
         module.float().double()
     module.cache_table()
-    projected = []
-    module.projector.register_forward_hook(lambda *_: projected.append(1))
+    projected = projections(module)
     with torch.inference_mode():
         embeds = module(IDS, ITEM_IDS, words)
         assert not projected  # the table served
