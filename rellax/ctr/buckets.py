@@ -6,6 +6,7 @@ A bucket is a range of the hash of the user's id: where other users come or go, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,6 +89,10 @@ class Buckets:
         first, end = (-(-(number << 32) // len(self.samples)) << 32 for number in (bucket, bucket + 1))
         return first, end - 1
 
+    @cached_property
+    def _strictly_before(self) -> bool:
+        return bool(read_json(self.data / "dataset.json").get("strictly_before", False))
+
     def read(self, bucket: int) -> Bucket:
         """One bucket.
 
@@ -105,8 +110,7 @@ class Buckets:
         sample, owner, item, position = columns[:, order]
         user = np.searchsorted(users, owner)
         user[np.append(users, -1)[user] != owner] = len(users)
-        later = read_json(self.data / "dataset.json").get("strictly_before", False)
-        wrong = misplaced(items, offsets, user, position, item, later=later)
+        wrong = misplaced(items, offsets, user, position, item, later=self._strictly_before)
         if wrong.any():
             row = int(np.argmax(wrong))
             raise InputError(
