@@ -23,10 +23,12 @@ from rellax._files import sha256_file
 from rellax.ctr import predict
 from rellax.ctr.calibration import read_calibration
 from rellax.ctr.crm import CRM
+from rellax.ctr.dataset import COLUMNS as COLUMNS_OF
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.prepare import prepare
 from rellax.ctr.prompts import Wording
 from rellax.ctr.sources import READERS, Source, read_own
+from rellax.ctr.stream import stream, stream_ids
 from rellax.subr import read_retrieved
 
 USERS, ITEMS = 12, 20
@@ -177,8 +179,27 @@ def test_prepared_tables(name: str, workspace: Workspace, tmp_path: Path) -> Non
         path.write_bytes(damage(content))
         with at_most_one_sentence():
             Dataset.load(tmp_path / "data")
+        with at_most_one_sentence():
+            list(stream(tmp_path / "data", name, COLUMNS_OF[name]))
+        if name in ("behaviours", "samples"):
+            with at_most_one_sentence():
+                list(stream_ids(tmp_path / "data", name, ("user", "item"), {"user": USERS, "item": ITEMS}))
 
     check()
+
+
+def test_a_damaged_page(workspace: Workspace, tmp_path: Path) -> None:
+    """The footer is whole, the page does not decompress: an OSError of Arrow's."""
+    shutil.copytree(workspace.data, tmp_path / "data")
+    path = tmp_path / "data" / "items.parquet"
+    column = pq.read_metadata(path).row_group(0).column(2)
+    content = bytearray(path.read_bytes())
+    start = column.dictionary_page_offset or column.data_page_offset
+    for at in range(start + 30, start + 70):
+        content[at] ^= 0xFF
+    path.write_bytes(bytes(content))
+    with one_sentence():
+        list(stream(tmp_path / "data", "items", ("title",)))
 
 
 def test_prepared_descriptions(workspace: Workspace, tmp_path: Path) -> None:

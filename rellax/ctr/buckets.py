@@ -14,9 +14,7 @@ import numpy as np
 
 from rellax import subr
 from rellax._files import atomic_folder, read_json, write_json
-from rellax.ctr.dataset import misplaced
-from rellax.ctr.stream import stream, stream_ids
-from rellax.errors import InputError
+from rellax.ctr.stream import check_grouped, check_places, stream, stream_ids
 
 _ROWS = 1 << 18
 """Behaviours or samples of a bucket, on average: what is held at once, and what a kill costs."""
@@ -102,21 +100,24 @@ class Buckets:
         keys = np.memmap(self.folder / "keys", np.uint64, "r")
         owner, items = self._columns(bucket, "behaviours", 2)
         users, starts = np.unique(owner, return_index=True)
-        offsets = np.append(
-            starts, [len(owner), len(owner)]
-        )  # one more user without behaviours: for strangers
+        end = len(owner)
+        offsets = np.append(starts, [end, end])  # one more user without behaviours: for strangers
         columns = self._columns(bucket, "samples", 4)
         order = np.lexsort((columns[0], columns[3], keys[columns[1]]))
         sample, owner, item, position = columns[:, order]
         user = np.searchsorted(users, owner)
         user[np.append(users, -1)[user] != owner] = len(users)
-        wrong = misplaced(items, offsets, user, position, item, later=self._strictly_before)
-        if wrong.any():
-            row = int(np.argmax(wrong))
-            raise InputError(
-                f"{self.data / 'samples.parquet'}: sample {sample[row]} (user {owner[row]}, "
-                f"item {item[row]}, position {position[row]}) is not in behaviours.parquet"
-            )
+        check_places(
+            self.data / "samples.parquet",
+            items,
+            offsets,
+            user,
+            item,
+            position,
+            later=self._strictly_before,
+            sample=sample,
+            owner=owner,
+        )
         return Bucket(keys[users], items, offsets[:-1], user, position, item, sample)
 
     def _columns(self, bucket: int, kind: str, columns: int) -> np.ndarray:
@@ -136,11 +137,7 @@ def _sort(data: Path, folder: Path) -> None:
     last = 0
     counts = {kind: rows[f"{kind}s"] for kind in ("user", "item")}
     for _, (owner, item) in stream_ids(data, "behaviours", ("user", "item"), counts):
-        if np.any(np.diff(owner, prepend=last) < 0):
-            raise InputError(
-                f"{data / 'behaviours.parquet'}: expected rows grouped by rising user, found others"
-            )
-        last = owner[-1]
+        last = check_grouped(data / "behaviours.parquet", owner, last)
         _append(folder, "behaviours", _bucket(keys[owner], count), [owner, item])
     samples, work, longest = np.zeros(count, np.int64), np.zeros(count, np.int64), 0
     for start, (owner, item, position) in stream_ids(data, "samples", ("user", "item", "position"), counts):

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import DTypeLike
 
 from rellax._files import read_json
-from rellax.errors import InputError, one_line
+from rellax.ctr.stream import Table, check_grouped, check_ids, check_places
+from rellax.errors import InputError
 
 SPLITS = ("train", "valid", "test")
 COLUMNS = {
@@ -29,7 +29,6 @@ COLUMNS = {
     "samples": ("user", "item", "position", "label", "split"),
 }
 _META = ("item_noun", "timed", "rating_scale", "positive_above", "unrated", "answers", "question", "features")
-_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -91,22 +90,22 @@ class Dataset:
                 "`rellax prepare` of this version makes it"
             )
         _check_meta(folder / "dataset.json", meta)
-        items, users = (_File(folder, name).table() for name in ("items", "users"))
-        behaviours, samples = _File(folder, "behaviours"), _File(folder, "samples")
+        items, users = (_table(folder, name).read() for name in ("items", "users"))
+        behaviours, samples = _table(folder, "behaviours"), _table(folder, "samples")
         dataset = cls(
             folder=folder,
             meta=meta,
             items=items,
             users=users,
-            behaviour_items=behaviours.array("item", np.int32),
-            behaviour_ratings=behaviours.array("rating", np.float32),
+            behaviour_items=_array(behaviours, "item", np.int32),
+            behaviour_ratings=_array(behaviours, "rating", np.float32),
             offsets=_offsets(behaviours, users.num_rows),
             samples=Samples(
-                user=samples.array("user", np.int32),
-                item=samples.array("item", np.int32),
-                position=samples.array("position", np.int32),
-                label=samples.array("label", np.int8),
-                split=samples.array("split", np.int8),
+                user=_array(samples, "user", np.int32),
+                item=_array(samples, "item", np.int32),
+                position=_array(samples, "position", np.int32),
+                label=_array(samples, "label", np.int8),
+                split=_array(samples, "split", np.int8),
             ),
         )
         dataset._check()
@@ -145,7 +144,7 @@ class Dataset:
     @cached_property
     def behaviour_times(self) -> np.ndarray:
         """(M,) int64; 0 where the data have no times. Read when it is first asked for."""
-        return _File(self.folder, "behaviours").array("time", np.int64)
+        return _array(_table(self.folder, "behaviours"), "time", np.int64)
 
     @cached_property
     def titles(self) -> list[str]:
@@ -163,100 +162,23 @@ class Dataset:
         return self.users["profile"].to_pylist()
 
     def _check(self) -> None:
-        path, samples, lengths = self.folder / "samples.parquet", self.samples, np.diff(self.offsets)
-        _check_ids(self.folder / "behaviours.parquet", "item", self.behaviour_items, self.items.num_rows)
-        _check_ids(path, "user", samples.user, len(lengths))
+        path, samples = self.folder / "samples.parquet", self.samples
+        check_ids(self.folder / "behaviours.parquet", "item", self.behaviour_items, self.items.num_rows)
+        check_ids(path, "user", samples.user, len(self.offsets) - 1)
         later = self.meta.get("strictly_before", False)
-        for start in range(0, len(samples), _BLOCK):
-            block = slice(start, start + _BLOCK)
-            user, item, position = samples.user[block], samples.item[block], samples.position[block]
-            wrong = misplaced(self.behaviour_items, self.offsets, user, position, item, later=later)
-            if wrong.any():
-                row = int(np.flatnonzero(wrong)[0])
-                raise InputError(
-                    f"{path}: sample {start + row} (user {user[row]}, item {item[row]}, "
-                    f"position {position[row]}) is not in behaviours.parquet"
-                )
+        check_places(
+            path,
+            self.behaviour_items,
+            self.offsets,
+            samples.user,
+            samples.item,
+            samples.position,
+            later=later,
+        )
 
 
-class _File:
-    """A Parquet file of the data folder, read column by column and block by block."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self.path = folder / f"{name}.parquet"
-        if not self.path.is_file():
-            raise InputError(f"{self.path}: expected a file of `rellax prepare`, found none")
-        try:
-            self.file = pq.ParquetFile(self.path, pre_buffer=False)  # or it holds the columns whole
-        except (pa.ArrowException, OSError, UnicodeError) as error:
-            raise self._damaged(error) from None
-        found = self.file.schema_arrow.names
-        missing = [column for column in COLUMNS[name] if column not in found]
-        if missing:
-            raise InputError(
-                f"{self.path}: expected column {missing[0]!r}, found {one_line(', '.join(found))}"
-            )
-
-    def table(self) -> pa.Table:
-        try:
-            return self.file.read()
-        except (pa.ArrowException, OSError, UnicodeError) as error:
-            raise self._damaged(error) from None
-
-    def array(self, column: str, dtype: DTypeLike) -> np.ndarray:
-        """A column as one array: of `split` the indices in `SPLITS`."""
-        rows = self.file.metadata.num_rows
-        array = np.empty(rows, dtype)
-        row = 0
-        for block in self.blocks(column):
-            if not np.can_cast(block.dtype, dtype, "same_kind") or row + len(block) > rows:
-                raise self._damaged(
-                    TypeError(f"{column} is {block.dtype}, of {row + len(block)} rows or more")
-                )
-            array[row : row + len(block)] = block
-            row += len(block)
-        if row != rows:
-            raise self._damaged(ValueError(f"{column} has {row} rows of {rows}"))
-        return array
-
-    def blocks(self, column: str) -> Iterator[np.ndarray]:
-        try:
-            for batch in self.file.iter_batches(_BLOCK, columns=[column]):
-                values = batch.column(0)
-                if pa.types.is_dictionary(values.type) or pa.types.is_string(values.type):
-                    values = pc.index_in(values, value_set=pa.array(SPLITS))
-                if values.null_count:
-                    raise InputError(f"{self.path}: expected a value of {column!r} in every row, found none")
-                yield values.to_numpy(zero_copy_only=False)
-        except (pa.ArrowException, OSError, UnicodeError) as error:
-            raise self._damaged(error) from None
-
-    def _damaged(self, error: Exception) -> InputError:
-        return InputError(f"{self.path}: expected Parquet, but it is damaged ({one_line(error)})")
-
-
-def misplaced(
-    behaviour_items: np.ndarray,
-    offsets: np.ndarray,
-    user: np.ndarray,
-    position: np.ndarray,
-    item: np.ndarray,
-    *,
-    later: bool,
-) -> np.ndarray:
-    """Which samples' items are not at their positions in the histories, nor, with `later`, after them."""
-    row, end = offsets[user] + position, offsets[user + 1]
-    wrong = np.ones(len(user), dtype=bool)
-    left = np.flatnonzero((position >= 0) & (row < end))
-    while len(left):
-        found = behaviour_items[row[left]] == item[left]
-        wrong[left[found]] = False
-        if not later:
-            break
-        left = left[~found]
-        row[left] += 1
-        left = left[row[left] < end[left]]
-    return wrong
+def _table(folder: Path, name: str) -> Table:
+    return Table(folder, name, COLUMNS[name])
 
 
 def _check_meta(path: Path, meta: dict[str, Any]) -> None:
@@ -286,28 +208,35 @@ def _check_meta(path: Path, meta: dict[str, Any]) -> None:
             raise InputError(f"{path}: {name}: expected what `rellax prepare` writes, found {meta[name]!r}")
 
 
-def _offsets(behaviours: _File, users: int) -> np.ndarray:
+def _array(table: Table, column: str, dtype: DTypeLike) -> np.ndarray:
+    """A column as one array: of `split` the indices in `SPLITS`."""
+    array = np.empty(table.rows, dtype)
+    row = 0
+    for block in _blocks(table, column):
+        if not np.can_cast(block.dtype, dtype, "same_kind") or row + len(block) > table.rows:
+            raise table.damaged(TypeError(f"{column} is {block.dtype}, of {row + len(block)} rows or more"))
+        array[row : row + len(block)] = block
+        row += len(block)
+    if row != table.rows:
+        raise table.damaged(ValueError(f"{column} has {row} rows of {table.rows}"))
+    return array
+
+
+def _blocks(table: Table, column: str) -> Iterator[np.ndarray]:
+    for batch in table.batches([column]):
+        values = batch.column(0)
+        if pa.types.is_dictionary(values.type) or pa.types.is_string(values.type):
+            values = pc.index_in(values, value_set=pa.array(SPLITS))
+        yield table.values(column, values)
+
+
+def _offsets(behaviours: Table, users: int) -> np.ndarray:
     """Where each user's behaviours begin, and where all end."""
     lengths, last = np.zeros(users, dtype=np.int64), 0
-    for block in behaviours.blocks("user"):
+    for block in _blocks(behaviours, "user"):
         if not np.issubdtype(block.dtype, np.integer):
             raise InputError(f"{behaviours.path}: expected whole numbers as user, found {block.dtype}")
-        if not len(block):
-            continue
-        _check_ids(behaviours.path, "user", block, users)
-        if np.any(np.diff(block, prepend=last) < 0):
-            raise InputError(f"{behaviours.path}: expected rows grouped by rising user, found others")
+        check_ids(behaviours.path, "user", block, users)
+        last = check_grouped(behaviours.path, block, last)
         lengths += np.bincount(block, minlength=users)
-        last = block[-1]
     return np.append(0, np.cumsum(lengths))
-
-
-def _check_ids(path: Path, column: str, ids: np.ndarray, count: int) -> None:
-    for start in range(0, len(ids), _BLOCK):
-        block = ids[start : start + _BLOCK]
-        wrong = (block < 0) | (block >= count)
-        if wrong.any():
-            row = int(np.flatnonzero(wrong)[0])
-            raise InputError(
-                f"{path}: row {start + row}: expected {column} in 0 to {count - 1}, found {block[row]}"
-            )

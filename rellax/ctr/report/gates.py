@@ -15,7 +15,7 @@ from rellax.ctr import crm
 from rellax.ctr.report.material import Material, Run
 from rellax.errors import InputError
 from rellax.ops import gate_bank
-from rellax.patch.rules import FAMILIES
+from rellax.patch.rules import PROJECTIONS
 
 SAMPLES = 500  # whose gates are looked at
 _PERMUTATIONS = 200
@@ -148,7 +148,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 def _projections(tensors: dict[str, Tensor]) -> list[tuple[int, str]]:
     """Layer and kind of each projection in the gate bank's order: by layer, then as in the rules' table."""
-    order = [path.rsplit(".", 1)[-1] for path in FAMILIES[0].projections]
+    order = [path.rsplit(".", 1)[-1] for path in PROJECTIONS]
     found = []
     for name in tensors:
         if name.endswith(".lora_a"):
