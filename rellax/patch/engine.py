@@ -64,8 +64,8 @@ def patch_layers(
     if isinstance(inner, CausalLM):
         raise InputError("model: expected an unpatched one, got a patched one; call unpatch_model first")
     family = rules.find_family(inner)
-    layers = inner.get_submodule(family.layers)
-    attentions = [layer.get_submodule(family.attention_path) for layer in layers]
+    layers = inner.get_submodule(rules.LAYERS)
+    attentions = [layer.get_submodule(rules.ATTENTION) for layer in layers]
     _check_model(inner, family, attentions, soft_prompt)
     found, skipped = _select(inner, family, layers, config, only)
     classes = [rules.projection_class(name, module) for name, module in found.items()]
@@ -80,7 +80,7 @@ def patch_layers(
         module.gate_index = index
     for module in quantised.frozen(inner):
         module.__class__ = quantised.Frozen
-    sets = _shared_inputs(family, found)
+    sets = _shared_inputs(found)
     for names in sets:
         members = [found[name] for name in names]
         for member in members:
@@ -262,9 +262,9 @@ def _select(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The linear layers to adapt by name, and those to leave alone with the reason."""
     linears = {
-        f"{family.layers}.{index}.{path}": layer.get_submodule(path)
+        f"{rules.LAYERS}.{index}.{path}": layer.get_submodule(path)
         for index, layer in enumerate(layers)
-        for path in family.projections
+        for path in rules.PROJECTIONS
     }
     tuned = [name for name, module in model.named_modules() if rules.is_peft_layer(module)]
     if tuned:
@@ -277,7 +277,7 @@ def _select(
         wanted, reason = set(only), "not in the adapter"
     else:
         targets = (config or CFLoRAConfig()).target_modules
-        known = [path.rsplit(".", 1)[-1] for path in family.projections]
+        known = [path.rsplit(".", 1)[-1] for path in rules.PROJECTIONS]
         if unknown := [target for target in targets if target not in known]:
             raise InputError(
                 f"target_modules: expected names out of {known} in {family.model}, got {unknown}"
@@ -324,13 +324,13 @@ def _build_state(
     return RellaxState(config, found, gate_bank, projector, head, flags)
 
 
-def _shared_inputs(family: rules.Family, found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def _shared_inputs(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The names of adapted layers that read the same tensor, set by set: two or more, of one dtype."""
     places: dict[tuple[Any, ...], list[str]] = {}
     for name, module in found.items():
         if isinstance(module, CFLoRAUpdate):
             continue  # its product is its own, there is nothing to share
-        for members in family.shared_inputs:
+        for members in rules.SHARED_INPUTS:
             for path in members:
                 if name.endswith(f".{path}"):
                     place = name.removesuffix(path), members, module.weight.dtype

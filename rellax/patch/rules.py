@@ -1,13 +1,10 @@
-"""The one table of what can be patched: model families, and classes of linear layers.
-
-Rules are tried in order and the first match wins. To support another family, add a row.
-"""
+"""What can be patched: model families, and classes of linear layers. To support another family, add a row."""
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,39 +17,37 @@ from rellax.patch.config import CFLoRAConfig
 from rellax.patch.forward import Projection
 from rellax.patch.peft_files import effective_alpha
 
+LAYERS = "model.layers"  # path from a model to its decoder layers
+ATTENTION = "self_attn"  # path from a decoder layer to its attention block
+PROJECTIONS = (  # paths from a decoder layer to its linear layers; the last part is what a target names
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+SHARED_INPUTS = (  # those of them that read the same tensor
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("mlp.gate_proj", "mlp.up_proj"),
+)
+_PEFT_LINEARS = ("Linear", "Linear8bitLt", "Linear4bit", "TorchaoLoraLinear")  # of peft.tuners.lora
+
 
 @dataclass(frozen=True)
 class Family:
-    """Where the parts of a model are; class names are those of transformers.
+    """Classes of a model's parts, by their names in transformers.
 
     Attributes:
         model: the causal language model's class.
         attention: the class of a decoder layer's attention block.
         embedding: the class of the word embeddings; a scaled one has its factor in `embed_scale`.
-        layers: path from the model to its decoder layers.
-        attention_path: path from a decoder layer to its attention block.
-        projections: paths from a decoder layer to its linear layers; the last part is what a target names.
-        shared_inputs: those of them that read the same tensor.
     """
 
     model: str
     attention: str
     embedding: str = "Embedding"
-    layers: str = "model.layers"
-    attention_path: str = "self_attn"
-    projections: tuple[str, ...] = (
-        "self_attn.q_proj",
-        "self_attn.k_proj",
-        "self_attn.v_proj",
-        "self_attn.o_proj",
-        "mlp.gate_proj",
-        "mlp.up_proj",
-        "mlp.down_proj",
-    )
-    shared_inputs: tuple[tuple[str, ...], ...] = (
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ("mlp.gate_proj", "mlp.up_proj"),
-    )
 
 
 FAMILIES = (
@@ -197,24 +192,27 @@ def is_peft_layer(module: nn.Module) -> bool:
     return isinstance(module, BaseTunerLayer)
 
 
-def _plain_linear(name: str, module: Any) -> type[Projection] | None:
-    return PatchedLinear if type(module) is nn.Linear else None
+def projection_class(name: str, module: Any) -> type[Projection]:
+    """The class that the linear layer `name` gets.
 
-
-def _quantised_linear(name: str, module: Any) -> type[Projection] | None:
+    Raises:
+        InputError: the layer is of another class than those that can be adapted.
+    """
     layer: Any = type(module)
-    return _patched_quantised_linear(layer) if quantised.describe(module) else None
-
-
-def _peft_linear(name: str, module: Any) -> type[Projection] | None:
-    if not is_peft_layer(module):
-        return None
-    if problem := _peft_problem(module):
-        raise InputError(f"{name}: expected plain LoRA of PEFT on a linear layer, got {problem}")
-    layer: Any = type(module)
-    if quantised.describe(module.base_layer):
-        return _patched_quantised_peft_linear(layer)
-    return _patched_peft_linear(layer)
+    if is_peft_layer(module):
+        if problem := _peft_problem(module):
+            raise InputError(f"{name}: expected plain LoRA of PEFT on a linear layer, got {problem}")
+        if quantised.describe(module.base_layer):
+            return _patched_quantised_peft_linear(layer)
+        return _patched_peft_linear(layer)
+    if quantised.describe(module):
+        return _patched_quantised_linear(layer)
+    if layer is nn.Linear:
+        return PatchedLinear
+    raise InputError(
+        f"{name}: expected nn.Linear, a quantised one of bitsandbytes or torchao, or PEFT's LoRA on one, "
+        f"got {layer.__module__}.{layer.__qualname__}"
+    )
 
 
 def _peft_problem(module: Any) -> str:
@@ -237,30 +235,6 @@ def _adapter_problem(module: Any) -> str:
     if module.lora_bias[active[0]] or module.fan_in_fan_out:
         return "lora_bias or fan_in_fan_out"
     return ""
-
-
-_PEFT_LINEARS = ("Linear", "Linear8bitLt", "Linear4bit", "TorchaoLoraLinear")  # of peft.tuners.lora
-LINEAR_RULES: tuple[Callable[[str, nn.Module], type[Projection] | None], ...] = (
-    _peft_linear,
-    _quantised_linear,
-    _plain_linear,
-)
-
-
-def projection_class(name: str, module: nn.Module) -> type[Projection]:
-    """The class that the linear layer `name` gets.
-
-    Raises:
-        InputError: no rule knows the layer's class.
-    """
-    for rule in LINEAR_RULES:
-        if found := rule(name, module):
-            return found
-    got = type(module)
-    raise InputError(
-        f"{name}: expected nn.Linear, a quantised one of bitsandbytes or torchao, or PEFT's LoRA on one, "
-        f"got {got.__module__}.{got.__qualname__}"
-    )
 
 
 def peft_config(projections: Mapping[str, Any]) -> dict[str, Any]:
