@@ -24,7 +24,7 @@ FORMAT = 1
 CONFIG_FILE = "adapter.json"
 TENSOR_FILE = "adapter.safetensors"
 _TABLE = "rellax.soft_prompt.item_embeddings"
-_PARTS = ("rellax.gate_bank.", "rellax.soft_prompt.")  # what a partial adapter may lack
+_PARTS = {"rellax.gate_bank.": "gates", "rellax.soft_prompt.": "soft prompt"}  # what an adapter may lack
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -50,9 +50,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     state = inner.rellax
     with atomic_folder(folder, own=(CONFIG_FILE, TENSOR_FILE)) as part:
         tensors = {name: t.detach().cpu().contiguous() for name, t in _tensors(inner).items()}
-        (part / TENSOR_FILE).write_bytes(
-            save(tensors)
-        )  # save_file reports a full disk as an error of its own
+        # save_file reports a full disk as an error of its own
+        (part / TENSOR_FILE).write_bytes(save(tensors))
         write_json(
             part / CONFIG_FILE,
             {
@@ -141,8 +140,7 @@ def export_peft(adapter: str | Path, folder: str | Path, *, base_model: str | No
     if len(layers) / len(config.target_modules) != description["base_model"].get("layers"):
         config = replace(config, target_modules=layers)  # of some decoder layers only
     lora = {name: tensor for name, tensor in tensors.items() if name.endswith((".lora_a", ".lora_b"))}
-    words = {"rellax.gate_bank.": "gates", "rellax.soft_prompt.": "soft prompt"}
-    dropped = [words[part] for part in _PARTS if any(name.startswith(part) for name in tensors)]
+    dropped = [word for part, word in _PARTS.items() if any(name.startswith(part) for name in tensors)]
     if dropped:
         warnings.warn(
             f"{folder}: plain LoRA has no {' and no '.join(dropped)}, which are dropped: PEFT will not "
@@ -219,7 +217,7 @@ def _check(config: CFLoRAConfig, tensors: Mapping[str, Tensor]) -> None:
         raise InputError(
             f"adapter: expected gates for cond_dim = {config.cond_dim}, got shape {tuple(norm.shape)}"
         )
-    if config.interaction != "none" and not any(name.startswith(_PARTS[0]) for name in tensors):
+    if config.interaction != "none" and not any(name.startswith("rellax.gate_bank.") for name in tensors):
         raise InputError(f"adapter: expected gates for interaction {config.interaction!r}, it lacks them")
 
 
@@ -231,17 +229,9 @@ def _load(
     partial: bool,
 ) -> None:
     """Copy the tensors into a patched model, after everything has been compared."""
-    targets = _tensors(model)
     may_lack = [part for part in _PARTS if partial and not any(name.startswith(part) for name in tensors)]
-    expected = {name for name in targets if not name.startswith(tuple(may_lack))}
-    if missing := sorted(expected - tensors.keys()):
-        raise InputError(f"adapter: expected {missing[0]}, it lacks that tensor ({len(missing)} in all)")
-    if unknown := sorted(tensors.keys() - expected):
-        raise InputError(f"adapter: expected no {unknown[0]}, the model lacks it ({len(unknown)} in all)")
-    for name, tensor in sorted(tensors.items()):
-        if tensor.shape != targets[name].shape:
-            want, got = tuple(targets[name].shape), tuple(tensor.shape)
-            raise InputError(f"adapter: expected {name} of shape {want}, got {got}")
+    targets = {name: t for name, t in _tensors(model).items() if not name.startswith(tuple(may_lack))}
+    peft_files.check_same("adapter", tensors, targets)
     if config.alpha != (alpha := model.rellax.config.alpha):
         raise InputError(f"adapter: expected one with alpha = {alpha:g}, got {config.alpha:g}")
     answers = model.rellax.config.answer_ids

@@ -17,11 +17,7 @@ from typing import Any
 import peft
 import torch
 from peft import LoraConfig
-from peft.mapping import (
-    PEFT_TYPE_TO_CONFIG_MAPPING,
-    PEFT_TYPE_TO_PREFIX_MAPPING,
-    PEFT_TYPE_TO_TUNER_MAPPING,
-)
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -32,6 +28,7 @@ from rellax.patch import rules
 from rellax.patch.config import CFLoRAConfig
 from rellax.patch.engine import patch_model, unpatch_model
 from rellax.patch.forward import CausalLM
+from rellax.patch.peft_files import check_same
 from rellax.patch.state import RellaxState
 
 if not hasattr(LoraModel, "_remap_adapter_state_dict_for_load"):
@@ -165,14 +162,8 @@ class CFLoraModel(LoraModel):
         )
         found = {_without_prefix(name): tensor for name, tensor in tensors.items()}
         known = {_without_prefix(name): tensor for name, tensor in model.state_dict().items()}
-        if missing := sorted(_own(known, adapter_name) - found.keys()):
-            raise InputError(f"adapter: expected {missing[0]}, it lacks that tensor ({len(missing)} in all)")
-        for name, tensor in sorted(found.items()):
-            if name not in known:
-                raise InputError(f"adapter: expected no {name}, the model lacks it")
-            if tensor.shape != known[name].shape:
-                want, got = tuple(known[name].shape), tuple(tensor.shape)
-                raise InputError(f"adapter: expected {name} of shape {want}, got {got}")
+        targets = _own(known, adapter_name) | (found.keys() & known.keys())
+        check_same("adapter", found, {name: known[name] for name in targets})
         return tensors
 
     def _check_merge_allowed(self) -> None:

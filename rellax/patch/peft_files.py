@@ -31,16 +31,9 @@ _NAMES = re.compile(rf"{re.escape(_PREFIX)}(.+)\.(lora_[AB]\.weight)")
 _KNOWN = {  # fields that are used, or change nothing about what the tensors mean
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
     *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version"),
-    *(
-        "inference_mode",
-        "bias",
-        "init_lora_weights",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-    ),
-    *("megatron_core", "qalora_group_size", "eva_config", "corda_config", "lora_ga_config", "loftq_config"),
-    *("ensure_weight_tying", "runtime_config"),
+    *("inference_mode", "bias", "init_lora_weights", "exclude_modules", "layers_to_transform"),
+    *("layers_pattern", "megatron_core", "qalora_group_size", "eva_config", "corda_config", "lora_ga_config"),
+    *("loftq_config", "ensure_weight_tying", "runtime_config"),
 }
 _HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")  # others change the base weights as well
 
@@ -150,6 +143,17 @@ def _is_finite(tensor: Tensor) -> bool:
         return tensor.is_floating_point() and bool(torch.isfinite(wide).all())
     except RuntimeError:  # a dtype or a layout that torch hardly knows
         return False
+
+
+def check_same(where: str | Path, found: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
+    """Raise unless the tensors that `where` holds have the names and shapes of the model's, `targets`."""
+    if missing := sorted(targets.keys() - found.keys()):
+        raise InputError(f"{where}: expected {missing[0]}, it lacks that tensor ({len(missing)} in all)")
+    if unknown := sorted(found.keys() - targets.keys()):
+        raise InputError(f"{where}: expected no {unknown[0]}, the model lacks it ({len(unknown)} in all)")
+    if wrong := sorted(name for name in found if found[name].shape != targets[name].shape):
+        want, got = (tuple(tensors[wrong[0]].shape) for tensors in (targets, found))
+        raise InputError(f"{where}: expected {wrong[0]} of shape {want}, got {got} ({len(wrong)} in all)")
 
 
 def effective_alpha(scale: float, r: int) -> float:

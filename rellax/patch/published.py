@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from rellax.errors import InputError
 from rellax.patch.engine import hf_model
 from rellax.patch.forward import CausalLM
-from rellax.patch.peft_files import read_tensors
+from rellax.patch.peft_files import check_same, read_tensors
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -71,14 +71,7 @@ def load_published(model: Model, gates: str | Path, *, lora: str | Path | None =
         found |= {name: t for name, t in _found(Path(lora)).items() if name.endswith((".lora_A", ".lora_B"))}
     if not with_lora:
         targets = {name: t for name, t in targets.items() if not name.endswith((".lora_A", ".lora_B"))}
-    if missing := sorted(targets.keys() - found.keys()):
-        raise InputError(f"{gates}: expected {missing[0]}, it lacks that tensor ({len(missing)} in all)")
-    if unknown := sorted(found.keys() - targets.keys()):
-        raise InputError(f"{gates}: expected no {unknown[0]}, the model lacks it ({len(unknown)} in all)")
-    for name, tensor in sorted(found.items()):
-        if tensor.shape != targets[name].shape:
-            want, got = tuple(targets[name].shape), tuple(tensor.shape)
-            raise InputError(f"{gates}: expected {name} of shape {want}, got {got}")
+    check_same(gates, found, targets)
     with torch.no_grad():
         for name, tensor in found.items():
             targets[name].copy_(tensor)
