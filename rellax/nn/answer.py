@@ -10,10 +10,8 @@ from torch import Tensor, nn
 
 from rellax.errors import InputError
 from rellax.ops._check import can_read, check_tensor
-from rellax.ops.answer import answer_loss, check_choice, check_choice_labels, loss_denominator
+from rellax.ops.answer import LOSSES, answer_loss, check_choice, check_choice_labels, loss_denominator
 from rellax.reference.answer import select_rows
-
-LOSSES = ("choice", "vocab")
 
 
 class Answers(NamedTuple):

@@ -158,11 +158,8 @@ class _Segments(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out = ctx.saved_tensors
         lengths, scale, window = ctx.options
-        (heads, tokens, size), dtype, wide = (
-            key.shape[1:],
-            query.dtype,
-            torch.promote_types(query.dtype, torch.float32),
-        )
+        heads, tokens, size = key.shape[1:]
+        dtype, wide = query.dtype, torch.promote_types(query.dtype, torch.float32)
         inner = (out.to(wide) * dout).sum(-1).squeeze(0).t()  # rowsum(O ⊙ dO), (heads, T)
         dout = dout.transpose(1, 2)
         dquery = torch.empty_like(query)

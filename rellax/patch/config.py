@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rellax.errors import InputError
-from rellax.nn.answer import LOSSES
 from rellax.nn.gate_bank import GATE_INITS, INTERACTIONS
+from rellax.ops.answer import LOSSES
 
 
 @dataclass(frozen=True)
