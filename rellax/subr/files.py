@@ -29,7 +29,8 @@ def save_embeddings(
     """Write embeddings (N, D) fp32 to `folder`/embeddings.safetensors.
 
     Kept with them: the N item ids in row order (`item_ids`, their UTF-8 bytes one after another, and
-    `item_id_ends` (N,) int64), and as metadata their hash, the model's name and what else is given.
+    `item_id_ends` (N,) int64; :func:`load_item_ids` reads them), and as metadata their hash, the model's
+    name and what else is given.
 
     Raises:
         InputError: there are not as many ids as rows.
