@@ -22,6 +22,7 @@ from workspace import ITEMS, PER_USER, USERS, Workspace, make_model
 import rellax
 from rellax.ctr import cli
 from rellax.ctr.dataset import Dataset
+from rellax.ctr.options import make_parser
 
 SMALL = ["--k", "2", "--dtype", "float32"]
 TRAINED = [*SMALL, "--shots", "6", "--validation-samples", "12", "--batch-size", "4", "--r", "2"]
@@ -104,21 +105,21 @@ def examples(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ([], *([name] for name in subparsers(cli._parser()))):
+    for command in ([], *([name] for name in subparsers(make_parser()))):
         with pytest.raises(SystemExit, match="0"):
             cli.main([*command, "--help"])
         shown = capsys.readouterr().out
         assert f"examples:\n  {' '.join(['rellax', *command])}" in shown
-        assert "(default: None)" not in shown
+        assert not any(f"(default: {value})" in shown for value in (None, True, False))
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--version"])
     assert capsys.readouterr().out == f"rellax {rellax.__version__}\n"
 
 
 def test_every_option_is_explained_and_every_example_is_a_command() -> None:
-    parser = cli._parser()
+    parser = make_parser()
     commands = subparsers(parser)
-    assert {"demo", "reproduce", "train", "evaluate", "calibrate", "predict", "report"} <= set(commands)
+    assert list(commands) == list(cli._COMMANDS)
     for name, command in commands.items():
         unexplained = [action.dest for action in command._actions if not action.help]
         assert not unexplained, name
@@ -133,7 +134,7 @@ def test_every_option_is_explained_and_every_example_is_a_command() -> None:
 
 def test_help_imports_nothing_heavy() -> None:
     script = (
-        "import rellax, sys; from rellax.ctr import cli; cli._parser(); "
+        "import rellax, sys; from rellax.ctr import cli; cli.make_parser(); "
         "heavy = ('fuxictr', 'matplotlib', 'accelerate', 'pyarrow', 'sklearn', 'peft'); "
         "print([name for name in heavy if name in sys.modules])"
     )
@@ -145,7 +146,7 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     def fill(_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "runs/x/log.jsonl")
 
-    monkeypatch.setattr(cli, "_train", fill)
+    monkeypatch.setitem(cli._COMMANDS, "train", fill)
     assert "No space left on device: 'runs/x/log.jsonl'" in fails(capsys, ["train", "x"])
 
 
@@ -153,7 +154,7 @@ def test_other_errors_of_the_system_keep_their_traceback(monkeypatch: pytest.Mon
     def lose(_: object) -> None:
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "x")
 
-    monkeypatch.setattr(cli, "_train", lose)
+    monkeypatch.setitem(cli._COMMANDS, "train", lose)
     with pytest.raises(FileNotFoundError):
         cli.main(["train", "x"])
 
@@ -164,7 +165,7 @@ def test_a_package_that_is_not_installed(
     def lack(_: object) -> None:
         importlib.import_module("no_such_package.part")
 
-    monkeypatch.setattr(cli, "_crm", lack)
+    monkeypatch.setitem(cli._COMMANDS, "crm", lack)
     assert fails(capsys, ["crm"]).startswith(
         "no_such_package: expected this package, found none; `pip install"
     )
@@ -174,10 +175,10 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     def stop(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_train", stop)
+    monkeypatch.setitem(cli._COMMANDS, "train", stop)
     assert cli.main(["train", "x"]) == 130
     assert capsys.readouterr().err == "\nrellax: stopped; the same command goes on from where it was\n"
-    monkeypatch.setattr(cli, "_crm", stop)
+    monkeypatch.setitem(cli._COMMANDS, "crm", stop)
     assert cli.main(["crm"]) == 130
     assert capsys.readouterr().err == "\nrellax: stopped; the same command begins anew\n"
 

@@ -28,8 +28,10 @@ from sklearn.linear_model import LogisticRegression
 
 from rellax._files import read_json, sha256_file, write_json
 from rellax.ctr import metrics
-from rellax.ctr.crm import WEIGHTS
+from rellax.ctr.crm import WEIGHTS, crm_file
 from rellax.errors import InputError
+from rellax.patch.adapter import TENSOR_FILE
+from rellax.patch.config import is_number
 
 FILE = "calibration.json"
 LIMITS = (0.01, 100.0)
@@ -188,13 +190,13 @@ def calibration_of(found: Any, path: Path) -> Calibration:
     values: dict[str, Any] = found if isinstance(found, dict) else {}
     if (crm := values.get("crm")) is not None:
         for name in _NUMBERS:
-            if not _is_number(values.get(name)):
+            if not is_number(values.get(name)):
                 raise InputError(f"{path}: expected a number for {name}, got {values.get(name)!r}")
         if not isinstance(crm, str):
             raise InputError(f"{path}: expected the folder of a model for crm, got {crm!r}")
         return Calibration(**{name: float(values[name]) for name in _NUMBERS}, crm=crm)
     temperature: Any = values.get("temperature")
-    if not _is_number(temperature) or temperature < sys.float_info.min:
+    if not is_number(temperature) or temperature < sys.float_info.min:
         raise InputError(f"{path}: expected a positive temperature, got {temperature!r}")
     return Calibration(1 / float(temperature))
 
@@ -225,12 +227,6 @@ def _check_labels(labels: np.ndarray) -> None:
         raise InputError(f"labels: expected both 0 and 1 to fit a calibration to, got {len(labels)} of one")
 
 
-def _is_number(value: Any) -> bool:
-    """Whether a value of JSON is a number that a float can be."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and abs(value) <= sys.float_info.max
-
-
 def _logits(probabilities: np.ndarray) -> np.ndarray:
     """Finite: a probability of exactly 0 or 1 counts as the nearest one that is not."""
     tiny = np.finfo(np.float64).eps
@@ -238,11 +234,8 @@ def _logits(probabilities: np.ndarray) -> np.ndarray:
 
 
 def _adapter_hash(run: Path) -> str:
-    return sha256_file(run / "adapter" / "adapter.safetensors")
+    return sha256_file(run / "adapter" / TENSOR_FILE)
 
 
 def _crm_hash(crm: str) -> str:
-    path = Path(crm) / WEIGHTS
-    if not path.is_file():
-        raise InputError(f"{path}: expected a file of `rellax crm`, found none")
-    return sha256_file(path)
+    return sha256_file(crm_file(crm, WEIGHTS))

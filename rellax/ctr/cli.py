@@ -7,7 +7,7 @@ import dataclasses
 import errno
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,14 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns 0; 1 where `doctor` found a fault; 2 for bad input, a disk that is full or locked, or a package
     that is missing; 130 after Ctrl-C.
     """
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("rellax").setLevel(logging.INFO)
     try:
         if options.threads is not None:
             _set_threads(options.threads)
         _check_run_name(options)
-        return options.run(options) or 0
+        return _COMMANDS[options.command](options) or 0
     except InputError as error:
         print(f"rellax: error: {error}", file=sys.stderr)
         return 2
@@ -277,25 +277,21 @@ def _set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _parser() -> argparse.ArgumentParser:
-    return make_parser(
-        {
-            "demo": _demo,
-            "reproduce": _reproduce,
-            "prepare": _prepare,
-            "crm": _crm,
-            "embed": _embed,
-            "retrieve": _retrieve,
-            "train": _train,
-            "evaluate": _evaluate,
-            "calibrate": _calibrate,
-            "predict": _predict,
-            "export-peft": _export_peft,
-            "report": _report,
-            "doctor": _doctor,
-        }
-    )
-
+_COMMANDS: dict[str, Callable[[argparse.Namespace], Any]] = {
+    "demo": _demo,
+    "reproduce": _reproduce,
+    "prepare": _prepare,
+    "crm": _crm,
+    "embed": _embed,
+    "retrieve": _retrieve,
+    "train": _train,
+    "evaluate": _evaluate,
+    "calibrate": _calibrate,
+    "predict": _predict,
+    "export-peft": _export_peft,
+    "report": _report,
+    "doctor": _doctor,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

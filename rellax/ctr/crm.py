@@ -218,15 +218,21 @@ def _hashes(dataset: Dataset) -> dict[str, str]:
     return hashes
 
 
+def crm_file(folder: str | Path, name: str) -> Path:
+    """The path of a file that `rellax crm` wrote; an InputError where it is not there."""
+    path = Path(folder) / name
+    if not path.is_file():
+        raise InputError(f"{path}: expected a file of `rellax crm`, found none")
+    return path
+
+
 def load_crm(folder: str | Path, dataset: Dataset) -> CRMOutputs:
     """Read what `train_crm` wrote.
 
     Raises:
         InputError: the file is missing or damaged, or was made from other data than are there now.
     """
-    path = Path(folder) / OUTPUTS
-    if not path.is_file():
-        raise InputError(f"{path}: expected a file of `rellax crm`, found none")
+    path = crm_file(folder, OUTPUTS)
     if (Path(folder) / "inputs.json").exists() and not has_inputs(folder, _hashes(dataset)):
         raise InputError(
             f"{folder}: expected a CRM of the data in {dataset.folder}, found one of other data; "
@@ -260,9 +266,7 @@ class CRM:
     """
 
     def __init__(self, folder: str | Path, dataset: Dataset) -> None:
-        path = Path(folder) / WEIGHTS
-        if not path.is_file():
-            raise InputError(f"{path}: expected a file of `rellax crm`, found none")
+        path = crm_file(folder, WEIGHTS)
         try:
             weights = load_file(path)
         except SafetensorError as error:

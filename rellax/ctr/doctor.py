@@ -140,7 +140,7 @@ def _driver() -> list[str]:
 
 
 def _packages() -> dict[str, str | None]:
-    return {name: _version(name) for name in (*_CORE, *GIVES)}
+    return {name: runs.version(name) for name in (*_CORE, *GIVES)}
 
 
 def _outdated() -> list[str]:
@@ -148,7 +148,7 @@ def _outdated() -> list[str]:
     found = []
     for text in _requirements():
         requirement = Requirement(text)
-        version = _version(requirement.name)
+        version = runs.version(requirement.name)
         if version is not None and not requirement.specifier.contains(version, prereleases=True):
             found.append(
                 f"{requirement.name} {version} is installed, rellax asks for {requirement.specifier}"
@@ -330,10 +330,3 @@ def _test_lines(results: list[dict[str, Any]]) -> list[str]:
         came = f"ok {one['milliseconds']:8.2f} ms" if not one["failure"] else f"FAILED: {one['failure']}"
         lines.append(f"{where} {came}")
     return lines
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

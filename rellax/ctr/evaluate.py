@@ -25,6 +25,7 @@ from rellax.ctr.retrieval import read_positions
 from rellax.ctr.task import Examples, Task, input_hashes, load_inputs
 from rellax.errors import InputError
 from rellax.patch import answer_logits
+from rellax.patch.adapter import TENSOR_FILE
 
 _AT_ONCE = 512  # prompts between two saves of an evaluation: whole batches, a minute or two of a CPU
 _PART = ".part"
@@ -190,11 +191,7 @@ def evaluate_share(
     for split in ("valid", "test"):
         of = dataset.indices(split)
         result[split] = metrics.evaluate(samples.label[of], probabilities[of], samples.user[of], seed=seed)
-    with atomic_folder(folder) as part:
-        Predictions(np.arange(len(samples)), samples.label, probabilities).write(part)
-        write_json(part / "metrics.json", result)
-        write_json(part / "environment.json", runs.environment())
-        write_json(part / "config.json", request)
+    _write(Path(folder), Predictions(np.arange(len(samples)), samples.label, probabilities), result, request)
     return result
 
 
@@ -210,7 +207,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     request = {
         "run": config.to_json(),
-        "adapter": None if adapter is None else sha256_file(adapter / "adapter.safetensors"),
+        "adapter": None if adapter is None else sha256_file(adapter / TENSOR_FILE),
         "inputs": input_hashes(config),
         "split": split,
         "samples": samples,
@@ -225,12 +222,16 @@ def _evaluate(
     examples = task.examples(chosen, config.evaluation_prompts)
     found, users = _score(task, examples, folder, request, progress), inputs.dataset.samples.user[chosen]
     result = {"split": split} | metrics.evaluate(found.labels, found.probabilities, users, seed=seed)
+    _write(folder, found, result, request)
+    return result
+
+
+def _write(folder: Path, found: Predictions, result: dict[str, Any], request: dict[str, Any]) -> None:
     with atomic_folder(folder) as part:
         found.write(part)
         write_json(part / "metrics.json", result)
         write_json(part / "environment.json", runs.environment())
         write_json(part / "config.json", request)
-    return result
 
 
 def _is_part(folder: Path, request: dict[str, Any]) -> bool:

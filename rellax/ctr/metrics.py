@@ -44,7 +44,7 @@ def evaluate(
         "auc": _auc(labels, probabilities),
         "log_loss": float(log_loss(labels, probabilities, labels=[0, 1])),
         "acc": float(accuracy_score(labels, probabilities >= 0.5)),
-        "ece": _ece(labels, probabilities),
+        "ece": ece(labels, probabilities),
     }
     if users is not None:
         result["gauc"] = _gauc(labels, probabilities, np.asarray(users))
@@ -119,9 +119,14 @@ def _auc(labels: np.ndarray, probabilities: np.ndarray) -> float | None:
     return float(roc_auc_score(labels, probabilities)) if both else None
 
 
-def _ece(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    bins = np.minimum((probabilities * ECE_BINS).astype(np.int64), ECE_BINS - 1)
-    gaps = np.bincount(bins, weights=labels - probabilities, minlength=ECE_BINS)
+def ece_bins(probabilities: np.ndarray) -> np.ndarray:
+    """Which of the `ECE_BINS` bins of equal width each probability is in."""
+    return np.minimum((probabilities * ECE_BINS).astype(np.int64), ECE_BINS - 1)
+
+
+def ece(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Expected calibration error: mean distance of the share of Yes in a bin from its mean probability."""
+    gaps = np.bincount(ece_bins(probabilities), weights=labels - probabilities, minlength=ECE_BINS)
     return float(np.abs(gaps).sum() / len(labels))
 
 

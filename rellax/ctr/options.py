@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from rellax.ctr.config import (
     TrainConfig,
 )
 
-Run = Callable[[argparse.Namespace], Any]
+Command = Callable[[str, str, str, str], argparse.ArgumentParser]
 
 _WORK = Path("runs/ml-100k")
 _CHOICES: dict[str, Sequence[str]] = {
@@ -40,7 +41,7 @@ TRAIN_HELP = {
     "max_tokens": "tokens in a prompt, at most",
     "shots": "random training samples (default: all)",
     "epochs": "passes over the training samples",
-    "lr": "peak learning rate (default: the stage's own)",
+    "lr": "peak learning rate (default: 1e-3, of stage 2 3e-4)",
     "soft_prompt_lr": "peak learning rate of the soft-prompt projector (default: --lr's)",
     "batch_size": "prompts in a step",
     "micro_batch_size": "prompts at once, at most",
@@ -48,7 +49,7 @@ TRAIN_HELP = {
     "warmup": "fraction of the steps in which the learning rate rises",
     "weight_decay": "of AdamW, on all that is trained but biases and norms",
     "loss": "over the two answers or the whole vocabulary",
-    "r": "rank of LoRA",
+    "r": "rank of LoRA, on a GPU at most 64",
     "alpha": "LoRA is scaled by alpha / r",
     "dropout": "of LoRA's input",
     "target_modules": "linear layers to adapt",
@@ -103,14 +104,14 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
     """Shows defaults that say something, and examples as they are written."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, argparse.SUPPRESS):
+        if action.default is None or isinstance(action.default, bool) or action.default is argparse.SUPPRESS:
             return action.help
         default = " ".join(map(str, action.default)) if isinstance(action.default, tuple) else action.default
         return f"{action.help} (default: {default})"
 
 
-def make_parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
-    """The parser; of a command's options, `run` is what `runs` has under the command's name."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser; of a command's options, `command` is its name."""
     parser = argparse.ArgumentParser(
         prog="rellax",
         description="Click-through-rate prediction with language models on long user histories.",
@@ -122,22 +123,34 @@ def make_parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     parser.add_argument(
         "--version", action="version", version=f"rellax {__version__}", help="show it and exit"
     )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    command = partial(_command, parser.add_subparsers(metavar="COMMAND", required=True))
+    for add in (
+        _demo,
+        _reproduce,
+        _prepare,
+        _crm,
+        _embed,
+        _retrieve,
+        _train,
+        _evaluate,
+        _calibrate,
+        _predict,
+        _export,
+        _report,
+        _doctor,
+    ):
+        add(command)
+    return parser
 
-    demo = _command(
-        commands,
-        runs,
-        "demo",
-        "device",
-        "run all of it and compare every variant",
-        "rellax demo --shots 1024",
-    )
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything")
-    _add_fields(demo, DemoConfig, DEMO_HELP)
 
-    reproduce = _command(
-        commands,
-        runs,
+def _demo(command: Command) -> None:
+    parser = command("demo", "device", "run all of it and compare every variant", "rellax demo --shots 1024")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything")
+    _add_fields(parser, DemoConfig, DEMO_HELP)
+
+
+def _reproduce(command: Command) -> None:
+    parser = command(
         "reproduce",
         "device",
         "run the study: methods x K x shots x seeds; a stopped one goes on",
@@ -146,21 +159,18 @@ def make_parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
         "rellax reproduce --jobs 8 --micro-batch-size 16                 # a small model on a large GPU\n"
         "rellax reproduce --data runs/ml-1m/data --model Qwen/Qwen3-0.6B --out runs/study-ml-1m",
     )
-    reproduce.add_argument("--out", type=Path, default=Path("runs/study"), help="folder for everything")
-    only = reproduce.add_mutually_exclusive_group()
+    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder for everything")
+    only = parser.add_mutually_exclusive_group()
     only.add_argument("--plan", action="store_true", help="say how long the grid takes here, run none of it")
     only.add_argument("--report", action="store_true", help="report on what is finished, run nothing")
-    reproduce.add_argument(
-        "--jobs",
-        type=int,
-        default=1,
-        help="runs at a time, where a GPU or many cores have room for several (default: 1)",
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time, where a GPU or many cores have room for several"
     )
-    _add_fields(reproduce, StudyConfig, STUDY_HELP)
+    _add_fields(parser, StudyConfig, STUDY_HELP)
 
-    prepare = _command(
-        commands,
-        runs,
+
+def _prepare(command: Command) -> None:
+    parser = command(
         "prepare",
         "work",
         "raw ratings to samples",
@@ -168,62 +178,59 @@ def make_parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
         "rellax prepare --dataset ml-1m --raw Downloads/ml-1m --work runs/ml-1m\n"
         "rellax prepare --columns shop/columns.json --work runs/shop",
     )
-    prepare.add_argument("--dataset", choices=DATASETS, help="a published data set (default: ml-100k)")
-    prepare.add_argument("--columns", type=Path, help="or: column map of your own tables, docs/own-data.md")
-    prepare.add_argument(
+    parser.add_argument("--dataset", choices=DATASETS, help="a published data set (default: ml-100k)")
+    parser.add_argument("--columns", type=Path, help="or: column map of your own tables, docs/own-data.md")
+    parser.add_argument(
         "--raw", type=Path, help="folder with the raw files (default: fetched, or that of the column map)"
     )
-    prepare.add_argument(
+    parser.add_argument(
         "--strictly-before",
         action="store_true",
         help="histories end before the first behaviour of the target's time",
     )
 
-    crm = _command(
-        commands,
-        runs,
-        "crm",
-        "device redo work",
-        "train the classical model",
-        "rellax crm\nrellax crm sim --model SIM",
+
+def _crm(command: Command) -> None:
+    parser = command(
+        "crm", "device redo work", "train the classical model", "rellax crm\nrellax crm sim --model SIM"
     )
-    crm.add_argument("name", nargs="?", default="crm", help="run folder, in the work folder")
-    crm.add_argument("--model", default="DIN", help="DIN, SIM, ETA, SDIM, DCNv2 or DeepFM")
-    crm.add_argument("--shots", type=int, help="random training samples (default: all)")
-    crm.add_argument(
+    parser.add_argument("name", nargs="?", default="crm", help="run folder, in the work folder")
+    parser.add_argument("--model", default="DIN", help="DIN, SIM, ETA, SDIM, DCNv2 or DeepFM")
+    parser.add_argument("--shots", type=int, help="random training samples (default: all)")
+    parser.add_argument(
         "--hold-out", type=int, help="training samples to leave out: the shots of `rellax train`"
     )
-    crm.add_argument("--seed", type=int, default=0, help="of samples, initial values and dropout")
+    parser.add_argument("--seed", type=int, default=0, help="of samples, initial values and dropout")
 
-    embed = _command(
-        commands,
-        runs,
+
+def _embed(command: Command) -> None:
+    parser = command(
         "embed",
         "device redo ray work model",
         "item texts to embeddings",
         "rellax embed --dim 256\nrellax embed --crm crm\nrellax embed --ray",
     )
-    embed.add_argument(
+    parser.add_argument(
         "--crm",
         metavar="NAME",
         help="run of `rellax crm` whose item embeddings stand beside (default: text alone)",
     )
-    embed.add_argument("--dim", type=int, default=512, help="principal components that are kept")
+    parser.add_argument("--dim", type=int, default=512, help="principal components that are kept")
 
-    retrieve = _command(
-        commands,
-        runs,
+
+def _retrieve(command: Command) -> None:
+    parser = command(
         "retrieve",
         "device redo ray work",
         "nearest behaviours of all samples; after new data of what is new",
         "rellax retrieve\nrellax retrieve --ray --workers 8",
     )
-    retrieve.add_argument("--k", type=int, default=30, help="behaviours for a sample, at most")
-    retrieve.add_argument("--scores", action="store_true", help="write their similarities as well")
+    parser.add_argument("--k", type=int, default=30, help="behaviours for a sample, at most")
+    parser.add_argument("--scores", action="store_true", help="write their similarities as well")
 
-    train = _command(
-        commands,
-        runs,
+
+def _train(command: Command) -> None:
+    parser = command(
         "train",
         "device redo work model",
         "train the language model; a stopped run is resumed",
@@ -233,126 +240,123 @@ def make_parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
         "torchrun --nproc-per-node 8 -m rellax train rella --batch-size 256 --fsdp   # a large model\n"
         "accelerate launch -m rellax train rella                                     # as configured",
     )
-    train.add_argument("name", help="run folder, in the work folder")
-    train.add_argument(
+    parser.add_argument("name", help="run folder, in the work folder")
+    parser.add_argument(
         "--from",
         dest="start",
         metavar="NAME",
         help="what stage 2 starts from: a run of stage 1, or a folder of LoRA saved by PEFT",
     )
-    train.add_argument("--crm", default="crm", metavar="NAME", help="run of `rellax crm` that is used")
-    train.add_argument(
+    parser.add_argument("--crm", default="crm", metavar="NAME", help="run of `rellax crm` that is used")
+    parser.add_argument(
         "--fsdp", action="store_true", help="shard the frozen weights over the processes (FSDP2)"
     )
-    train.add_argument(
+    parser.add_argument(
         "--tensorboard", action="store_true", help="write event files to the run folder as well"
     )
-    _add_fields(train, TrainConfig, TRAIN_HELP)
+    _add_fields(parser, TrainConfig, TRAIN_HELP)
 
-    evaluate = _command(
-        commands,
-        runs,
+
+def _evaluate(command: Command) -> None:
+    parser = command(
         "evaluate",
         "device work model",
         "metrics of a training run, or of the untrained model",
         "rellax evaluate rella --samples 1000\nrellax evaluate zero-shot --zero-shot --prompts recent",
     )
-    evaluate.add_argument("name", help="run folder, in the work folder")
-    evaluate.add_argument("--split", default="test", choices=["train", "valid", "test"], help="what to score")
-    evaluate.add_argument("--samples", type=int, help="random samples of the split (default: all)")
-    evaluate.add_argument("--zero-shot", action="store_true", help="the model as it is, with these prompts:")
-    evaluate.add_argument("--seed", type=int, default=0, help="of the chosen samples")
-    _add_fields(evaluate, TrainConfig, {name: TRAIN_HELP[name] for name in PROMPT_FIELDS}, defaults=False)
+    parser.add_argument("name", help="run folder, in the work folder")
+    parser.add_argument("--split", default="test", choices=["train", "valid", "test"], help="what to score")
+    parser.add_argument("--samples", type=int, help="random samples of the split (default: all)")
+    parser.add_argument("--zero-shot", action="store_true", help="the model as it is, with these prompts:")
+    parser.add_argument("--seed", type=int, default=0, help="of the chosen samples")
+    _add_fields(parser, TrainConfig, {name: TRAIN_HELP[name] for name in PROMPT_FIELDS}, defaults=False)
 
-    calibrate = _command(
-        commands,
-        runs,
+
+def _calibrate(command: Command) -> None:
+    parser = command(
         "calibrate",
         "work",
         "fit a run's temperature, or its weight beside a classical model, on its validation predictions",
         "rellax calibrate rella\nrellax calibrate rella --crm sim",
     )
-    calibrate.add_argument("name", help="run folder of `rellax train`, in the work folder")
-    calibrate.add_argument(
+    parser.add_argument("name", help="run folder of `rellax train`, in the work folder")
+    parser.add_argument(
         "--crm", metavar="NAME", help="run of `rellax crm` to stack it on (default: a temperature alone)"
     )
 
-    predict = _command(
-        commands,
-        runs,
+
+def _predict(command: Command) -> None:
+    parser = command(
         "predict",
         "device work",
         "probabilities for users and items: a table, or JSON lines from standard input",
         "rellax predict rella new.csv --out scored.parquet\n"
         """echo '{"user_id": 7, "item_id": 50}' | rellax predict rella""",
     )
-    predict.add_argument("name", help="run folder of `rellax train`, in the work folder")
-    predict.add_argument(
+    parser.add_argument("name", help="run folder of `rellax train`, in the work folder")
+    parser.add_argument(
         "table",
         nargs="?",
         default="-",
         help=".csv, .parquet or .jsonl with user_id, item_id, maybe time; -: JSON lines from standard input",
     )
-    predict.add_argument(
+    parser.add_argument(
         "--out", default="-", help=".csv or .parquet for a table, .jsonl for JSON lines; -: standard output"
     )
-    predict.add_argument("--columns", type=Path, help="column map of your own data, docs/own-data.md")
-    predict.add_argument("--data", type=Path, help="folder of `rellax prepare` (default: the run's)")
-    predict.add_argument(
+    parser.add_argument("--columns", type=Path, help="column map of your own data, docs/own-data.md")
+    parser.add_argument("--data", type=Path, help="folder of `rellax prepare` (default: the run's)")
+    parser.add_argument(
         "--errors", default="stop", choices=("stop", "answer"), help="what follows from a row that is wrong"
     )
-    predict.add_argument("--batch-size", type=int, default=16, help="prompts at once, at most")
-    predict.add_argument(
+    parser.add_argument("--batch-size", type=int, default=16, help="prompts at once, at most")
+    parser.add_argument(
         "--no-calibration",
         dest="calibrated",
         action="store_false",
         help="without what `rellax calibrate` found",
     )
 
-    export = _command(
-        commands,
-        runs,
+
+def _export(command: Command) -> None:
+    parser = command(
         "export-peft",
         "work",
         "a training run's LoRA for PEFT, without gates and soft prompt",
         "rellax export-peft rella peft-adapter",
     )
-    export.add_argument("name", help="run folder of `rellax train`, in the work folder")
-    export.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("name", help="run folder of `rellax train`, in the work folder")
+    parser.add_argument("out", type=Path, help="folder to write")
 
-    report = _command(
-        commands,
-        runs,
+
+def _report(command: Command) -> None:
+    parser = command(
         "report",
         "work",
         "a page about runs to look at and pass on: one HTML file",
         "rellax report rella rellax crm\nrellax report rella rellax --baseline rella --out rellax.html",
     )
-    report.add_argument("runs", nargs="+", metavar="RUN", help="run folders, in the work folder")
-    report.add_argument("--out", type=Path, help="file to write (default: report.html in the work folder)")
-    report.add_argument("--split", default="test", choices=["train", "valid", "test"], help="what is scored")
-    report.add_argument(
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, in the work folder")
+    parser.add_argument("--out", type=Path, help="file to write (default: report.html in the work folder)")
+    parser.add_argument("--split", default="test", choices=["train", "valid", "test"], help="what is scored")
+    parser.add_argument(
         "--baseline", metavar="RUN", help="run that others are compared with (default: first)"
     )
-    report.add_argument(
+    parser.add_argument(
         "--seed", type=int, default=0, help="of resamplings and of the samples that are shown"
     )
 
-    doctor = _command(
-        commands,
-        runs,
+
+def _doctor(command: Command) -> None:
+    parser = command(
         "doctor",
         "",
         "what this machine has, which backend each operator uses, and a self-test",
         "rellax doctor\nrellax doctor --json > machine.json",
     )
-    doctor.add_argument("--json", action="store_true", help="for programs")
-    return parser
+    parser.add_argument("--json", action="store_true", help="for programs")
 
 
-def _command(
-    commands: Any, runs: Mapping[str, Run], name: str, common: str, summary: str, examples: str
-) -> argparse.ArgumentParser:
+def _command(commands: Any, name: str, common: str, summary: str, examples: str) -> argparse.ArgumentParser:
     """A command with those of the options that several have that `common` names."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
@@ -361,7 +365,7 @@ def _command(
         epilog=_examples(examples),
         formatter_class=_Formatter,
     )
-    parser.set_defaults(run=runs[name], command=name)
+    parser.set_defaults(command=name)
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     if "device" in common:
         parser.add_argument("--device", default="auto", choices=_CHOICES["device"], help="where models run")

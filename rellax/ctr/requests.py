@@ -67,7 +67,7 @@ class Requests:
             raise InputError(f"user_id {name!r} is not in the data, expected one that is, or a history")
         if item is None:
             raise InputError(f"item_id {item_name!r} is not in the data")
-        time = self._time(row, "time") if row.get("time") is not None else None
+        time = self._time(row) if row.get("time") is not None else None
         rows = self._known(user, time)
         history, position = None, rows.stop - rows.start
         if given is not None:
@@ -134,7 +134,7 @@ class Requests:
                     raise InputError(f"expected an object, found {behaviour!r}")
                 item = self._items.get(_id(behaviour, "item_id"))
                 rating = self._rating(behaviour)
-                time = self._time(behaviour, "time") if self._dataset.meta["timed"] else 0
+                time = self._time(behaviour) if self._dataset.meta["timed"] else 0
             except InputError as error:
                 raise InputError(f"history[{number}]: {error}") from None
             if item is not None:
@@ -171,19 +171,19 @@ class Requests:
             raise InputError(f"expected a rating of the data, {known}, found {value!r}")
         return float(value)
 
-    def _time(self, row: Mapping[str, Any], name: str) -> int:
+    def _time(self, row: Mapping[str, Any]) -> int:
         """A whole number, or where the data's times were dates, a date, in milliseconds since 1970."""
-        data, value = self._dataset, row.get(name)
+        data, value = self._dataset, row.get("time")
         if not data.meta["timed"]:
-            raise InputError(f"expected no {name}, the data in {data.folder} have no times")
+            raise InputError(f"expected no time, the data in {data.folder} have no times")
         if value is None:
-            raise InputError(f"expected a value of {name}, found none")
+            raise InputError("expected a value of time, found none")
         dates = data.meta.get("dates", False)
         try:
             return _milliseconds(value) if dates and not _is_whole(value) else _whole(value)
         except (ValueError, TypeError):
             wanted = "a date, or milliseconds since 1970" if dates else "a whole number"
-            raise InputError(f"expected {name} as {wanted}, found {value!r}") from None
+            raise InputError(f"expected time as {wanted}, found {value!r}") from None
 
     def _person(self, given: Any) -> dict[str, str]:
         known = ("profile", *self._dataset.meta["features"]["user"])
@@ -217,7 +217,7 @@ def _id(row: Mapping[str, Any], name: str, *, optional: bool = False) -> str:
     if value is None or value == "":
         if optional:
             return ""
-        raise InputError(f"expected a value of {name}, found none")
+        raise InputError("expected a value of time, found none")
     if isinstance(value, bool) or not isinstance(value, str | int | np.integer):
         raise InputError(f"expected {name} as text or a whole number, found {value!r}")
     return str(value)

@@ -29,6 +29,7 @@ from rellax.patch import (
     patch_model,
     peft_files,
 )
+from rellax.patch.adapter import TENSOR_FILE
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,7 @@ def input_hashes(config: TrainConfig, *, progress: bool = False) -> dict[str, st
         makers |= {Path(config.crm) / name: "crm" for name in (crm.WEIGHTS, crm.OUTPUTS)}
     if config.start is not None:
         folder = start_folder(config.start)
-        file = (
-            peft_files.tensor_file(folder) if peft_files.is_peft(folder) else folder / "adapter.safetensors"
-        )
+        file = peft_files.tensor_file(folder) if peft_files.is_peft(folder) else folder / TENSOR_FILE
         makers[file] = "train"
     for path, command in makers.items():
         if not path.is_file():

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from rellax.ctr import crm
 from rellax.ctr.report.material import Material, Run
 from rellax.errors import InputError
 from rellax.ops import gate_bank
+from rellax.patch import peft_files
+from rellax.patch.adapter import TENSOR_FILE
 from rellax.patch.rules import PROJECTIONS
 
 SAMPLES = 500  # whose gates are looked at
@@ -77,7 +76,7 @@ def gates(material: Material, run: Run, samples: np.ndarray) -> Gates:
     Raises:
         InputError: the adapter or the classical model's folder is missing or damaged.
     """
-    tensors = _tensors(run.folder / "adapter" / "adapter.safetensors")
+    tensors = peft_files.read_tensors(run.folder / "adapter" / TENSOR_FILE)
     folder = material.folder(run.config.get("crm"), "crm")
     if folder is None:
         raise InputError(f"{run.config.get('crm')}: expected the folder of `rellax crm`, found none")
@@ -135,15 +134,6 @@ def explained_by(found: Gates, by: Segments, seed: int) -> tuple[float, float]:
 def _between(found: Gates, one_hot: np.ndarray) -> float:
     sums = one_hot.T @ found.components
     return float((np.square(sums).sum(1) / one_hot.sum(0)).sum())
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise InputError(f"{path}: expected the adapter of `rellax train`, found none")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise InputError(f"{path}: expected an adapter, but it is damaged ({error})") from None
 
 
 def _projections(tensors: dict[str, Tensor]) -> list[tuple[int, str]]:

@@ -16,6 +16,7 @@ from rellax.ctr.dataset import Dataset
 from rellax.ctr.predictions import Predictions
 from rellax.ctr.runs import entries
 from rellax.errors import InputError
+from rellax.patch.adapter import TENSOR_FILE
 
 _DRAWS = 20_000_000  # resampled values of a bootstrap, at most, beyond its 100 resamplings
 
@@ -192,7 +193,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _calibration(folder: Path) -> Calibration | None:
     """The calibration of a run; none where it is of an adapter that the run no longer has."""
-    path, adapter = folder / calibration.FILE, folder / "adapter" / "adapter.safetensors"
+    path, adapter = folder / calibration.FILE, folder / "adapter" / TENSOR_FILE
     found = _json(path)
     if not found:
         return None

@@ -11,7 +11,7 @@ from xml.etree.ElementTree import Element
 import numpy as np
 from sklearn.metrics import roc_curve
 
-from rellax.ctr.metrics import ECE_BINS, evaluate, paired_bootstrap
+from rellax.ctr.metrics import ECE_BINS, ece, ece_bins, evaluate, paired_bootstrap
 from rellax.ctr.report.charts import SHARE, Axis, Plot, figure, legend, series, swatch
 from rellax.ctr.report.html import Child, details, node, table
 from rellax.ctr.report.material import Material, Run, Scores
@@ -235,8 +235,7 @@ def _reliability(material: Material, run: Run, scores: Scores) -> Element:
 
 def _bins(label: np.ndarray, probability: np.ndarray) -> list[tuple[float, float, int, float, float]]:
     """Those of the ECE that have samples: bounds, count, mean probability, share of Yes."""
-    index = np.minimum((probability * ECE_BINS).astype(int), ECE_BINS - 1)
-    found = []
+    index, found = ece_bins(probability), []
     for one in np.unique(index):
         rows = index == one
         bounds = one / ECE_BINS, (one + 1) / ECE_BINS
@@ -244,8 +243,9 @@ def _bins(label: np.ndarray, probability: np.ndarray) -> list[tuple[float, float
     return found
 
 
-def _wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+def _wilson(share: float, count: int) -> tuple[float, float]:
     """The 95 % interval of a share."""
+    z = 1.96
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
     return centre - half, centre + half
@@ -254,13 +254,8 @@ def _wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
 def _ece_by_chance(probability: np.ndarray, seed: int) -> float:
     """The mean ECE that these probabilities would have if they were exactly right."""
     rng = np.random.default_rng(seed)
-    index = np.minimum((probability * ECE_BINS).astype(int), ECE_BINS - 1)
-    values = []
-    for _ in range(_SIMULATIONS):
-        drawn = rng.random(len(probability)) < probability
-        gaps = np.bincount(index, weights=drawn - probability, minlength=ECE_BINS)
-        values.append(np.abs(gaps).sum() / len(probability))
-    return float(np.mean(values))
+    drawn = (rng.random(len(probability)) < probability for _ in range(_SIMULATIONS))
+    return float(np.mean([ece(labels, probability) for labels in drawn]))
 
 
 def by_history(material: Material) -> list[Element]:

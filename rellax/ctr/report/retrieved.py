@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rellax import subr
 from rellax._files import read_json
-from rellax.ctr.dataset import Dataset, Samples
+from rellax.ctr.dataset import Dataset
 from rellax.ctr.prompts import Wording, recent
 from rellax.ctr.report.material import Material, Run
 from rellax.errors import InputError
@@ -116,20 +116,12 @@ class Retrieval:
 
     def _positions(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(n, k) positions of the retrieved and of the most recent behaviours, then -1."""
-        every = self.data.samples
-        part = Samples(
-            **{name: getattr(every, name)[samples] for name in ("user", "item", "position", "label", "split")}
-        )
+        every, data = self.data.samples, self.data
+        user, position, item = every.user[samples], every.position[samples], every.item[samples]
         found = subr.retrieve(
-            self.embeddings,
-            self.data.behaviour_items,
-            self.data.offsets,
-            part.user,
-            part.position,
-            part.item,
-            self.k,
+            self.embeddings, data.behaviour_items, data.offsets, user, position, item, self.k
         )[0]
-        return found, recent(part.position, self.k)
+        return found, recent(position, self.k)
 
     def _similarities(self, samples: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Cosine of each behaviour with its sample's target, the shape of `positions`."""

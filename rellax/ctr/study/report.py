@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from rellax.ctr.prompts import recent, with_recent
 from rellax.ctr.retrieval import read_positions
 from rellax.ctr.runs import machine
 from rellax.ctr.study import figures
-from rellax.ctr.study.results import HISTORY_BINS, METRICS, Finished, Results, Scored, signed
+from rellax.ctr.study.results import HISTORY_BINS, METRICS, Finished, Result, Results, Scored, signed
 from rellax.ctr.study.targets import verdicts
 
 
@@ -96,8 +96,8 @@ def _what(
 
 
 def _targets(results: Results) -> str:
-    lines = ["## Targets", "", "| target | verdict | what decides it |", "|---|---|---|"]
-    return "\n".join([*lines, *map(_row, verdicts(results))])
+    table = _table(["target", "verdict", "what decides it"], verdicts(results))
+    return "\n".join(["## Targets", "", *table])
 
 
 def _main_table(results: Results, k: int, shots: int) -> str:
@@ -108,13 +108,13 @@ def _main_table(results: Results, k: int, shots: int) -> str:
         *METRICS.values(),
         *(f"AUC less {best.method}, {name}" for name, best in known.items()),
     ]
-    lines = [f"## K = {k}, {shots:,} shots", "", _row(head), _row(["---"] * len(head))]
+    rows = []
     for result in results.rows(k, shots):
         cells = [result.title, *(result.show(name) for name in METRICS)]
         for best in known.values():
             cells.append("-" if best is result else signed(results.compare(result, best)))
-        lines.append(_row(cells))
-    return "\n".join(lines)
+        rows.append(cells)
+    return "\n".join([f"## K = {k}, {shots:,} shots", "", *_table(head, rows)])
 
 
 def _stacked(results: Results, k: int, shots: int) -> str:
@@ -128,9 +128,8 @@ def _stacked(results: Results, k: int, shots: int) -> str:
         f"A logistic regression on the log-odds of a method and of {best.method}, fitted on the validation "
         "samples: `rellax calibrate NAME --crm CRM`.",
         "",
-        _row(head),
-        _row(["---"] * len(head)),
     ]
+    rows = []
     for result in results.rows(k, shots):
         if result is best:
             continue
@@ -138,44 +137,43 @@ def _stacked(results: Results, k: int, shots: int) -> str:
         if len(both):
             aucs = [roc_auc_score(results.test.labels, one) for one in both]
             less = signed(results.compare_probabilities(both, alone))
-            cells = [result.title, str(len(both)), result.show("auc"), f"{np.mean(aucs):.3f}", less]
-            lines.append(_row(cells))
-    return "\n".join(lines)
+            rows.append([result.title, str(len(both)), result.show("auc"), f"{np.mean(aucs):.3f}", less])
+    return "\n".join([*lines, *_table(head, rows)])
 
 
 def _by_k(results: Results, shots: int) -> str:
-    lines = [f"## AUC by K, {shots:,} shots", "", _row(["method", *(f"K = {k}" for k in results.ks)])]
-    lines.append(_row(["---"] * (len(results.ks) + 1)))
-    for method in METHODS:
-        found = [results.get(method, k, shots) for k in results.ks]
-        if any(found):
-            cells = ["-" if result is None else result.show("auc") for result in found]
-            lines.append(_row([METHODS[method].title, *cells]))
-    return "\n".join(lines)
+    found = [
+        (kind.title, [results.get(name, k, shots) for k in results.ks]) for name, kind in METHODS.items()
+    ]
+    table = _aucs([f"K = {k}" for k in results.ks], found)
+    return "\n".join([f"## AUC by K, {shots:,} shots", "", *table])
 
 
 def _by_shots(results: Results, k: int) -> str:
-    lines = [f"## AUC by shots, K = {k}", "", _row(["method", *(f"{n:,}" for n in results.shots)])]
-    lines.append(_row(["---"] * (len(results.shots) + 1)))
-    for title, method in results.trained():
-        found = [results.get(method, k, n) for n in results.shots]
-        if any(found):
-            cells = ["-" if result is None else result.show("auc") for result in found]
-            lines.append(_row([title, *cells]))
-    return "\n".join(lines)
+    found = [(title, [results.get(name, k, n) for n in results.shots]) for title, name in results.trained()]
+    table = _aucs([f"{n:,}" for n in results.shots], found)
+    return "\n".join([f"## AUC by shots, K = {k}", "", *table])
+
+
+def _aucs(columns: Sequence[str], found: Iterable[tuple[str, Sequence[Result | None]]]) -> list[str]:
+    """Of each method that has any."""
+    rows = [
+        [title, *("-" if result is None else result.show("auc") for result in results)]
+        for title, results in found
+        if any(results)
+    ]
+    return _table(["method", *columns], rows)
 
 
 def _by_history(results: Results, k: int, shots: int) -> str:
-    head = ["method", *HISTORY_BINS]
-    lines = [f"## AUC by length of the user's history, K = {k}, {shots:,} shots", "", _row(head)]
-    lines.append(_row(["---"] * len(head)))
-    rows = results.rows(k, shots)
-    if rows:
-        lines.append(_row(["samples", *(f"{count:,}" for count, _ in results.by_history(rows[0]))]))
-    for result in rows:
+    found, rows = results.rows(k, shots), []
+    if found:
+        rows.append(["samples", *(f"{count:,}" for count, _ in results.by_history(found[0]))])
+    for result in found:
         aucs = ["-" if auc is None else f"{auc:.3f}" for _, auc in results.by_history(result)]
-        lines.append(_row([result.title, *aucs]))
-    return "\n".join(lines)
+        rows.append([result.title, *aucs])
+    title = f"## AUC by length of the user's history, K = {k}, {shots:,} shots"
+    return "\n".join([title, "", *_table(["method", *HISTORY_BINS], rows)])
 
 
 def _unlikeness(
@@ -215,12 +213,11 @@ def _heterogeneity(ks: Sequence[int], found: dict[tuple[str, str], list[float]])
         "",
         "Mean of 1 - cosine over their pairs, and of each and the target, in the embeddings of retrieval.",
         "",
-        _row(["behaviours", *(f"K = {k}" for k in ks)]),
-        _row(["---"] * (len(ks) + 1)),
     ]
-    for (behaviours, other), values in found.items():
-        lines.append(_row([f"{behaviours}: {other}", *(f"{value:.3f}" for value in values)]))
-    return "\n".join(lines)
+    rows = [
+        [f"{who}: {other}", *(f"{value:.3f}" for value in values)] for (who, other), values in found.items()
+    ]
+    return "\n".join([*lines, *_table(["behaviours", *(f"K = {k}" for k in ks)], rows)])
 
 
 def _machine(out: Path, config: StudyConfig) -> str:
@@ -258,5 +255,5 @@ def _write_csv(path: Path, finished: Sequence[Finished]) -> None:
             writer.writerow(["" if value is None else value for value in row])
 
 
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
