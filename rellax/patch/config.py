@@ -20,7 +20,7 @@ class CFLoRAConfig:
     """Low-rank updates and their gates.
 
     Args:
-        r: rank.
+        r: rank; kernels of a GPU take up to 64.
         alpha: updates are scaled by alpha / r.
         dropout: probability of dropping an element on its way into A, in [0, 1).
         target_modules: names of the decoder's linear layers to adapt; every layer's is.
