@@ -217,7 +217,7 @@ def _id(row: Mapping[str, Any], name: str, *, optional: bool = False) -> str:
     if value is None or value == "":
         if optional:
             return ""
-        raise InputError("expected a value of time, found none")
+        raise InputError(f"expected a value of {name}, found none")
     if isinstance(value, bool) or not isinstance(value, str | int | np.integer):
         raise InputError(f"expected {name} as text or a whole number, found {value!r}")
     return str(value)
