@@ -53,8 +53,8 @@ class CFLoraConfig(LoraConfig):
 
     Args:
         cond_dim: d_u, the size of an instance embedding, `instance_embed` (B, d_u) of the model's forward.
-        interaction, gate_init, loss, answer_ids: as in `rellax.CFLoRAConfig`, but the loss is "vocab" by default,
-            which needs no answer_ids.
+        interaction, gate_init, loss, answer_ids: as in `rellax.CFLoRAConfig`, but the loss is "vocab" by
+            default, which needs no answer_ids.
 
     Raises:
         InputError: a value is out of range or unknown.
