@@ -67,7 +67,7 @@ class CRMConfig:
         user_id: whether the user's id is a feature. Under a split by time most users of the later splits are
             new, and the model is better off without a feature that says nothing about them.
         embedding_dim: of every feature.
-        hidden: widths of the final MLP; an instance embedding has the last one's components and two constants.
+        hidden: widths of the final MLP; an instance embedding is the last one and two constants.
         dropout: in the final MLP.
         regularizer: weight of the L2 norm of the embeddings.
         epochs, patience: training ends after `epochs`, or once the AUC on the validation split, taken twice
