@@ -56,7 +56,7 @@ def test_every_behaviour_as_a_target_fills_large_blocks(dtype: torch.dtype) -> N
     """Blocks of 64 queries, of which the last of a user has fewer, and three tiles of candidates."""
     items, offsets = histories([131, 0, 66], 90)
     queries = every_behaviour(items, offsets)
-    assert history_kernels._blocks(len(items), 3, 3, 4).queries == 64
+    assert history_kernels._blocks(len(items), 3, 3, 4).BLOCK_Q == 64
     assert_as_reference(exact_table(90, 9, dtype), items, offsets, 3, queries)
 
 

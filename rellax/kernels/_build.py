@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 from rellax.kernels import _tuning
 
@@ -24,32 +25,35 @@ class Build:
         kernel: the function under ``@triton.jit``.
         signature: type of each argument that is no constant, in Triton's words: "*bf16", "i32", "fp32"; a
             tuple of types where the argument is a tuple.
-        constants: value of each `tl.constexpr` argument, and None for an absent pointer.
-        aligned: the arguments that are multiples of 16 (addresses, strides), as they mostly are at run time;
-            constants among them do not count.
-        num_warps, num_stages: as in the launch.
+        constants: value of each `tl.constexpr` argument, None for an absent pointer, and integers that are 1.
+        aligned: the arguments that are multiples of 16 (addresses, strides), as they mostly are at run time.
         uses_dot: whether matrix instructions are expected in the result.
-        backend: "cuda" or "hip" where the launcher asks for this on that one only; "sm_90" or the like where
-            that architecture has a configuration of its own.
+        backend: "cuda" or "hip"; "sm_90" or the like where that architecture has a configuration of its own.
+        num_warps, num_stages: as in the launch.
     """
 
     name: str
     kernel: Any
     signature: Mapping[str, str | tuple[str, ...]]
     constants: Mapping[str, Any]
-    aligned: tuple[str, ...] = ()
+    aligned: tuple[str, ...]
+    uses_dot: bool
+    backend: str
     num_warps: int = 4
     num_stages: int = 2
-    uses_dot: bool = False
-    backend: str = ""
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def record(case: str, launch: Callable[[], object], backend: str) -> Iterator[Build]:
-    """What `launch` asks for on GPUs of one maker, learnt by calling it on tensors without memory.
+    """What `launch` asks for on GPUs of one maker, learnt by calling it on tensors of `meta`.
 
     Args:
-        case: what the names of the builds say besides the kernel.
-        launch: launches kernels for tensors on the device "meta".
+        case: what the names of the builds say besides the kernel; a dtype's "torch." is left out.
+        launch: launches kernels for such tensors.
         backend: "cuda", "hip", or an architecture, as "sm_90".
     """
     from triton.runtime.jit import JITFunction, mangle_type
@@ -79,10 +83,11 @@ def record(case: str, launch: Callable[[], object], backend: str) -> Iterator[Bu
             addresses = value if isinstance(value, tuple) else (value,)
             if (specialised and value % 16 == 0) or all(_aligned(address) for address in addresses):
                 aligned.append(parameter.name)
+        title = kernel.__name__.strip("_").removesuffix("_kernel")
         flags = [name.lower() for name, value in constants.items() if value is True]
         narrow = any("16" in str(kind) for kind in signature.values())
         yield Build(
-            name=" ".join([kernel.__name__.strip("_").removesuffix("_kernel"), case, *flags]),
+            name=" ".join([title, case.replace("torch.", ""), *flags]),
             kernel=kernel,
             signature=signature,
             constants=constants,
@@ -95,4 +100,4 @@ def record(case: str, launch: Callable[[], object], backend: str) -> Iterator[Bu
 
 def _aligned(value: object) -> bool:
     """Whether it is a tensor at a multiple of 16 bytes."""
-    return isinstance(value, torch.Tensor) and value.data_ptr() % 16 == 0
+    return isinstance(value, Tensor) and value.data_ptr() % 16 == 0

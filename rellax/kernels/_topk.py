@@ -27,23 +27,12 @@ _MAGNITUDE = tl.constexpr(2**31 - 1)
 class Blocks(NamedTuple):
     """Queries, candidates, columns and results of a block, and the launch's warps and pipeline stages."""
 
-    queries: int
-    candidates: int
-    columns: int
-    results: int
+    BLOCK_Q: int
+    BLOCK_C: int
+    BLOCK_D: int
+    BLOCK_K: int
     num_warps: int
     num_stages: int
-
-    def keywords(self) -> dict[str, int]:
-        """As the kernels take them."""
-        return {
-            "BLOCK_Q": self.queries,
-            "BLOCK_C": self.candidates,
-            "BLOCK_D": self.columns,
-            "BLOCK_K": self.results,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
 
 
 def blocks(queries: int, k: int, itemsize: int) -> Blocks:
@@ -77,11 +66,6 @@ def precision(table: Tensor) -> str:
     """
     wide, nvidia = table.dtype == torch.float32, torch.version.hip is None and table.device.type != "cpu"
     return "bf16x6" if wide and nvidia else "ieee"
-
-
-def rows_of(table: Tensor) -> Tensor:
-    """table (N, D) with the elements of a row side by side; a copy only where they are not."""
-    return table if table.stride(1) == 1 else table.contiguous()
 
 
 @triton.jit

@@ -11,16 +11,16 @@ row's statistics anew, in the same order. The reference, ``rellax.reference.answ
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rellax.kernels._build import Build
+from rellax.kernels._build import Build, meta, record
 from rellax.kernels._host import cdiv, next_power_of_2
 from rellax.kernels._tuning import Tuned
 
@@ -186,14 +186,7 @@ def _launch(
     with torch.cuda.device_of(logits):
         _statistics_kernel[(n, blocks)](*common, vocabulary, softcap, **block)
         _gradient_kernel[(n, 1 if dlogits is None else blocks)](
-            *common,
-            losses,
-            dlogits,
-            vocabulary,
-            blocks,
-            softcap,
-            BLOCKS=next_power_of_2(blocks),
-            **block,
+            *common, losses, dlogits, vocabulary, blocks, softcap, BLOCKS=next_power_of_2(blocks), **block
         )
     return dlogits
 
@@ -211,30 +204,17 @@ def _select(table: Tensor, tokens: Sequence[int]) -> Tensor:
 
 
 def builds() -> Iterator[Build]:
-    """See ``rellax.kernels._build``; for vocabularies of one block and of 2^18 tokens."""
-    pointers = dict.fromkeys(("logits_ptr", "largest_ptr", "total_ptr", "target_ptr"), "*fp32")
-    aligned, warps = ("logits_ptr", "bias_ptr", "dlogits_ptr", "vocabulary"), _BLOCK["num_warps"]
-    for dtype, extras in itertools.product(("fp32", "bf16", "fp16"), (False, True)):
-        name = f"{dtype} bias softcap" if extras else dtype
-        signature = {**pointers, "labels_ptr": "*i64", "vocabulary": "i32"}
-        constants: dict[str, Any] = {"BLOCK": _BLOCK["BLOCK"]}
-        if extras:
-            signature |= {"bias_ptr": f"*{dtype}", "softcap": "fp32"}
-        else:
-            constants |= {"bias_ptr": None, "softcap": None}
-        yield Build(f"answer statistics {name}", _statistics_kernel, signature, constants, aligned, warps)
-        signature |= {"loss_ptr": "*fp32", "blocks": "i32"}
-        for blocks in (1, 64):
-            constants = {**constants, "BLOCKS": blocks}
-            for title, more, fixed in (
-                ("gradient", {"dlogits_ptr": f"*{dtype}"}, {}),
-                ("loss", {}, {"dlogits_ptr": None}),
-            ):
-                yield Build(
-                    f"answer {title} {name}, {blocks} blocks",
-                    _gradient_kernel,
-                    signature | more,
-                    constants | fixed,
-                    aligned if more else (),
-                    warps,
-                )
+    """For vocabularies of one block and of 2^18 tokens, with and without gradients."""
+    dtypes, either = (torch.float32, torch.bfloat16, torch.float16), (False, True)
+    for backend, dtype, extras, vocabulary, gradient in itertools.product(
+        ("cuda", "hip"), dtypes, either, (4096, 2**18), either
+    ):
+        case = f"{dtype}{' bias softcap' * extras}{' dlogits' * gradient} V={vocabulary}"
+        yield from record(case, functools.partial(_launch_all, dtype, extras, vocabulary, gradient), backend)
+
+
+def _launch_all(dtype: torch.dtype, extras: bool, vocabulary: int, gradient: bool) -> None:
+    """Both kernels, for tensors without memory."""
+    logits, labels, losses = meta(16, vocabulary), meta(16, dtype=torch.int64), meta(16)
+    bias, softcap = (meta(vocabulary, dtype=dtype), 30.0) if extras else (None, None)
+    _launch(logits, bias, labels, losses, softcap, dtype if gradient else None)

@@ -25,8 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rellax.errors import InputError
-from rellax.kernels._build import Build, record
-from rellax.kernels._host import cdiv, next_power_of_2
+from rellax.kernels._build import Build, meta, record
+from rellax.kernels._host import cdiv, next_power_of_2, rows_of
 from rellax.kernels._tiles import tile_table, tile_tokens
 from rellax.kernels._tuning import Tuned
 
@@ -372,16 +372,11 @@ def _outer_kernel(
 class _Blocks(NamedTuple):
     """Tokens, columns and components of a block, and the launch's warps and pipeline stages."""
 
-    tokens: int
-    columns: int
-    components: int
+    BLOCK_T: int
+    BLOCK_D: int
+    BLOCK_R: int
     num_warps: int
     num_stages: int
-
-    def keywords(self) -> dict[str, int]:
-        """As the kernels take them."""
-        sizes = {"BLOCK_T": self.tokens, "BLOCK_D": self.columns, "BLOCK_R": self.components}
-        return {**sizes, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 # Up to so many components, padded and of all layers: bytes of a row in a block of 64 tokens, warps, stages.
@@ -410,12 +405,6 @@ def _blocks(
 def _multiprocessors(device: torch.device) -> int:
     """How many are to be kept busy; interpreted as on an H200."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x as (T, d) with the elements of a row side by side; a copy only where it cannot be a view."""
-    rows = x.flatten(0, -2)
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def _contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -468,7 +457,7 @@ def cflora_fwd(
     seed: Tensor | None,
 ) -> tuple[list[Tensor], Tensor]:
     """As ``rellax.reference.cflora.cflora_fwd``, for fp32, bf16 and fp16."""
-    rank, rows, cut = _rank(lora_a), _rows(x), _cut(x.shape, gate, cu_seqlens, tiles)
+    rank, rows, cut = _rank(lora_a), rows_of(x), _cut(x.shape, gate, cu_seqlens, tiles)
     with torch.cuda.device_of(x):
         partial = _new_partial(rows, rows.shape[1], rank, len(lora_a))
         _shrink(partial, rows, lora_a, False, dropout, seed)
@@ -478,7 +467,7 @@ def cflora_fwd(
             zip(h.split(rank, 1), partial.split(rank, 2), lora_b, strict=True)
         ):
             outputs.append(x.new_empty((*x.shape[:-1], len(b))))
-            y = _rows(outputs[i])
+            y = rows_of(outputs[i])
             bias_i, base_i = (bias[i], None) if weight else (None, base[i])
             _expand(y, h_i, partial_i, gate[i] if gate else None, b, bias_i, base_i, scale, cut)
             if weight:
@@ -503,7 +492,8 @@ def cflora_bwd(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """As ``rellax.reference.cflora.cflora_bwd``, for fp32, bf16 and fp16."""
     need_x, need_gate, need_a, need_b = needs
-    rank, rows, cut = _rank(lora_a), [_rows(dy_i) for dy_i in dy], _cut(dy[0].shape, gate, cu_seqlens, tiles)
+    rank, rows = _rank(lora_a), [rows_of(dy_i) for dy_i in dy]
+    cut = _cut(dy[0].shape, gate, cu_seqlens, tiles)
     h, new = h.contiguous(), dy[0].new_empty
     with torch.cuda.device_of(h):
         partial = _new_partial(rows[0], max(row.shape[1] for row in rows), rank, len(lora_a))
@@ -516,7 +506,7 @@ def cflora_bwd(
         dgate = [] if parts is None else _sum_parts(parts, gate, cut)
         da, db = [], []
         if dh is not None and x is not None:
-            da = _sum_splits(_outer(dh, _rows(x), False, dropout, seed).split(rank, 1), lora_a)
+            da = _sum_splits(_outer(dh, rows_of(x), False, dropout, seed).split(rank, 1), lora_a)
         if z is not None:
             pairs = zip(z.split(rank, 1), rows, strict=True)
             db = _sum_splits([_outer(z_i, row, True, 0.0, None) for z_i, row in pairs], lora_b)
@@ -546,8 +536,8 @@ def _new_partial(rows: Tensor, d: int, rank: int, layers: int) -> Tensor:
     """Room for h or dy B, (T, n r), in as many parts over the d columns as fill the device: (S, T, n r)."""
     tokens, itemsize = len(rows), rows.itemsize
     blocks = _blocks(_SHRINK.on(rows.device), _shrink_tokens(tokens, itemsize), rank, 1, itemsize)
-    programs = max(1, cdiv(tokens, blocks.tokens))
-    most = min(8, 2 * _multiprocessors(rows.device) // programs, cdiv(d, blocks.columns) // 2)
+    programs = max(1, cdiv(tokens, blocks.BLOCK_T))
+    most = min(8, 2 * _multiprocessors(rows.device) // programs, cdiv(d, blocks.BLOCK_D) // 2)
     splits = 1
     while 2 * splits <= most:
         splits *= 2
@@ -565,14 +555,14 @@ def _shrink(
     for i in range(0, len(factors), step):
         some = _contiguous(factors[i : i + step])
         blocks = _blocks(table, _shrink_tokens(tokens, x.itemsize), rank, len(some), x.itemsize)
-        _shrink_kernel[(cdiv(tokens, blocks.tokens), splits)](
+        _shrink_kernel[(cdiv(tokens, blocks.BLOCK_T), splits)](
             x,
             some,
             out[..., i * rank :],
             seed,
             tokens,
             d,
-            cdiv(cdiv(d, blocks.columns), splits),
+            cdiv(cdiv(d, blocks.BLOCK_D), splits),
             x.stride(0),
             out.stride(0),
             out.stride(1),
@@ -581,14 +571,14 @@ def _shrink(
             RANK=rank,
             LAYERS=len(some),
             UP=up,
-            **blocks.keywords(),
+            **blocks._asdict(),
         )
 
 
 def _groups(tiles: int, d: int, blocks: _Blocks, device: torch.device) -> int:
     """Programs of a tile: few, as each applies the gate anew, but enough to fill the device."""
     most = 24 // blocks.num_warps * _multiprocessors(device) // max(tiles, 1)
-    return max(1, min(most, cdiv(d, blocks.columns)))
+    return max(1, min(most, cdiv(d, blocks.BLOCK_D)))
 
 
 def _expand(
@@ -603,7 +593,7 @@ def _expand(
     cut: _Cut,
 ) -> None:
     """y (T, d_out) = scale · h G Bᵀ + bias + base, and h (T, r) = the sum of the parts (S, T, r)."""
-    (d, rank), base = lora_b.shape, None if base is None else _rows(base)
+    (d, rank), base = lora_b.shape, None if base is None else rows_of(base)
     blocks = _blocks(_EXPAND.on(y.device), cut.size, rank, 1, y.itemsize)
     groups = _groups(cut.tiles, d, blocks, y.device)
     _expand_kernel[(cut.tiles * groups,)](
@@ -627,7 +617,7 @@ def _expand(
         scale,
         RANK=rank,
         SPLITS=len(partial),
-        **blocks.keywords(),
+        **blocks._asdict(),
     )
 
 
@@ -676,7 +666,7 @@ def _combine(
         RANK=rank,
         LAYERS=len(lora_a),
         SPLITS=len(partial),
-        **blocks.keywords(),
+        **blocks._asdict(),
     )
 
 
@@ -705,8 +695,8 @@ def _outer(left: Tensor, right: Tensor, up: bool, dropout: float, seed: Tensor |
     (tokens, width), d = left.shape, right.shape[1]
     components = min(width, max(_OUTER))
     blocks = _blocks(_OUTER.on(right.device), 128 // right.itemsize, components, 1, right.itemsize)
-    programs = cdiv(width, blocks.components) * cdiv(d, blocks.columns)
-    steps = cdiv(tokens, blocks.tokens)
+    programs = cdiv(width, blocks.BLOCK_R) * cdiv(d, blocks.BLOCK_D)
+    steps = cdiv(tokens, blocks.BLOCK_T)
     splits = max(1, min(16, 4 * _multiprocessors(right.device) // max(programs, 1), steps // 4))
     out = left.new_empty((splits, d, width) if up else (splits, width, d), dtype=torch.float32)
     seed, threshold, _ = _dropped(dropout, seed)
@@ -723,7 +713,7 @@ def _outer(left: Tensor, right: Tensor, up: bool, dropout: float, seed: Tensor |
         threshold,
         WIDTH=width,
         UP=up,
-        **blocks.keywords(),
+        **blocks._asdict(),
     )
     return out
 
@@ -738,31 +728,17 @@ def builds() -> Iterator[Build]:
 
     fp16 compiles as bf16 does.
     """
-    dtypes, ranks, batches, layers = (
-        (torch.bfloat16, torch.float32),
-        (16, 32, 64),
-        ((512, 32), (8192, 8)),
-        (1, 3),
-    )
-    for backend in ("cuda", "hip"):
-        seen = set()
-        for dtype, rank, (tokens, instances), n in itertools.product(dtypes, ranks, batches, layers):
-            case = f"{dtype} T={tokens} B={instances} r={rank} n={n}".removeprefix("torch.")
-            launch = functools.partial(_launch_all, dtype, tokens, instances, rank, n)
-            for build in record(case, launch, backend):
-                key = (build.kernel, *map(str, (build.signature, build.constants, build.aligned)))
-                if key not in seen:
-                    seen.add(key)
-                    yield build
+    dtypes, ranks, batches = (torch.bfloat16, torch.float32), (16, 32, 64), ((512, 32), (8192, 8))
+    for backend, dtype, rank, (tokens, instances), n in itertools.product(
+        ("cuda", "hip"), dtypes, ranks, batches, (1, 3)
+    ):
+        launch = functools.partial(_launch_all, dtype, tokens, instances, rank, n)
+        yield from record(f"{dtype} T={tokens} B={instances} r={rank} n={n}", launch, backend)
 
 
 def _launch_all(dtype: torch.dtype, tokens: int, instances: int, rank: int, layers: int) -> None:
     """Every kernel, forward and backward, for tensors without memory."""
-    d, n = 4096, layers
-
-    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    d, n, new = 4096, layers, functools.partial(meta, dtype=dtype)
     lora_a, lora_b, gate = (
         [new(*shape, dtype=torch.float32)] * n for shape in ((rank, d), (d, rank), (instances, rank, rank))
     )

@@ -16,6 +16,8 @@ widened before: of a tile that a kernel widens itself, Triton may make tf32 alth
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rellax.kernels._build import Build
+from rellax.kernels._build import Build, meta, record
 from rellax.kernels._host import cdiv, next_power_of_2
 from rellax.kernels._tuning import Tuned
 
@@ -294,14 +296,7 @@ def _du_kernel(
 
 
 def gate_bank_fwd(
-    u: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    eps: float,
+    u: Tensor, ln_weight: Tensor, ln_bias: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, eps: float
 ) -> Tensor:
     """As ``rellax.reference.gate_bank.gate_bank_fwd``."""
     (M, hidden, d_u), B, outputs = w1.shape, u.shape[0], w2.shape[1]
@@ -376,38 +371,22 @@ def _tile(B: int, device: torch.device) -> dict[str, int]:
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **blocks: int) -> None:
     if 0 not in grid:
-        kernel[grid](*arguments, **_taken(kernel, blocks), num_warps=_WARPS, num_stages=_STAGES)
-
-
-def _taken(kernel: Any, blocks: dict[str, int]) -> dict[str, int]:
-    return {name: size for name, size in blocks.items() if name in kernel.arg_names}
+        taken = {name: size for name, size in blocks.items() if name in kernel.arg_names}
+        kernel[grid](*arguments, **taken, num_warps=_WARPS, num_stages=_STAGES)
 
 
 def builds() -> Iterator[Build]:
-    """See ``rellax.kernels._build``; u in each dtype, small and large batches."""
-    tiled = (
-        _gate_bank_fwd_kernel,
-        _hidden_bwd_kernel,
-        _output_weights_kernel,
-        _input_weights_kernel,
-        _embedding_kernel,
-    )
-    whole, meta = {"BLOCK_M": 64, "BLOCK_D": 64}, torch.device("meta")
-    cases = [(kernel, _tile(B, meta), "fp32") for kernel in tiled for B in (_SMALL_BATCH, _SMALL_BATCH + 1)]
-    cases += [(_normalise_kernel, whole, dtype) for dtype in ("fp32", "bf16", "fp16")]
-    cases += [(_du_kernel, whole, dtype) for dtype in ("fp32", "bf16", "fp16")]
-    for kernel, shape, dtype in cases:
-        blocks = _taken(kernel, shape)
-        names = [name for name in kernel.arg_names if name not in blocks]
-        pointers = [name for name in names if name.endswith("_ptr")]
-        sizes = [name for name in names if name in ("d_u", "hidden", "outputs")]
-        yield Build(
-            f"gate_bank {kernel.__name__} {dtype} {blocks}",
-            kernel,
-            {name: "fp32" if name == "eps" else "i32" for name in names}
-            | {name: f"*{dtype}" if name in ("u_ptr", "du_ptr") else "*fp32" for name in pointers},
-            blocks,
-            () if kernel is _normalise_kernel else (*pointers, *sizes),
-            _WARPS,
-            _STAGES,
-        )
+    """u in each dtype, small and large batches."""
+    dtypes, batches = (torch.float32, torch.bfloat16, torch.float16), (_SMALL_BATCH, _SMALL_BATCH + 1)
+    for backend, dtype, B in itertools.product(("cuda", "hip"), dtypes, batches):
+        yield from record(f"{dtype} B={B}", functools.partial(_launch_all, dtype, B), backend)
+
+
+def _launch_all(dtype: torch.dtype, B: int) -> None:
+    """Every kernel, forward and backward, for tensors without memory."""
+    M, d_u, hidden, outputs, eps = 28, 64, 128, 64, 1e-5
+    u, norm = meta(B, d_u, dtype=dtype), meta(M, d_u)
+    w1, b1 = meta(M, hidden, d_u), meta(M, hidden)
+    w2, b2 = meta(M, outputs, hidden), meta(M, outputs)
+    gate = gate_bank_fwd(u, norm, norm, w1, b1, w2, b2, eps)
+    gate_bank_bwd(gate, u, norm, norm, w1, b1, w2, eps, True)

@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rellax.kernels._build import Build, record
+from rellax.kernels._build import Build, meta, record
+from rellax.kernels._host import rows_of
 from rellax.kernels._tiles import tile_table, tile_tokens
-from rellax.kernels._topk import LIMIT, Blocks, blocks, consider, dot_rows, nothing, precision, rows_of, store
+from rellax.kernels._topk import LIMIT, Blocks, blocks, consider, dot_rows, nothing, precision, store
 
 
 @triton.jit(do_not_specialize=["users", "behaviours", "k", "stride_out"])
@@ -106,7 +107,7 @@ def history_topk(
         return positions, scores
     table = rows_of(embeddings)
     tiling = _blocks(queries, users, k, table.itemsize)
-    order, starts, tiles, launch = _work(user, end, users, len(items), tiling.queries)
+    order, starts, tiles, launch = _work(user, end, users, len(items), tiling.BLOCK_Q)
     last = target.new_empty(queries) if k > LIMIT else None
     ceiling = None
     with torch.cuda.device_of(table):
@@ -133,7 +134,7 @@ def history_topk(
                 table.stride(0),
                 k,
                 PRECISION=precision(table),
-                **tiling.keywords(),
+                **tiling._asdict(),
             )
             ceiling = last
     return positions, scores
@@ -177,15 +178,10 @@ def builds() -> Iterator[Build]:
     for backend, dtype, (k, queries) in itertools.product(
         ("cuda", "hip"), (torch.bfloat16, torch.float32), sizes
     ):
-        case = f"{dtype} k={k} Q={queries}".removeprefix("torch.")
-        yield list(record(f"history {case}", functools.partial(_launch_all, dtype, k, queries), backend))[-1]
+        case = f"history {dtype} k={k} Q={queries}"
+        yield list(record(case, functools.partial(_launch_all, dtype, k, queries), backend))[-1]
 
 
 def _launch_all(dtype: torch.dtype, k: int, queries: int) -> None:
-    """Every kernel, for tensors without memory."""
-
-    def new(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    target, user, end = new(queries), new(queries), new(queries)
-    history_topk(new(4096, 512, dtype=dtype), new(4096), new(9), target, user, end, k)
+    items, offsets, query = (meta(n, dtype=torch.int64) for n in (4096, 9, queries))
+    history_topk(meta(4096, 512, dtype=dtype), items, offsets, query, query, query, k)

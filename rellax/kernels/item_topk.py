@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rellax.kernels._build import Build, record
-from rellax.kernels._host import cdiv
+from rellax.kernels._build import Build, meta, record
+from rellax.kernels._host import cdiv, rows_of
 from rellax.kernels._topk import (
     LIMIT,
     Blocks,
@@ -34,7 +34,6 @@ from rellax.kernels._topk import (
     nothing,
     pack,
     precision,
-    rows_of,
     store,
     unpack,
 )
@@ -42,7 +41,7 @@ from rellax.kernels._tuning import Tuned
 
 _QUERIES = 64  # of a block
 # Candidates of a tile, each of which reads the queries anew: as many as registers hold.
-_WIDE = Tuned("item_topk", {"candidates": 128}, sm_90={"candidates": 256})
+_WIDE = Tuned("item_topk", {"BLOCK_C": 128}, sm_90={"BLOCK_C": 256})
 _SPARE = 16  # results of an fp16 search beyond those asked for, at least
 _FOUND = 64  # results of an fp16 search, at most
 _CHUNK = 2**18  # queries of an fp16 search, whose results are held at once
@@ -195,7 +194,7 @@ def _halves(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _blocks(k: int, table: Tensor) -> Blocks:
     if torch.version.hip is None and table.itemsize == 2 and k <= 32:
-        return Blocks(_QUERIES, _WIDE.on(table.device)["candidates"], 64, 32, 8, 3)
+        return Blocks(_QUERIES, _WIDE.on(table.device)["BLOCK_C"], 64, 32, 8, 3)
     return blocks(_QUERIES, k, table.itemsize)
 
 
@@ -247,7 +246,7 @@ def _search(
     ceiling = None
     with torch.cuda.device_of(table):
         for first in range(0, k, LIMIT):
-            _search_kernel[(cdiv(len(queries), tiling.queries),)](
+            _search_kernel[(cdiv(len(queries), tiling.BLOCK_Q),)](
                 table,
                 queries,
                 ceiling,
@@ -262,7 +261,7 @@ def _search(
                 k,
                 EXCLUDE_SELF=exclude_self,
                 PRECISION=precision(table),
-                **tiling.keywords(),
+                **tiling._asdict(),
             )
             ceiling = last
     return indices, scores
@@ -270,28 +269,20 @@ def _search(
 
 def builds() -> Iterator[Build]:
     """All dtypes and blocks, and more results than one pass keeps. bf16 compiles as fp16 does."""
-
-    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    queries, half = new(4096, dtype=torch.int64), torch.float16
-    for backend in ("cuda", "hip"):
-        launches: dict[str, Callable[[], object]] = {
-            f"{dtype} k={k}": functools.partial(_search, new(4096, 512, dtype=dtype), queries, k, True)
-            for dtype, k in itertools.product((half, torch.float32), (30, 64, LIMIT, 2 * LIMIT))
-        }
-        if backend == "cuda":
-            table = new(4096, 512, dtype=half)
-            launches["fp16 of fp32"] = functools.partial(
-                _search, table, queries, _FOUND, True, _fp16_blocks()
-            )
-        found, approximate = new(4096, _FOUND, dtype=torch.int64), new(4096, _FOUND)
-        outputs = (new(4096, 30, dtype=torch.int64), new(4096, 30), new(4096, dtype=torch.int8))
-        launches["of fp32"] = functools.partial(
-            _rescore, new(4096, 512), queries, found, approximate, new(), new(4096), outputs
-        )
-        for case, launch in launches.items():
-            yield list(record(f"item {case.removeprefix('torch.')}", launch, backend))[-1]
-    wide = functools.partial(_search, new(4096, 512, dtype=half), queries, 30, True)
+    halves, table = meta(4096, 512, dtype=torch.float16), meta(4096, 512)
+    queries = meta(4096, dtype=torch.int64)
+    launches: dict[str, Callable[[], object]] = {
+        f"item {x.dtype} k={k}": functools.partial(_search, x, queries, k, True)
+        for x, k in itertools.product((halves, table), (30, 64, LIMIT, 2 * LIMIT))
+    }
+    wide = launches["item torch.float16 k=30"]
+    launches["item fp16 of fp32"] = lambda: _search(halves, queries, _FOUND, True, _fp16_blocks())
+    found, approximate = meta(4096, _FOUND, dtype=torch.int64), meta(4096, _FOUND)
+    outputs = (meta(4096, 30, dtype=torch.int64), meta(4096, 30), meta(4096, dtype=torch.int8))
+    launches["item of fp32"] = functools.partial(
+        _rescore, table, queries, found, approximate, meta(), meta(4096), outputs
+    )
+    for backend, (case, launch) in itertools.product(("cuda", "hip"), launches.items()):
+        yield list(record(case, launch, backend))[-1]
     for architecture in _WIDE.architectures:
         yield list(record("item float16 k=30", wide, architecture))[-1]

@@ -10,6 +10,7 @@ A row that was taken more often than its list is long has its tokens looked for 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -18,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rellax.kernels._build import Build
-from rellax.kernels._host import cdiv
+from rellax.kernels._build import Build, meta, record
+from rellax.kernels._host import cdiv, rows_of
 from rellax.kernels._tuning import Tuned
 
 # What a program takes of a row: 64 bytes for each thread.
@@ -122,7 +123,7 @@ def soft_prompt_fwd(
     word_scale: Tensor | None,
 ) -> Tensor:
     """As ``rellax.reference.soft_prompt.soft_prompt_fwd``."""
-    words, soft = _rows(word_embeddings), _rows(soft_rows)
+    words, soft = rows_of(word_embeddings), rows_of(soft_rows)
     tokens, d = input_ids.numel(), words.shape[1]
     y = words.new_empty((*input_ids.shape, d))
     if y.numel() == 0:
@@ -158,7 +159,7 @@ def soft_prompt_bwd(
 ) -> tuple[Tensor, Tensor]:
     """As ``rellax.reference.soft_prompt.soft_prompt_bwd``."""
     dwords, dsoft = (dy.new_empty(0) for _ in range(2))
-    rows = _rows(dy.flatten(0, -2))
+    rows = rows_of(dy)
     if word_embeddings is not None:
         vocabulary = word_embeddings.shape[0]
         known = (soft_index < 0) & (input_ids >= 0) & (input_ids < vocabulary)
@@ -204,47 +205,17 @@ def _row_sums(rows: Tensor, index: Tensor, table: Tensor) -> Tensor:
     return sums
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x (n, d) with the elements of a row side by side; a copy only where they are not."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def builds() -> Iterator[Build]:
-    """See ``rellax.kernels._build``; for each pair of dtypes, and with the words as they are and scaled."""
-    sizes = {"fp32": 4, "bf16": 2, "fp16": 2}
-    for words, soft in itertools.product(sizes, sizes):
-        shape = {"BLOCK_D": _ROW["bytes"] // sizes[words]}
-        for scale in (None, "*fp32"):
-            signature = {
-                "words_ptr": f"*{words}",
-                "soft_ptr": f"*{soft}",
-                "input_ids_ptr": "*i64",
-                "soft_index_ptr": "*i64",
-                "y_ptr": f"*{words}",
-                **dict.fromkeys(("d", "vocabulary", "soft_rows"), "i32"),
-                **dict.fromkeys(("stride_words", "stride_soft"), "i32"),
-            }
-            yield Build(
-                f"soft_prompt forward {words}{', scaled' if scale else ''}, soft rows {soft}",
-                _soft_prompt_fwd_kernel,
-                signature | ({"scale_ptr": scale} if scale else {}),
-                shape | ({} if scale else {"scale_ptr": None}),
-                ("words_ptr", "soft_ptr", "y_ptr", "d", "stride_words", "stride_soft"),
-                _ROW["num_warps"],
-            )
-    pointers = {"index_ptr": "*i64", "count_ptr": "*i32", "occurrences_ptr": "*i32", "tokens": "i32"}
-    yield Build(
-        "soft_prompt occurrences",
-        _occurrences_kernel,
-        pointers | {"rows": "i32"},
-        {"CAPACITY": _CAPACITY, "BLOCK_T": _COUNTED},
-    )
-    for dy, out in itertools.product(sizes, sizes):
-        yield Build(
-            f"soft_prompt row sums of {dy} to {out}",
-            _row_sums_kernel,
-            pointers | {"dy_ptr": f"*{dy}", "out_ptr": f"*{out}", "d": "i32", "stride_dy": "i32"},
-            {"CAPACITY": _CAPACITY, "WINDOW": _WINDOW, "BLOCK_D": _ROW["bytes"] // sizes[dy]},
-            ("index_ptr", "occurrences_ptr", "dy_ptr", "out_ptr", "d", "stride_dy"),
-            _ROW["num_warps"],
-        )
+    """For each pair of dtypes, and with the words as they are and scaled."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    for backend, words, soft, scaled in itertools.product(("cuda", "hip"), dtypes, dtypes, (False, True)):
+        case = f"{words}, soft rows {soft}{', scaled' * scaled}"
+        yield from record(case, functools.partial(_launch_all, words, soft, scaled), backend)
+
+
+def _launch_all(words: torch.dtype, soft: torch.dtype, scaled: bool) -> None:
+    """Every kernel, forward and backward, for tensors without memory."""
+    word_embeddings, soft_rows = meta(2**17, 4096, dtype=words), meta(256, 4096, dtype=soft)
+    ids, scale = meta(4096, dtype=torch.int64), meta() if scaled else None
+    y = soft_prompt_fwd(word_embeddings, soft_rows, ids, ids, scale)
+    soft_prompt_bwd(y, None, soft_rows, ids, ids, scale)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import math
 import multiprocessing
 import pkgutil
 import re
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ class Compiled:
         shared: bytes of shared memory of a program.
         wide_loads: instructions that load 16 bytes of global memory at once.
         matrix: matrix instructions.
+        loaded: bytes of a thread in the largest of the kernel's loads.
     """
 
     target: str
@@ -64,6 +66,7 @@ class Compiled:
     shared: int
     wide_loads: int
     matrix: int
+    loaded: int
 
     def __str__(self) -> str:
         kilobytes = -(-self.shared // 1024)
@@ -74,21 +77,22 @@ class Compiled:
         found = {
             f"{self.spilled} bytes spilled": self.spilled > 0,
             f"{self.shared} bytes of shared memory": self.shared > SHARED_MEMORY[self.target],
-            "no load of 16 bytes": self.wide_loads == 0
-            and len(build.aligned) > 0
-            and self.target != "gfx942",
+            "no load of 16 bytes": self.wide_loads == 0 and self.loaded >= 16 and self.target != "gfx942",
             "no matrix instruction": self.matrix == 0 and build.uses_dot,
         }
         return [f"{build.name}, {self.target}: {problem}" for problem, there in found.items() if there]
 
 
 def modules() -> dict[str, list[Build]]:
-    """The builds of each module in ``rellax.kernels`` that has any."""
+    """The builds of each module in ``rellax.kernels`` that has any; of those that are the same, the first."""
     found = {}
     for info in pkgutil.iter_modules(rellax.kernels.__path__):
         module = importlib.import_module(f"rellax.kernels.{info.name}")
         if hasattr(module, "builds"):
-            found[info.name] = list(module.builds())
+            builds: dict[str, Build] = {}
+            for build in module.builds():
+                builds.setdefault(str(replace(build, name="")), build)
+            found[info.name] = list(builds.values())
     return found
 
 
@@ -105,7 +109,7 @@ def compile_all(builds: Iterable[Build], targets: Sequence[str]) -> list[tuple[B
         (build, target)
         for build, target in itertools.product(builds, targets)
         if build.backend == target
-        or (build.backend in ("", TARGETS[target].backend) and (build.name, target) not in own)
+        or (build.backend == TARGETS[target].backend and (build.name, target) not in own)
     ]
     # A kernel cannot be pickled: forked processes inherit the tasks and are told their numbers.
     with multiprocessing.get_context("fork").Pool(initializer=_TASKS.extend, initargs=(tasks,)) as pool:
@@ -124,7 +128,7 @@ def compile_build(build: Build, target: str) -> Compiled:
     """Compile without a GPU."""
     backend, names = TARGETS[target].backend, build.kernel.arg_names
     aligned: dict[tuple[int, ...], list[list[Any]]] = {}
-    for name in build.signature.keys() & set(build.aligned):
+    for name in build.aligned:
         kind = build.signature[name]
         within = [()] if isinstance(kind, str) else [(i,) for i in range(len(kind))]
         aligned |= {(names.index(name), *path): [["tt.divisibility", 16]] for path in within}
@@ -145,7 +149,14 @@ def compile_build(build: Build, target: str) -> Compiled:
         compiled.metadata.shared,
         wide_loads=len(re.findall(_WIDE_LOADS[backend], text)),
         matrix=len(re.findall(_MATRIX[backend], text)),
+        loaded=_loaded(compiled.asm["ttir"]) // (build.num_warps * TARGETS[target].warp_size),
     )
+
+
+def _loaded(code: str) -> int:
+    """Bytes of the largest tile that Triton's code loads."""
+    tiles = re.findall(r"tt\.load .*: tensor<([\dx]+)x!tt\.ptr<\D+(\d+)>", code)
+    return max((math.prod(map(int, shape.split("x"))) * int(bits) // 8 for shape, bits in tiles), default=0)
 
 
 def _cuda_usage(cubin: bytes) -> tuple[int, int]:
