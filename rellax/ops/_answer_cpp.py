@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rellax.kernels._host import rows_of
+from rellax.ops._check import dtype_name
 from rellax.ops._register import extension
 from rellax.reference import answer as reference
 
@@ -60,13 +62,13 @@ def _pass(
     rows: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, need_mean: bool
 ) -> tuple[Tensor, Tensor]:
     """lse (n,) and mean (n, d), or (0,), as in csrc/answer.h."""
-    (n, d), weight = rows.shape, weight if weight.stride(1) == 1 else weight.contiguous()
+    (n, d), weight = rows.shape, rows_of(weight)
     lse = rows.new_empty(n, dtype=torch.float32)
     mean = lse.new_empty((n, d) if need_mean else 0)
     for first in range(0, n, _ROWS):
         part = slice(first, first + _ROWS)
         extension().answer_forward(
-            dtype=str(weight.dtype).removeprefix("torch."),
+            dtype=dtype_name(weight.dtype),
             n=len(rows[part]),
             d=d,
             vocabulary=weight.shape[0],

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rellax.kernels._host import cdiv, rows_of
+from rellax.ops._check import dtype_name
 from rellax.ops._register import extension
 from rellax.reference._numerics import column_hashes, keep_threshold
 
@@ -35,11 +37,11 @@ def cflora_fwd(
 
     All is prepared before the products, which leave little of the interpreter's in the caches.
     """
-    rows = _rows(x)
+    rows = rows_of(x)
     h = x.new_empty((rows.shape[0], len(lora_a) * lora_a[0].shape[0]), dtype=torch.float32)
     outputs = [x.new_empty((*x.shape[:-1], b.shape[0])) for b in lora_b]
-    written = [_rows(y) for y in outputs]
-    bases = written if weight else [_rows(y) for y in base]
+    written = [rows_of(y) for y in outputs]
+    bases = written if weight else [rows_of(y) for y in base]
     update = _Set(rows, False, written, bases, lora_a, lora_b, gate, scale, (dropout, seed), h)
     tokens = _tokens(x, gate, cu_seqlens)
     for y, w, b in zip(written, weight, bias, strict=bool(weight)):
@@ -65,7 +67,7 @@ def cflora_bwd(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """As ``rellax.reference.cflora.cflora_bwd``, for fp32 and bf16."""
     need_x, need_gate, need_a, need_b = needs
-    d_in, rows = lora_a[0].shape[1], [_rows(dy_i) for dy_i in dy]
+    d_in, rows = lora_a[0].shape[1], [rows_of(dy_i) for dy_i in dy]
     dx = rows[0].new_empty((h.shape[0] if need_x else 0, d_in))
     dh = torch.empty_like(h) if need_a else None
     z = torch.empty_like(h) if need_b else None
@@ -81,7 +83,7 @@ def cflora_bwd(
     )
     da, db = [], []
     if dh is not None and x is not None:
-        for part, a_i in zip(_outer(dh, _rows(x), update.dropout).chunk(len(dy)), lora_a, strict=True):
+        for part, a_i in zip(_outer(dh, rows_of(x), update.dropout).chunk(len(dy)), lora_a, strict=True):
             da.append(part.to(a_i.dtype, copy=True, memory_format=torch.contiguous_format))
     if z is not None:
         keep = extension().Dropout()
@@ -125,7 +127,7 @@ class _Set:
             for row, base_i, a_i, b_i, gate_i in zip(rows, base, a, b_t, gates, strict=True)
         ]
         self.task = extension().Cflora(
-            dtype=str(x.dtype).removeprefix("torch."),
+            dtype=dtype_name(x.dtype),
             r=h.shape[1] // len(rows),
             d_in=x.shape[1],
             x=x.data_ptr(),
@@ -145,7 +147,7 @@ def _outer(left: Tensor, right: Tensor, dropout: Any) -> Tensor:
     if tokens == 0:
         out.zero_()
     extension().cflora_outer(
-        dtype=str(right.dtype).removeprefix("torch."),
+        dtype=dtype_name(right.dtype),
         tokens=tokens,
         components=components,
         d=d,
@@ -171,14 +173,8 @@ def _dropout(p: float, seed: Tensor | None, columns: int) -> tuple[Any, Tensor |
     return drop, hashes
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x as (T, d) with the elements of a row side by side; a copy only where it cannot be a view."""
-    rows = x.flatten(0, -2)
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
 def _round_up(count: int, step: int) -> int:
-    return -(-count // step) * step
+    return cdiv(count, step) * step
 
 
 def _tokens(rows: Tensor, gate: Sequence[Tensor], cu_seqlens: Tensor | None) -> dict[str, Any]:

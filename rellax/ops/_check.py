@@ -19,8 +19,8 @@ _MOST = 2**31  # of whatever there can be so many of
 def bad(name: str, expected: str, got: object) -> InputError:
     """The error for argument `name`; a tensor is shown by its shape, dtype and device."""
     if isinstance(got, Tensor):
-        layout = "" if got.layout == torch.strided else f" {_short(got.layout)}"
-        got = f"{tuple(got.shape)}, {_short(got.dtype)}{layout}, on {got.device}"
+        layout = "" if got.layout == torch.strided else f" {dtype_name(got.layout)}"
+        got = f"{tuple(got.shape)}, {dtype_name(got.dtype)}{layout}, on {got.device}"
     elif isinstance(got, np.ndarray):
         got = f"an array of NumPy's, {got.shape}"
     return InputError(f"{name}: expected {expected}, got {got}")
@@ -50,11 +50,12 @@ def check_tensor(
     ):
         return
     sizes = ", ".join("any" if size is None else str(size) for size in shape)
-    kind = "floating" if dtype is None else _short(dtype)
+    kind = "floating" if dtype is None else dtype_name(dtype)
     raise bad(name, f"{meaning} = ({sizes}), {kind}, on {device}", tensor)
 
 
-def _short(dtype: torch.dtype | torch.layout) -> str:
+def dtype_name(dtype: torch.dtype | torch.layout) -> str:
+    """As error messages and the extension have it: "float32"."""
     return str(dtype).removeprefix("torch.")
 
 

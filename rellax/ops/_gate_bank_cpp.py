@@ -8,20 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rellax.ops._check import dtype_name
 from rellax.ops._register import extension
 
 _WIDENED = torch.float16  # its parameters go to the kernels in fp32
 
 
 def gate_bank_fwd(
-    u: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    eps: float,
+    u: Tensor, ln_weight: Tensor, ln_bias: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, eps: float
 ) -> Tensor:
     """As ``rellax.reference.gate_bank.gate_bank_fwd``, for fp32, bf16 and fp16."""
     arguments = [_ready(tensor) for tensor in (ln_weight, ln_bias, w1, b1, w2)]
@@ -75,7 +69,7 @@ def _bank(
     eps: float, u: Tensor, ln_weight: Tensor, ln_bias: Tensor, w1: Tensor, b1: Tensor, w2: Tensor
 ) -> Any:
     return extension().GateBank(
-        dtype=str(w1.dtype).removeprefix("torch."),
+        dtype=dtype_name(w1.dtype),
         projections=w1.shape[0],
         instances=u.shape[0],
         d_u=u.shape[1],

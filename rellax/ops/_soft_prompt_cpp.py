@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rellax.kernels._host import rows_of
+from rellax.ops._check import dtype_name
 from rellax.ops._register import extension
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -22,7 +24,7 @@ def soft_prompt_fwd(
     """As ``rellax.reference.soft_prompt.soft_prompt_fwd``, for a word table of fp32, bf16 or fp16."""
     if soft_rows.dtype not in DTYPES:
         soft_rows = soft_rows.to(word_embeddings.dtype)
-    words, soft = _rows(word_embeddings), _rows(soft_rows)
+    words, soft = rows_of(word_embeddings), rows_of(soft_rows)
     input_ids, soft_index = input_ids.contiguous(), soft_index.contiguous()
     y = words.new_empty((*input_ids.shape, words.shape[1]))
     extension().soft_prompt(
@@ -49,7 +51,7 @@ def soft_prompt_bwd(
 ) -> tuple[Tensor, Tensor]:
     """As ``rellax.reference.soft_prompt.soft_prompt_bwd``, for dy of fp32, bf16 or fp16."""
     dwords, dsoft = (dy.new_empty(0) for _ in range(2))
-    rows = _rows(dy.flatten(0, -2))
+    rows = rows_of(dy)
     if word_embeddings is not None:
         word_index = input_ids.masked_fill(soft_index >= 0, -1)
         dwords = _sums(rows, word_index, _scale(word_scale, dy.dtype), word_embeddings)
@@ -68,27 +70,18 @@ def _sums(rows: Tensor, index: Tensor, factor: float, table: Tensor) -> Tensor:
         factor=factor,
         d=rows.shape[1],
         count=sums.shape[0],
-        dtype=_name(sums),
+        dtype=dtype_name(sums.dtype),
         out=sums.data_ptr(),
         threads=torch.get_num_threads(),
     )
     return sums.to(table.dtype)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x (n, d) with the elements of a row side by side; a copy only where they are not."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _described(rows: Tensor) -> Any:
     return extension().Rows(
-        data=rows.data_ptr(), dtype=_name(rows), count=rows.shape[0], stride=rows.stride(0)
+        data=rows.data_ptr(), dtype=dtype_name(rows.dtype), count=rows.shape[0], stride=rows.stride(0)
     )
 
 
 def _scale(scale: Tensor | None, dtype: torch.dtype) -> float:
     return 1.0 if scale is None else float(scale.to(dtype))
-
-
-def _name(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")

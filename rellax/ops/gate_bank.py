@@ -127,7 +127,6 @@ def _check(
         ("ln_weight", ln_weight, (M, d_u), "(M, d_u)"),
         ("ln_bias", ln_bias, (M, d_u), "(M, d_u)"),
         ("b1", b1, (M, hidden), "(M, 2r²)"),
-        ("w2", w2, (M, n, hidden), "(M, n, 2r²)"),
         ("b2", b2, (M, n), "(M, n)"),
     ):
         check_tensor(name, tensor, shape, meaning, u.device, w1.dtype)

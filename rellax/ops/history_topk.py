@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rellax.ops._check import bad, can_read, check_count, check_embeddings, check_index, check_range
+from rellax.ops._check import (
+    bad,
+    can_read,
+    check_count,
+    check_embeddings,
+    check_index,
+    check_range,
+    dtype_name,
+)
 from rellax.ops._register import extension, operator
 from rellax.reference import history_topk as reference
 
@@ -29,7 +37,7 @@ def _cpp(
     scores = embeddings.new_empty((rows, k), dtype=torch.float32)
     extension().history_topk(
         embeddings=embeddings.data_ptr(),
-        dtype=str(embeddings.dtype).removeprefix("torch."),
+        dtype=dtype_name(embeddings.dtype),
         count=embeddings.shape[0],
         dim=embeddings.shape[1],
         items=items.data_ptr(),

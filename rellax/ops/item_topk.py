@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rellax.ops._check import bad, check_count, check_embeddings, check_index, check_range
+from rellax.ops._check import bad, check_count, check_embeddings, check_index, check_range, dtype_name
 from rellax.ops._register import extension, operator
 from rellax.reference import item_topk as reference
 
@@ -18,7 +18,7 @@ def _cpp(embeddings: Tensor, queries: Tensor | None, k: int, exclude_self: bool)
     scores = embeddings.new_empty((rows, k), dtype=torch.float32)
     search = extension().ItemTopk(
         embeddings=embeddings.data_ptr(),
-        dtype=str(embeddings.dtype).removeprefix("torch."),
+        dtype=dtype_name(embeddings.dtype),
         items=len(embeddings),
         dim=embeddings.shape[1],
         query=0 if queries is None else queries.data_ptr(),
