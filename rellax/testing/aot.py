@@ -185,8 +185,9 @@ HEAD = """\
 
 Written by `make kernels`, which needs no GPU: registers of a thread / bytes of a thread that found no room in
 them / KB of shared memory of a program / instructions that load 16 bytes at once / matrix instructions. An
-empty cell: the launcher never asks for that build. sm_80 is an A100, sm_90 an H100 or H200, sm_100 a B200, gfx942 an
-MI300. T tokens of B instances, rank r, n layers on one input; up: of B, not of A; Q queries, k results each.
+empty cell: the launcher never asks for that build. sm_80 is an A100, sm_90 an H100 or H200, sm_100 a B200,
+gfx942 an MI300. T tokens of B instances, rank r, n layers on one input; up: of B, not of A; Q queries
+of k results.
 """
 
 
