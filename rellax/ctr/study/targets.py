@@ -18,15 +18,21 @@ def verdicts(results: Results) -> list[tuple[str, str, str]]:
 
 
 def _subr_beats_recent(pair: tuple[str, str]) -> Callable[[Results], tuple[str, str]]:
+    """At each number of shots and each K of 10 and more where both have run."""
+
     def decide(results: Results) -> tuple[str, str]:
-        shots = 0 if METHODS[pair[0]].stage is None else max(results.shots, default=0)
-        ks = [k for k in results.ks if k >= 10]
-        found = [(k, results.get(pair[0], k, shots), results.get(pair[1], k, shots)) for k in ks]
-        known = [(k, a, b) for k, a, b in found if a is not None and b is not None]
-        if not known:
-            return "not run", "-"
-        verdict = "met" if all(a.auc > b.auc for _, a, b in known) else "missed"
-        return verdict, "; ".join(f"K = {k}: {a.auc:.3f} against {b.auc:.3f}" for k, a, b in known)
+        is_trained, better, details = METHODS[pair[0]].stage is not None, [], []
+        for shots in results.shots if is_trained else (0,):
+            compared = []
+            for k in results.ks:
+                a, b = (results.get(method, k, shots) for method in pair)
+                if k >= 10 and a is not None and b is not None:
+                    better.append(a.auc > b.auc)
+                    compared.append(f"K = {k}: {a.auc:.3f} against {b.auc:.3f}")
+            if compared:
+                details.append(f"{shots:,} shots, " * is_trained + "; ".join(compared))
+        verdict = ("met" if all(better) else "missed") if better else "not run"
+        return verdict, ". ".join(details) or "-"
 
     return decide
 
