@@ -12,10 +12,6 @@ namespace {
 // Multiplications for which a further thread is worth its start.
 constexpr int64_t kThreadWork = int64_t{1} << 20;
 
-int threads_for(int64_t work, int threads) {
-    return static_cast<int>(std::clamp<int64_t>(work / kThreadWork, 1, std::max(threads, 1)));
-}
-
 std::vector<Tile> tiles_of(const int64_t* offsets, int64_t instances) {
     std::vector<Tile> tiles;
     for (int64_t instance = 0; instance < instances; ++instance) {
@@ -49,7 +45,7 @@ std::vector<uint32_t> pack(Dtype dtype, const std::vector<CfloraFactor>& factors
     constexpr int64_t kMoves = 16;  // multiplications that take as long as to move an element
     const int64_t all = static_cast<int64_t>(factors.size()) * r, size = padded_components(all) * padded_columns(d);
     std::vector<uint32_t> packed(dtype == Dtype::float32 ? size : size / 2);
-    parallel_for(padded_columns(d) / kBlock, threads_for(kMoves * size, threads), [&](int64_t block) {
+    parallel_for(padded_columns(d) / kBlock, threads_for(kMoves * size, kThreadWork, threads), [&](int64_t block) {
         for (size_t i = 0; i < factors.size(); ++i) {
             const int64_t first = static_cast<int64_t>(i) * r;
             if (dtype == Dtype::float32) {
@@ -90,8 +86,8 @@ void run(CfloraKernel* kernel, const Cflora& task, const std::vector<Tile>& tile
         columns += task.layer[i].d;
         widest = std::max(widest, task.layer[i].d);
     }
-    const int64_t size = cflora_scratch(widest, task.layers * task.r);
-    parallel_for(static_cast<int64_t>(tiles.size()), threads_for(tokens * task.r * columns, threads), [&](int64_t index) {
+    const int64_t size = cflora_scratch(widest, task.layers * task.r), work = tokens * task.r * columns;
+    parallel_for(static_cast<int64_t>(tiles.size()), threads_for(work, kThreadWork, threads), [&](int64_t index) {
         thread_local std::vector<float> scratch;
         scratch.resize(size);
         kernel(task, tiles[index], scratch.data());
@@ -125,7 +121,7 @@ void cflora_backward(const Cflora& task, const int64_t* offsets, int64_t instanc
 void cflora_outer(const CfloraOuter& task, int threads) {
     CfloraOuterKernel* const kernel = level().cflora_outer;
     const int64_t pieces = round_up(task.d, kTileColumns) / kTileColumns;
-    parallel_for(pieces, threads_for(task.tokens * task.components * task.d, threads), [&](int64_t piece) {
+    parallel_for(pieces, threads_for(task.tokens * task.components * task.d, kThreadWork, threads), [&](int64_t piece) {
         std::vector<float> scratch(kOuterScratch);
         kernel(task, piece * kTileColumns, std::min((piece + 1) * kTileColumns, task.d), scratch.data());
     });

@@ -17,9 +17,8 @@ constexpr int64_t kLoad = 16;
 // dx̂ is added up in at most this many shares, so that it is the same for any number of threads.
 constexpr int64_t kShares = 64;
 
-int threads_for(const GateBank& bank, int threads) {
-    const int64_t weights = bank.projections * bank.hidden * (bank.d_u + bank.outputs);
-    return static_cast<int>(std::clamp<int64_t>(weights * (bank.instances + kLoad) / kThreadWork, 1, threads));
+int64_t work_of(const GateBank& bank) {
+    return bank.projections * bank.hidden * (bank.d_u + bank.outputs) * (bank.instances + kLoad);
 }
 
 struct Normalised {
@@ -76,7 +75,7 @@ void gate_bank_forward(const GateBank& bank, const void* b2, float* flat, int th
     GateBankForwardKernel* const kernel = level().gate_bank_forward;
     const Normalised normed = normalise(bank);
     const int64_t tiles = (bank.instances + kTile - 1) / kTile;
-    parallel_for(bank.projections * tiles, threads_for(bank, threads), [&](int64_t index) {
+    parallel_for(bank.projections * tiles, threads_for(work_of(bank), kThreadWork, threads), [&](int64_t index) {
         const int64_t first = index % tiles * kTile, last = std::min(first + kTile, bank.instances);
         float* scratch = scratch_of(forward_scratch(bank));
         kernel(bank, b2, flat, normed.rows.data(), index / tiles, first, last, scratch);
@@ -88,7 +87,7 @@ void gate_bank_backward(const GateBank& bank, const GateBankGradients& gradients
     const Normalised normed = normalise(bank);
     const int64_t count = std::min(bank.projections, kShares), size = static_cast<int64_t>(normed.rows.size());
     std::vector<float> shares(gradients.du == nullptr ? 0 : count * size);
-    parallel_for(count, threads_for(bank, threads), [&](int64_t share) {
+    parallel_for(count, threads_for(work_of(bank), kThreadWork, threads), [&](int64_t share) {
         float* dnormed = gradients.du == nullptr ? nullptr : shares.data() + share * size;
         for (int64_t m = share * bank.projections / count; m < (share + 1) * bank.projections / count; ++m) {
             kernel(bank, gradients, normed.rows.data(), dnormed, m, scratch_of(backward_scratch(bank)));

@@ -47,6 +47,10 @@ void set_parallel_region(ParallelRegion* region) {
     owner = getpid();
 }
 
+int threads_for(int64_t work, int64_t unit, int threads) {
+    return static_cast<int>(std::clamp<int64_t>(work / unit, 1, std::max(threads, 1)));
+}
+
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& run) {
     Job job(count, run);
     const int64_t team = std::min<int64_t>(threads, count);

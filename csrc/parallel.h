@@ -12,6 +12,9 @@ using ParallelRegion = void(void (*function)(void*), void* data, unsigned thread
 // the cores (its threads keep spinning for a while after each of its operators). Null: the caller works alone.
 void set_parallel_region(ParallelRegion* region);
 
+// How many of `threads` threads the work is worth: one, and a further one for each `unit` beyond the first.
+int threads_for(int64_t work, int64_t unit, int threads);
+
 // Calls run(0) ... run(count - 1), each once, on at most `threads` threads. The first exception is thrown on. In a
 // process forked since set_parallel_region, where OpenMP's threads are missing, the caller works alone.
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& run);

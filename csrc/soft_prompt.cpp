@@ -20,10 +20,6 @@ constexpr int64_t kPrefetched = 2048;               // bytes of a row: the hardw
 
 int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
-int threads_for(int64_t bytes, int threads) {
-    return static_cast<int>(std::clamp<int64_t>(bytes / kThreadBytes, 1, std::max(threads, 1)));
-}
-
 const char* row_of(const Rows& rows, int64_t index) {
     return static_cast<const char*>(rows.data) + index * rows.stride * size_of(rows.dtype);
 }
@@ -80,7 +76,7 @@ void soft_prompt(const SoftPrompt& task, int threads) {
     const auto tokens_of = [&](int64_t size) { return std::max<int64_t>(size / std::max<int64_t>(bytes, 1), 1); };
     const int64_t piece = tokens_of(kPieceBytes), ahead = tokens_of(kBytesAhead);
     const int64_t pieces = (task.tokens + piece - 1) / piece;
-    parallel_for(pieces, threads_for(total, threads), [&](int64_t index) {
+    parallel_for(pieces, threads_for(total, kThreadBytes, threads), [&](int64_t index) {
         const int64_t last = std::min((index + 1) * piece, task.tokens);
         for (int64_t token = index * piece; token < last; ++token) {
             if (token + ahead < last) prefetch(source(token + ahead), bytes);
@@ -105,9 +101,9 @@ void row_sums(const RowSums& task, int threads) {
     const std::vector<int64_t> first = pieces_of_equal_work(start);
     const int64_t pieces = static_cast<int64_t>(first.size()) - 1;
     const int64_t blocks = (task.d + kSumColumns - 1) / kSumColumns;
-    const int64_t row_bytes = task.d * size_of(task.dtype);
+    const int64_t row_bytes = task.d * size_of(task.dtype), total = (start.back() + task.count) * row_bytes;
     advise_large_pages(task.out, task.count * row_bytes);
-    parallel_for(pieces * blocks, threads_for((start.back() + task.count) * row_bytes, threads), [&](int64_t index) {
+    parallel_for(pieces * blocks, threads_for(total, kThreadBytes, threads), [&](int64_t index) {
         const int64_t piece = index / blocks, column = index % blocks * kSumColumns;
         kernel(task, start.data(), token.data(), first[piece], first[piece + 1], column,
                std::min(column + kSumColumns, task.d));

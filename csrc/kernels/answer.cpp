@@ -9,8 +9,6 @@ namespace {
 
 constexpr int kTogether = 4;  // rows of h, and rows of W, whose dot products are taken together
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // exp(x) for x <= 0; where that is less than 2^-126 it is 2^-126.
 inline Floats exp_negative(Floats x) {
     const Floats power = x * 1.44269504f;
@@ -47,7 +45,7 @@ inline void dots(const T* rows, const T* const (&w)[kTogether], int64_t d, float
         }
     }
     for (; j < d; j += kWidth) {
-        const int64_t left = least(kWidth, d - j);
+        const int64_t left = smaller(kWidth, d - j);
         for (int c = 0; c < kTogether; ++c) {
             const Floats right = load_some(w[c] + j, left);
             for (int i = 0; i < kHeight; ++i) products[i][c] += load_some(rows + i * d + j, left) * right;
@@ -64,7 +62,7 @@ template <int kHeight, class T>
 void multiply(const T* rows, const T* weight, int64_t weight_stride, int64_t d, int64_t count, float* out) {
     for (int64_t first = 0; first < count; first += kTogether) {
         const T* w[kTogether];
-        for (int c = 0; c < kTogether; ++c) w[c] = weight + least(first + c, count - 1) * weight_stride;
+        for (int c = 0; c < kTogether; ++c) w[c] = weight + smaller(first + c, count - 1) * weight_stride;
         dots<kHeight>(rows, w, d, out + first);
     }
 }
@@ -75,7 +73,7 @@ void multiply(const T* rows, const T* weight, int64_t weight_stride, int64_t d, 
 float weigh(const Answer& task, int64_t first, int64_t count, float* products, float* largest, float* total) {
     for (int64_t c = 0; c < count; c += kWidth) {
         Floats logits = load(products + c);
-        if (task.bias != nullptr) logits += load_some(task.bias + first + c, least(kWidth, count - c));
+        if (task.bias != nullptr) logits += load_some(task.bias + first + c, smaller(kWidth, count - c));
         if (task.softcap != 0.0f) logits = task.softcap * tanh(logits / task.softcap);
         store(products + c, logits);
     }
@@ -158,7 +156,7 @@ void slice(const Answer& task, int64_t first, int64_t last, const AnswerSums& su
     }
     for (int64_t entry = 0; sums.mean != nullptr && entry < task.n * task.d; ++entry) sums.mean[entry] = 0.0f;
     for (; first < last; first += kAnswerTile) {
-        const int64_t count = least(kAnswerTile, last - first);
+        const int64_t count = smaller(kAnswerTile, last - first);
         int64_t row = 0;
         for (; row + kTogether <= task.n; row += kTogether) take<kTogether, T>(task, row, first, count, sums, scratch);
         for (; row < task.n; ++row) take<1, T>(task, row, first, count, sums, scratch);

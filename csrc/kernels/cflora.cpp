@@ -9,8 +9,6 @@ namespace {
 
 constexpr int64_t kShrinkColumns = 2048;  // of kTogether rows: half of a first cache of 32 KiB
 
-constexpr int64_t at_most(int64_t count) { return count < kWidth ? count : kWidth; }
-
 constexpr Dropout kKeepAll = {nullptr, 0, 0, 1.0f};
 
 template <class Word>
@@ -40,8 +38,7 @@ template <class T>
 void widen(const T* row, int64_t token, int64_t first, int64_t last, const Dropout& dropout, float* out) {
     const uint32_t hash = hash_row(dropout, token);
     for (int64_t j = first; j < last; j += kWidth, out += kWidth) {
-        const Floats values = j + kWidth <= last ? load(row + j) : load_some(row + j, last - j);
-        store(out, drop(dropout, hash, j, values));
+        store(out, drop(dropout, hash, j, load_most(row + j, last - j)));
     }
 }
 
@@ -59,8 +56,7 @@ void stage(const T* rows, int64_t stride, int64_t d, const Dropout& dropout, int
         staged[i] = copy;
         const uint32_t hash = hash_row(dropout, first + i);
         for (int64_t j = 0; j < padded_columns(d); j += kWidth) {
-            const Floats values = j + kWidth <= d ? load(row + j) : j < d ? load_some(row + j, d - j) : Floats{};
-            store(copy + j, drop(dropout, hash, j, values));
+            store(copy + j, drop(dropout, hash, j, load_most(row + j, d - j)));
         }
     }
 }
@@ -92,12 +88,12 @@ void shrink(const T* rows, int64_t row_stride, int64_t d, const T* matrix, int64
     const T* staged[kTileTokens];
     stage(rows, row_stride, d, dropout, tile.first, count, staging, staged);
     for (int64_t first = 0; first < columns; first += kShrinkColumns) {
-        const int64_t last = columns - first < kShrinkColumns ? columns : first + kShrinkColumns;
+        const int64_t last = smaller(first + kShrinkColumns, columns);
         for (int64_t t = 0; t < count; t += kTogether) {
-            const int64_t height = count - t < kTogether ? count - t : kTogether;
+            const int64_t height = smaller(count - t, kTogether);
             for (int64_t component = 0; component < components; component += kComponents) {
                 const T* part = matrix + component * columns;
-                const int64_t width = components - component < kComponents ? components - component : kComponents;
+                const int64_t width = smaller(components - component, kComponents);
                 Four dots[kTogether];
                 if (height == kTogether) {
                     dot<kTogether>(staged + t, part, first, last, dots);
@@ -127,9 +123,7 @@ struct AddTo {
 
     // `left` columns exist from `column` on.
     Floats begin(int64_t token, int64_t column, int64_t left) const {
-        if (rows == nullptr) return Floats{};
-        const T* at = rows + token * stride + column;
-        return left >= kWidth ? load(at) : left > 0 ? load_some(at, left) : Floats{};
+        return rows == nullptr ? Floats{} : load_most(rows + token * stride + column, left);
     }
     Floats finish(int64_t, int64_t, int64_t, Floats sum) const { return sum; }
 };
@@ -215,8 +209,7 @@ void expand(T* rows, int64_t stride, int64_t d, const T* matrix, int64_t compone
     const int64_t count = tile.last - tile.first, padded = padded_components(components);
     for (int64_t t = 0; t < count; ++t) {
         for (int64_t c = 0; c < padded; c += kWidth) {
-            const Floats values = load_some(z + t * components + c, at_most(components - c));
-            store_some(narrow + t * padded + c, values, at_most(padded - c));
+            store_most(narrow + t * padded + c, load_most(z + t * components + c, components - c), padded - c);
         }
     }
     int64_t t = 0;
@@ -338,13 +331,13 @@ void outer(const CfloraOuter& task, int64_t first, int64_t last, float* wide) {
     const int64_t stride = padded_columns(task.d);
     const T* right = static_cast<const T*>(task.right);
     for (int64_t token = 0; token < task.tokens; token += kTileTokens) {
-        const int64_t count = task.tokens - token < kTileTokens ? task.tokens - token : kTileTokens;
+        const int64_t count = smaller(task.tokens - token, kTileTokens);
         for (int64_t t = 0; t < count; ++t) {
             const T* row = right + (token + t) * task.right_stride;
             widen(row, token + t, first, last, task.dropout, wide + t * kTileColumns);
         }
         for (int64_t component = 0; component < task.components; component += kComponents) {
-            const int64_t rest = task.components - component, height = rest < kComponents ? rest : kComponents;
+            const int64_t height = smaller(task.components - component, kComponents);
             for (int64_t j = first; j < last; j += kVectors * kWidth) {
                 float* out = task.out + component * stride + j;
                 Floats sums[kComponents][kVectors] = {};

@@ -33,19 +33,6 @@ inline void transpose_square(Floats* rows, Lanes<kRow...> all) {
     if constexpr (kHalf > 1) transpose_square<kHalf / 2>(rows, all);
 }
 
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// The first `count` elements; no more than kWidth are taken.
-template <class T>
-inline Floats load_most(const T* source, int64_t count) {
-    return count >= kWidth ? load(source) : load_some(source, count);
-}
-
-template <class T>
-inline void store_most(T* target, Floats values, int64_t count) {
-    count >= kWidth ? store(target, values) : store_some(target, values, count);
-}
-
 // The normal distribution: GELU(x) = x Φ(x), and its derivative is Φ(x) + x φ(x).
 struct Normal {
     Floats cdf, density;
@@ -148,7 +135,7 @@ template <class R>
 void multiply(Left left, int64_t rows, const R* right, int64_t right_stride, int64_t inner, float* out,
               int64_t out_stride, int64_t columns, bool add) {
     do {
-        const int64_t run = least(kTile, inner);
+        const int64_t run = smaller(kTile, inner);
         int64_t j = 0;
         for (; j + kTogether * kWidth <= columns; j += kTogether * kWidth) {
             multiply_columns<kTogether, true>(left, rows, right + j, right_stride, run, out + j, out_stride, 0, add);
@@ -259,7 +246,7 @@ void forward(const GateBank& bank, const T* b2, float* flat, const float* normed
     projection.affine(normed + first * projection.stride, rows, x);
     copy_rows(b2 + m * n, 0, rows, n, flat, n);
     for (int64_t h = 0; h < bank.hidden; h += kTile) {
-        const int64_t count = least(kTile, bank.hidden - h);
+        const int64_t count = smaller(kTile, bank.hidden - h);
         projection.hidden_layer(x, rows, h, count, panel, g);
         for (int64_t b = 0; b < rows; ++b) {
             for (float* at = g + b * kTile; at < g + b * kTile + count; at += kWidth) {
@@ -269,7 +256,7 @@ void forward(const GateBank& bank, const T* b2, float* flat, const float* normed
         }
         for (int64_t j = 0; j < n; j += kTile) {
             const T* w2 = projection.w2 + j * bank.hidden + h;
-            add_product(g, kTile, rows, w2, bank.hidden, least(kTile, n - j), count, panel, flat + j, n);
+            add_product(g, kTile, rows, w2, bank.hidden, smaller(kTile, n - j), count, panel, flat + j, n);
         }
     }
 }
@@ -321,11 +308,11 @@ void backward(const GateBank& bank, const GateBankGradients& gradients, const fl
     projection.affine(normed, rows, x);
     for (int64_t d = 0; d < 2 * stride; ++d) dln_weight[d] = 0.0f;
     for (int64_t h = 0; h < bank.hidden; h += kTile) {
-        const int64_t count = least(kTile, bank.hidden - h);
+        const int64_t count = smaller(kTile, bank.hidden - h);
         projection.hidden_layer(x, rows, h, count, panel, g);
         for (int64_t j = 0; j < n; j += kTile) {
             const T* w2 = projection.w2 + j * bank.hidden + h;
-            const int64_t inner = least(kTile, n - j);
+            const int64_t inner = smaller(kTile, n - j);
             prefetch(w2, bank.hidden, inner, count);
             multiply({dflat + j, n, 1}, rows, w2, bank.hidden, inner, da, kTile, count, j > 0);
         }
@@ -338,7 +325,7 @@ void backward(const GateBank& bank, const GateBankGradients& gradients, const fl
             }
         }
         for (int64_t j = 0; j < n; j += kTile) {
-            const int64_t height = least(kTile, n - j);
+            const int64_t height = smaller(kTile, n - j);
             multiply({dflat + j, 1, n}, height, g, kTile, rows, panel, kTile, count, false);
             copy_rows(panel, kTile, height, count, dw2 + j * bank.hidden + h, bank.hidden);
         }

@@ -101,8 +101,6 @@ inline Bound worse(Bound a, Bound b) {
     return {worse(a.norm, b.norm), worse(a.residual, b.residual)};
 }
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Rows of a sketch that share a pass over the target's.
 constexpr int kSketchRows = 8;
 
@@ -547,8 +545,7 @@ Bound make_sketch(const HistoryTopk& task, int64_t first, int64_t last, BFloat16
         BFloat16* const packed = sketch + item * sketch_width(task.dim);
         Squares squares;
         for (int64_t d = 0; d < sketch_width(task.dim); d += kWidth) {
-            const int64_t rest = task.dim - d;
-            const Floats exact = rest >= kWidth ? load(row + d) : load_some(row + d, rest > 0 ? rest : 0);
+            const Floats exact = load_most(row + d, task.dim - d);
             store(packed + d, exact);
             squares.add(exact, load(packed + d));
         }
@@ -586,30 +583,18 @@ int64_t history_topk_scratch(const HistoryTopk& task) { return Scratch(task, nul
 
 void history_topk(const HistoryTopk& task, int64_t first, int64_t last, void* memory) {
     const Scratch scratch(task, memory);
-    switch (task.dtype) {
-        case Dtype::float32: return run<float>(task, first, last, scratch);
-        case Dtype::bfloat16: return run<BFloat16>(task, first, last, scratch);
-        case Dtype::float16: return run<Float16>(task, first, last, scratch);
-    }
+    with_type(task.dtype, [&](auto type) { run<decltype(type)>(task, first, last, scratch); });
 }
 
 void history_topk_pairs(const HistoryTopk& task, int64_t first, int64_t last, float* pairs, void* memory) {
     float* const wide = static_cast<float*>(memory);
-    switch (task.dtype) {
-        case Dtype::float32: return make_pairs<float>(task, first, last, pairs, wide);
-        case Dtype::bfloat16: return make_pairs<BFloat16>(task, first, last, pairs, wide);
-        case Dtype::float16: return make_pairs<Float16>(task, first, last, pairs, wide);
-    }
+    with_type(task.dtype, [&](auto type) { make_pairs<decltype(type)>(task, first, last, pairs, wide); });
 }
 
 HistorySketchBound history_topk_sketch(const HistoryTopk& task, int64_t first, int64_t last, void* sketch) {
     BFloat16* const rows = static_cast<BFloat16*>(sketch);
     Bound bound{};
-    switch (task.dtype) {
-        case Dtype::float32: bound = make_sketch<float>(task, first, last, rows); break;
-        case Dtype::bfloat16: bound = make_sketch<BFloat16>(task, first, last, rows); break;
-        case Dtype::float16: bound = make_sketch<Float16>(task, first, last, rows); break;
-    }
+    with_type(task.dtype, [&](auto type) { bound = make_sketch<decltype(type)>(task, first, last, rows); });
     return {bound.norm, bound.residual};
 }
 

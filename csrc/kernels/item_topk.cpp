@@ -287,7 +287,7 @@ template <class T>
 void pack_rows(const ItemTopk& task, const int64_t* item, RowRange rows, const PackedRows& packed) {
     const T* const embeddings = static_cast<const T*>(task.embeddings);
     for (int64_t first = rows.first; first < rows.last; first += kPanelRows) {
-        const int count = static_cast<int>(rows.last - first < kPanelRows ? rows.last - first : kPanelRows);
+        const int count = static_cast<int>(smaller(rows.last - first, kPanelRows));
         const T* sources[kPanelRows];
         for (int i = 0; i < count; ++i) {
             sources[i] = embeddings + (item == nullptr ? first + i : item[first + i]) * task.dim;
@@ -320,27 +320,15 @@ void settle_rows(const ItemTopk& task, RowRange rows, const Shortlists& lists, f
 int64_t panel_bytes(int64_t dim) { return panel_size(dim) * sizeof(Packed); }
 
 void pack(const ItemTopk& task, const int64_t* item, RowRange rows, const PackedRows& packed) {
-    switch (task.dtype) {
-        case Dtype::float32: return pack_rows<float>(task, item, rows, packed);
-        case Dtype::bfloat16: return pack_rows<BFloat16>(task, item, rows, packed);
-        case Dtype::float16: return pack_rows<Float16>(task, item, rows, packed);
-    }
+    with_type(task.dtype, [&](auto type) { pack_rows<decltype(type)>(task, item, rows, packed); });
 }
 
 void match(const ItemTopk& task, const ItemTopkBlock& block, float* scratch) {
-    switch (task.dtype) {
-        case Dtype::float32: return match_rows<float>(task, block, scratch);
-        case Dtype::bfloat16: return match_rows<BFloat16>(task, block, scratch);
-        case Dtype::float16: return match_rows<Float16>(task, block, scratch);
-    }
+    with_type(task.dtype, [&](auto type) { match_rows<decltype(type)>(task, block, scratch); });
 }
 
 void settle(const ItemTopk& task, RowRange rows, const Shortlists& lists, float* scratch) {
-    switch (task.dtype) {
-        case Dtype::float32: return settle_rows<float>(task, rows, lists, scratch);
-        case Dtype::bfloat16: return settle_rows<BFloat16>(task, rows, lists, scratch);
-        case Dtype::float16: return settle_rows<Float16>(task, rows, lists, scratch);
-    }
+    with_type(task.dtype, [&](auto type) { settle_rows<decltype(type)>(task, rows, lists, scratch); });
 }
 
 }  // namespace

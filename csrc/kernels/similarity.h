@@ -160,7 +160,7 @@ inline void pack_vector(const T* const* rows, int count, int64_t dim, Packed* pa
             }
         }
         transpose(block);
-        const int64_t words = packed_groups(dim - d) < kWidth ? packed_groups(dim - d) : kWidth;
+        const int64_t words = smaller(packed_groups(dim - d), kWidth);
         for (int64_t word = 0; word < words; ++word) {
             __builtin_memcpy(panel + (d / kGroup + word) * kPanelRows * kGroup, &block[word], sizeof(Words));
         }

@@ -7,16 +7,6 @@
 namespace rellax::RELLAX_LEVEL {
 namespace {
 
-// Calls use(T{}) with the type of the dtype's elements.
-template <class Use>
-inline void with_type(Dtype dtype, const Use& use) {
-    switch (dtype) {
-        case Dtype::float32: return use(float{});
-        case Dtype::bfloat16: return use(BFloat16{});
-        case Dtype::float16: return use(Float16{});
-    }
-}
-
 template <class From, class To>
 void convert_row(const From* source, float factor, To* target, int64_t d) {
     int64_t j = 0;

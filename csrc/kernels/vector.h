@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "dtype.h"
+
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
@@ -30,6 +32,18 @@ struct BFloat16 {
 struct Float16 {
     uint16_t bits;
 };
+
+// Calls use(T{}) with the type of the dtype's elements.
+template <class Use>
+inline void with_type(Dtype dtype, const Use& use) {
+    switch (dtype) {
+        case Dtype::float32: return use(float{});
+        case Dtype::bfloat16: return use(BFloat16{});
+        case Dtype::float16: return use(Float16{});
+    }
+}
+
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline Words load_halves(const void* source) {
     Halves halves;
@@ -97,6 +111,17 @@ inline void store_some(T* target, Floats values, int64_t count) {
     T padded[kWidth];
     store(padded, values);
     __builtin_memcpy(target, padded, count * sizeof(T));
+}
+
+// The same for any `count`, negative ones included to load: no more than kWidth elements are taken.
+template <class T>
+inline Floats load_most(const T* source, int64_t count) {
+    return count >= kWidth ? load(source) : count > 0 ? load_some(source, count) : Floats{};
+}
+
+template <class T>
+inline void store_most(T* target, Floats values, int64_t count) {
+    count >= kWidth ? store(target, values) : store_some(target, values, count);
 }
 
 // What one multiplication takes of a row: kGroup neighbours in each of kWidth places, whose products are added up.
