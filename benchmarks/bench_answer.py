@@ -6,23 +6,22 @@ full logits are those of the first four prompts; `seconds_of_all` in the JSON is
 
 from __future__ import annotations
 
-import gc
 import itertools
 import multiprocessing
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from device import DEVICE, wait
+from memory import peak_growth
 from peers import answer as peers
 from sizes import dry
 from torch import Tensor
 
 from rellax.ops import answer_loss
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INSTANCES, LENGTH, HIDDEN, VOCABULARY, ROTATED = 16, 1024, 1024, 2**17, 2
 FULL = INSTANCES if DEVICE.type == "cuda" else 4
 """Prompts whose full logits are made at once."""
@@ -89,31 +88,16 @@ def _inputs(instances: int, seed: int) -> dict[str, Tensor]:
 
 def _step(run: Callable[..., Tensor], inputs: dict[str, Tensor]) -> None:
     torch.autograd.grad(run(**inputs), inputs["hidden"])
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+    wait()
 
 
 def _peak_growth(variant: str, instances: int) -> int:
     """Bytes beyond the inputs, at most."""
     inputs = _inputs(instances, 0)
     _step(VARIANTS["rellax_choice"], _small())  # what a first call loads is no part of a step
-    gc.collect()
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        _step(VARIANTS[variant], inputs)
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew at what is resident now
-    before = _resident("VmRSS")
-    _step(VARIANTS[variant], inputs)
-    return _resident("VmHWM") - before
+    return peak_growth(lambda: _step(VARIANTS[variant], inputs))
 
 
 def _small() -> dict[str, Tensor]:
     inputs = _inputs(1, 0)
     return {**inputs, "weight": inputs["weight"][:16]}
-
-
-def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))

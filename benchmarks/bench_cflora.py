@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import floors
 import pytest
 import torch
+from device import DEVICE, wait
 from memory import keep_freed_memory
 from peers import cflora as peers
 from sizes import dry
@@ -28,7 +29,6 @@ from torch import Tensor
 
 from rellax.ops import cflora_linear, cflora_linears
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOKENS, INSTANCES, RANK, ROTATED, ROUNDS = 2048, 8, 8, 4, 40
 dry(globals(), TOKENS=4, INSTANCES=2, RANK=2, ROTATED=1, ROUNDS=1)
 Run = Callable[..., Any]
@@ -219,7 +219,7 @@ def _inputs(dtype: torch.dtype, shape: Shape, seed: int) -> dict[str, Any]:
 def _forward(run: Run, inputs: dict[str, Any]) -> None:
     with torch.no_grad():
         run(**inputs)
-    _wait()
+    wait()
 
 
 def _both(run: Run, inputs: dict[str, Any]) -> None:
@@ -227,9 +227,4 @@ def _both(run: Run, inputs: dict[str, Any]) -> None:
     outputs = y if isinstance(y, list) else [y]
     wanted = [leaf for leaf in _leaves(inputs) if leaf.requires_grad]
     torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs], allow_unused=True)
-    _wait()
-
-
-def _wait() -> None:
-    if GPU:
-        torch.cuda.synchronize()
+    wait()

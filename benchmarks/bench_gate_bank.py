@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import DEVICE, wait
 from memory import keep_freed_memory
 from peers import gate_bank as peers
 from sizes import dry
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 
 from rellax.nn import GateBank
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROJECTIONS, RANK, EMBEDDING, ROTATED, ROUNDS = 64, 8, 64, 3, 60
 dry(globals(), PROJECTIONS=2, RANK=2, EMBEDDING=8, ROTATED=1, ROUNDS=1)
 
@@ -59,16 +59,11 @@ def test_gate_bank(benchmark: Any, dtype: torch.dtype, instances: int, direction
 def _forward(bank: nn.Module, u: Tensor) -> None:
     with torch.no_grad():
         bank(u)
-    _wait()
+    wait()
 
 
 def _both(bank: nn.Module, u: Tensor) -> None:
     gates = bank(u)
     gates = [gates] if isinstance(gates, Tensor) else gates
     torch.autograd.grad(gates, [u, *bank.parameters()], [torch.ones_like(gate) for gate in gates])
-    _wait()
-
-
-def _wait() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+    wait()

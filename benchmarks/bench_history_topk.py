@@ -13,26 +13,24 @@ samples of it, and `ratio` compares times per sample. Ids are compared first, up
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import math
 import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from device import DEVICE, wait
+from memory import peak_growth
 from peers import history_topk as peers
 from sizes import dry
 from torch import Tensor
 
 from rellax.ops import history_topk
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 D, K, ROUNDS = 512, 30, 5
 # Items, users, and their longest history.
 EVERY, SMALL, COLD = (62_000, 1_500, 2_500), (3_706, 6_040, 2_314), (62_000, 4_000, 1_000)
@@ -108,11 +106,16 @@ def test_history_topk(benchmark: Any, case: str) -> None:
 
     def setup() -> tuple[tuple[Any, ...], dict[str, Any]]:
         start = time.perf_counter()
-        _finished(run_rellax(work))
+        run_rellax(work)
+        wait()
         seconds.append((time.perf_counter() - start) / total)
         return arguments, {}
 
-    benchmark.pedantic(lambda *given: _finished(peer(*given)), setup=setup, rounds=ROUNDS, warmup_rounds=1)
+    def run(*given: Any) -> None:
+        peer(*given)
+        wait()
+
+    benchmark.pedantic(run, setup=setup, rounds=ROUNDS, warmup_rounds=1)
     ours = seconds[-ROUNDS:]
     theirs = [one / len(chosen) for one in benchmark.stats.stats.data]
     candidates = int(queries[2].sum())
@@ -171,28 +174,8 @@ def _assert_same(work: Workload, queries: tuple[Tensor, ...], chosen: Tensor, th
         torch.testing.assert_close(*scores, rtol=0, atol=1e-6)
 
 
-def _finished(result: Any) -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def _peak_beyond_outputs() -> int:
     work = every()
     run_rellax(work._replace(items=work.items[:40], offsets=torch.tensor([0, 40], device=DEVICE)))
     outputs = len(work.items) * K * 12
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what making the inputs has freed would hide growth
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run_rellax(work)
-        return torch.cuda.max_memory_allocated() - before - outputs
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew at what is resident now
-    before = _resident("VmRSS")
-    run_rellax(work)
-    return _resident("VmHWM") - before - outputs
-
-
-def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+    return peak_growth(lambda: run_rellax(work)) - outputs

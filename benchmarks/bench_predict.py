@@ -26,7 +26,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_step import DEVICE, _prepared
+from bench_step import _prepared
+from device import DEVICE
 from peers.step import FrozenBody, PublishedModel, sharing
 from sizes import DRY, dry
 

@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from device import DEVICE, wait
 from peers import soft_prompt as peers
 from sizes import dry
 from torch import Tensor
 
 from rellax.ops import soft_prompt
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PLACEHOLDERS, VOCABULARY = 64, 49152
 SIZES = {"16x1024x4096": (16, 1024, 4096, 4, 8), "8x448x576": (8, 448, 576, 16, 160)}  # …, rotated, rounds
 dry(globals(), PLACEHOLDERS=2, VOCABULARY=16, SIZES={"2x8x16": (2, 8, 16, 2, 2)})
@@ -98,17 +98,12 @@ def _forward(run: Run, *inputs: Tensor) -> Tensor:
     *arguments, _ = inputs
     with torch.no_grad():
         y = run(*arguments)
-    _wait()
+    wait()
     return y
 
 
 def _both(run: Run, *inputs: Tensor) -> Tensor:
     *arguments, dy = inputs
     (gradient,) = torch.autograd.grad(run(*arguments), arguments[2], dy)
-    _wait()
+    wait()
     return gradient
-
-
-def _wait() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()

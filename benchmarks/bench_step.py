@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from device import DEVICE, wait
 from peers.step import FrozenBody, PublishedModel, sharing
 from sizes import dry
 from torch import Tensor
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from rellax.ctr.config import TrainConfig
     from rellax.ctr.task import Task
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH, BATCHES = 8, 4
 ITEMS, EMBEDDING = 1682, 64  # MovieLens-100K's items, and the recommendation model's dimensions
 LLAMA_7B = {
@@ -333,8 +333,7 @@ def _descend(loss: Tensor, optimiser: torch.optim.Optimizer) -> None:
 
 def _run(step: Callable[[Sequence[Example]], None], batch: Sequence[Example]) -> None:
     step(batch)
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+    wait()
 
 
 PARTS = {

@@ -1,9 +1,15 @@
-"""What a benchmark asks of the memory allocator."""
+"""What benchmarks ask of the memory allocator, and how much memory they take."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from device import DEVICE
 
 
 def keep_freed_memory() -> None:
@@ -17,3 +23,23 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         assert libc.mallopt(mmap_threshold, 2**25), "mallopt refuses the threshold"
         libc.mallopt(trim_threshold, 2**30)
+
+
+def peak_growth(run: Callable[[], object]) -> int:
+    """Bytes that the device's memory grows by during the run, at most; for a process of its own."""
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before would hide growth
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew at what is resident now
+    before = _resident("VmRSS")
+    run()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))

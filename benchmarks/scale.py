@@ -6,7 +6,6 @@ python benchmarks/scale.py > benchmarks/results/scale-cpu.md
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
 import tempfile
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from rellax import subr
 from rellax._files import sha256_file, write_json
 from rellax.ctr import retrieval
 from rellax.ctr.buckets import Buckets
-from rellax.ctr.runs import environment
+from rellax.ctr.runs import environment, peak_memory_gib
 
 FIRST = 5  # behaviours before a user's first sample
 
@@ -150,7 +149,7 @@ def main() -> None:
     options = parser.parse_args()
     machine = environment()
     lines = retrieval_costs(options.users, options.items, options.dim, options.k)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = peak_memory_gib()
     lines += [f"Peak memory of the process so far, the making of the data included: {peak:.1f} GiB.", ""]
     lines += pca_costs(options.pca_rows, options.states, options.dim)
     command = " ".join(["python", *sys.argv])

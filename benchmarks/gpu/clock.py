@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 import torch
 
+from ..device import DEVICE, wait
+
 LONG = 0.1
 """Seconds of a run from which on what the caches hold, and the host's part in it, no longer count."""
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def median_seconds(run: Callable[[], object], milliseconds: int = 25) -> float:
@@ -44,10 +45,8 @@ def replay(run: Callable[[], object]) -> Callable[[], object] | None:
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+    wait()
     start = time.perf_counter()
     run()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - start

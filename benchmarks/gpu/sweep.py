@@ -245,9 +245,9 @@ def item_lists() -> None:
     emit(f"item_topk bf16 N={items} D={D} k={k}", **found)
 
 
-def _matmul_topk(embeddings: Tensor, queries: Tensor, k: int, step: int = 4096) -> list[Tensor]:
+def _matmul_topk(embeddings: Tensor, queries: Tensor, k: int) -> list[Tensor]:
     """In chunks, as a matrix of all scores would not fit."""
-    return [torch.topk(embeddings[part] @ embeddings.t(), k).indices for part in queries.split(step)]
+    return [torch.topk(embeddings[part] @ embeddings.t(), k).indices for part in queries.split(4096)]
 
 
 def _faiss_gpu(embeddings: Tensor) -> Any:
