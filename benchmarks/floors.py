@@ -25,8 +25,8 @@ class Ceilings(NamedTuple):
     flops_per_second: float
 
 
-H200 = Ceilings(4.3e12, 790e12)
-"""Measured: a copy, and a bf16 product."""
+H200 = Ceilings(4.26e12, 758e12)
+"""Measured: a copy, and a bf16 product (results/nvidia-h200.md)."""
 
 
 class Floor(NamedTuple):
