@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import itertools
 import json
 import os
@@ -44,6 +45,7 @@ def _model(kind: str) -> Any:
 
 def _rank(rank: int, port: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    faulthandler.dump_traceback_later(90)  # where it waits, before gloo gives up
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=RANKS, timeout=timedelta(seconds=100))
     share = tiny.batch(_whole_batch()[2 * rank : 2 * rank + 2])
@@ -59,7 +61,7 @@ def _rank(rank: int, port: int, folder: str) -> None:
         mine = {name: g.to_local() if wrap is _fsdp else g for name, g in gradients.items()}
         torch.save(mine, Path(folder) / f"{wrap.__name__}-{kind}-{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may want the interpreter while it ends: "terminate called"
 
 
 def _ddp(model: Any) -> Any:

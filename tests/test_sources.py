@@ -84,8 +84,8 @@ def test_a_large_ml_25m_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.Mo
     raw = write_full_ml_25m(tmp_path / "raw", users=60, items=200, ratings=3000)
     lines = (raw / "ratings.csv").read_text().splitlines()[1:]
     whole = prepare(read_ml_25m(raw), tmp_path / "whole")
-    for module in ("rellax.ctr.prepare", "rellax.ctr.dataset"):
-        monkeypatch.setattr(f"{module}._BLOCK", 100)
+    for name in ("rellax.ctr.prepare._BLOCK", "rellax.ctr.stream._ROWS"):
+        monkeypatch.setattr(name, 100)
     monkeypatch.setattr("rellax.ctr.sources.tables._BLOCK_BYTES", 1000)
     assert prepare(read_ml_25m(raw), tmp_path / "data") == whole
     dataset, expected = Dataset.load(tmp_path / "data"), Dataset.load(tmp_path / "whole")
