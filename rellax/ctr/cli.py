@@ -112,6 +112,7 @@ def _retrieve(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from rellax.ctr import parallel
     from rellax.ctr.train import train
 
     folder = options.work / options.name
@@ -123,6 +124,7 @@ def _train(options: argparse.Namespace) -> None:
         **_run_options(options),
     )
     print(f"{folder}: step {result['best_step']} of {result['steps']} is kept")
+    parallel.leave()
 
 
 def _start(options: argparse.Namespace) -> str | None:

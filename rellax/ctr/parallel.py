@@ -33,6 +33,12 @@ def start(device: torch.device) -> Accelerator:
     return Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=handlers)
 
 
+def leave() -> None:
+    """Part from the processes that `start` joined: the network's threads end before the interpreter."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def is_sharded(accelerator: Accelerator, fsdp: bool) -> bool:
     """Whether frozen weights are sharded: `fsdp`, or `accelerate launch --use_fsdp` asks for it.
 
