@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from device import wait
 
 OUTPUT_PASSES = {"A": 2, "B": 1, "C": 0}
 """How often the update reads or writes the output, beside the product itself."""
@@ -72,9 +73,9 @@ def measured(device: torch.device) -> Ceilings:
 def _best(run: Callable[[], object]) -> float:
     seconds = []
     for _ in range(10):
-        torch.cuda.synchronize()
+        wait()
         start = time.perf_counter()
         run()
-        torch.cuda.synchronize()
+        wait()
         seconds.append(time.perf_counter() - start)
     return min(seconds)

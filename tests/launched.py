@@ -54,6 +54,13 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
+def leave() -> None:
+    """End one of several processes, once all are here; without clean-up, in which torch has aborted once."""
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+
 def interrupted(step: int, kill: str | None = None, fail: int | None = None) -> Any:
     """A context in which a run is stopped at `step`."""
     original = {name: getattr(_Trainer, name) for name in ("_train_step", "_backward", "_save_checkpoint")}
@@ -121,6 +128,4 @@ if __name__ == "__main__":
     for one in json.loads(sys.argv[1]):
         run_forked(one) if one.get("kill") else run(**one)
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        sys.stdout.flush()
-        os._exit(0)  # gloo's threads may want the interpreter while it ends: "terminate called"
+        leave()

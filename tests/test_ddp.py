@@ -18,7 +18,7 @@ import tiny_models as tiny
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from launched import free_port, job, launch
+from launched import free_port, job, launch, leave
 from safetensors.torch import load_file
 from test_patch import CHECKPOINTS, close, set_checkpointing
 from torch.distributed.fsdp import fully_shard
@@ -60,8 +60,7 @@ def _rank(rank: int, port: int, folder: str) -> None:
                 gradients = {name: parameter.grad for name, parameter in tiny.trainable(model).items()}
         mine = {name: g.to_local() if wrap is _fsdp else g for name, g in gradients.items()}
         torch.save(mine, Path(folder) / f"{wrap.__name__}-{kind}-{rank}.pt")
-    dist.barrier()
-    os._exit(0)  # gloo's threads may want the interpreter while it ends: "terminate called"
+    leave()
 
 
 def _ddp(model: Any) -> Any:

@@ -34,7 +34,7 @@ def start(device: torch.device) -> Accelerator:
 
 
 def leave() -> None:
-    """Part from the processes that `start` joined: the network's threads end before the interpreter."""
+    """Part from the processes that `start` joined, as torch asks of a program that ends."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
