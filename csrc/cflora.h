@@ -87,12 +87,12 @@ constexpr int64_t kTileColumns = 128;  // of an outer product
 constexpr int64_t kComponents = 4;     // taken together, as are
 constexpr int64_t kTogether = 4;       // rows
 
-constexpr int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
-constexpr int64_t padded_components(int64_t count) { return round_up(count, kComponents); }
-constexpr int64_t padded_columns(int64_t d) { return round_up(d, kBlock); }
+static constexpr int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
+static constexpr int64_t padded_components(int64_t count) { return round_up(count, kComponents); }
+static constexpr int64_t padded_columns(int64_t d) { return round_up(d, kBlock); }
 
 // Floats that a tile needs: rows staged for shrinking, three blocks of r numbers a layer and token.
-constexpr int64_t cflora_scratch(int64_t widest, int64_t components) {
+static constexpr int64_t cflora_scratch(int64_t widest, int64_t components) {
     return kTileTokens * padded_columns(widest) + 3 * kTileTokens * padded_components(components);
 }
 constexpr int64_t kOuterScratch = kTileTokens * kTileColumns;

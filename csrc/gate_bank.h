@@ -44,15 +44,15 @@ struct GateBankGradients {
 
 constexpr int64_t kTile = 128;  // hidden units, outputs, and in the forward pass instances, taken together
 
-constexpr int64_t padded_embedding(int64_t d_u) { return (d_u + 15) / 16 * 16; }  // with zeros
-constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+static constexpr int64_t padded_embedding(int64_t d_u) { return (d_u + 15) / 16 * 16; }  // with zeros
+static constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // A tile of weights or of their gradients, in floats.
-constexpr int64_t panel_size(const GateBank& bank) { return kTile * larger(kTile, padded_embedding(bank.d_u)); }
-constexpr int64_t forward_scratch(const GateBank& bank) {
+static constexpr int64_t panel_size(const GateBank& bank) { return kTile * larger(kTile, padded_embedding(bank.d_u)); }
+static constexpr int64_t forward_scratch(const GateBank& bank) {
     return kTile * (padded_embedding(bank.d_u) + kTile) + panel_size(bank);
 }
-constexpr int64_t backward_scratch(const GateBank& bank) {
+static constexpr int64_t backward_scratch(const GateBank& bank) {
     const int64_t stride = padded_embedding(bank.d_u);
     return 2 * bank.instances * (stride + kTile) + panel_size(bank) + larger(kTile, bank.outputs) + 2 * stride;
 }

@@ -20,8 +20,6 @@ struct ItemTopk {
     bool exclude_self;
     int64_t* indices;  // (queries, k) best first; -1 past the last item
     float* scores;     // (queries, k); -inf past the last item
-
-    int64_t item_of(int64_t row) const { return query == nullptr ? row : query[row]; }
 };
 
 // Rows in the kernels' layout, in whole panels, each with how far an approximate product with it may be off: for rows
@@ -77,7 +75,7 @@ struct ItemTopkKernels {
 
 constexpr int64_t kItemTopkPad = 16;  // a vector of the widest level
 
-constexpr int64_t item_topk_scratch(int64_t dim, int64_t capacity) { return dim + capacity + 2 * kItemTopkPad; }
+static constexpr int64_t item_topk_scratch(int64_t dim, int64_t capacity) { return dim + capacity + 2 * kItemTopkPad; }
 
 // A search in steps, short enough that whoever calls may be interrupted between them. What it finds does not depend on
 // the number of threads.

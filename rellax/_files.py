@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
@@ -26,14 +28,12 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`: on success it takes `path`'s place, on an error it is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    part = Path(name)
+    part = _beside(path, path.suffix)
+    part.touch(exist_ok=False)
     try:
         yield part
         with part.open("rb+") as file:
             os.fsync(file.fileno())
-        part.chmod(0o666 & ~_umask())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -55,11 +55,13 @@ def atomic_folder(path: str | Path, *, own: Collection[str] | None = None) -> It
     path = Path(path).resolve()
     _check_replaceable(path, own)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    part = _beside(path)
+    part.mkdir()
     old = part.with_name(f"{part.name}.old")
     try:
         yield part
-        part.chmod(0o777 & ~_umask())
+        if path.exists() and _exchange(part, path):
+            return
         try:
             if path.exists():
                 path.replace(old)
@@ -134,7 +136,16 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _beside(path: Path, suffix: str = "") -> Path:
+    """A hidden name beside `path` that nothing has."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{suffix}")
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Let two folders take each other's name at once; False, and nothing done, where the system cannot."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0)

@@ -111,6 +111,25 @@ def test_saving_replaces_nothing_but_an_adapter(
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "model", "beside", "inside", "file"}
 
 
+def test_an_adapter_takes_the_place_of_another_at_once(
+    saved: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No moment is without one, in which a reader would find none and a kill would leave none."""
+    model, folder = saved
+    before = contents(folder)
+
+    def never(self: Path, target: Path) -> Path:
+        assert target != folder, "the folder's name was free for a while"
+        return self.rename(target)
+
+    monkeypatch.setattr(Path, "replace", never)
+    tiny.randomise(model, seed=11)
+    save_adapter(model, folder)
+    assert contents(folder).keys() == before.keys()
+    assert contents(folder) != before
+    assert list(folder.parent.iterdir()) == [folder]
+
+
 def test_the_older_adapter_comes_back_where_saving_fails(
     saved: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +143,7 @@ def test_the_older_adapter_comes_back_where_saving_fails(
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", fails)
+    monkeypatch.setattr("rellax._files._exchange", lambda a, b: False)  # as where the system has no such call
     tiny.randomise(model, seed=11)
     with pytest.raises(OSError, match="no space left"):
         save_adapter(model, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 
 import pytest
@@ -89,6 +90,43 @@ def test_a_row_that_is_not_finite_shows_in_the_loss(strange: float, backend: str
     inputs = inputs_of(torch.float32, ignored=0.0, train_head=False)
     inputs["hidden"] = torch.full_like(inputs["hidden"], strange)
     assert answer_loss(**inputs)[0].isnan(), backend
+
+
+@pytest.mark.parametrize(
+    ("labels", "choice_ids", "loss"),
+    [
+        ([3, 29, -100], (), "vocab"),
+        ([3, 4096, -100], (), "vocab"),
+        ([3, -1, -100], (), "vocab"),
+        ([5, 3, -100], (5, 2), "choice"),
+        ([2, -1, -100], (5, 2), "choice"),
+    ],
+)
+@pytest.mark.parametrize("module", ["rellax.reference.answer", "rellax.kernels.answer"])
+def test_a_label_that_no_check_reads_makes_loss_and_gradients_nan(
+    module: str, labels: list[int], choice_ids: tuple[int, ...], loss: str
+) -> None:
+    """As on a GPU, which no check waits for: nothing is trained on an answer that is none."""
+    inputs = inputs_of(torch.float32, n=3)
+    rows = (inputs["hidden"], inputs["lm_head_weight"], None, inputs["positions"])
+    options = (torch.ones((), device=rows[0].device), choice_ids, loss, None, [True, True, False])
+    forward = importlib.import_module(module).answer_fwd
+    with torch.no_grad():
+        value, _, dhidden, dweight, _ = forward(*rows, rows[-1].new_tensor(labels), *options)
+    assert value.isnan()
+    assert dhidden[1].isnan().all()
+    assert dhidden[[0, 2]].isfinite().all()
+    assert dweight.isnan().any()
+
+
+@pytest.mark.parametrize("loss", ["vocab", "choice"])
+@pytest.mark.parametrize("name", ["hidden", "lm_head_weight", "bias"])
+def test_no_second_derivative_is_made_up(name: str, loss: str) -> None:
+    inputs = inputs_of(torch.float32, bias=True, choice_ids=(5, 2), loss=loss)
+    value, _ = answer_loss(**inputs)
+    (gradient,) = torch.autograd.grad(value.square(), inputs[name], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"backward|autograd|derivative"):
+        torch.autograd.grad(gradient.square().sum(), inputs[name])
 
 
 @pytest.mark.parametrize("case", ["vocab", "softcap", "choice-softcap-bias", "vocab-and-choice-logits"])

@@ -75,6 +75,17 @@ def test_tiles_cover_every_token_once(lengths: list[int]) -> None:
     assert covered == list(range(tokens))
 
 
+def test_tiles_of_another_batch_are_an_error() -> None:
+    """A row without a tile would keep what was in memory."""
+    inputs = cflora(torch.float32, packed=True, lengths=[7, 1, 129])
+    other = cflora_tiles(torch.tensor([0, 70, 137], dtype=torch.int32, device=inputs["x"].device), 137)
+    with pytest.raises(InputError, match=r"^tiles: expected cflora_tiles of cu_seqlens = \(10\), int32"):
+        cflora_linear(**inputs, tiles=other)
+    padded = cflora(torch.float32)
+    with pytest.raises(InputError, match=r"^tiles: expected None without cu_seqlens"):
+        cflora_linear(**padded, tiles=other)
+
+
 def test_tiles_are_small_where_instances_are_short() -> None:
     assert [tile_tokens(tokens, 8) for tokens in (0, 255, 256, 10**6)] == [16, 16, 64, 64]
 

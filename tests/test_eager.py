@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import rellax.ops
+from rellax.errors import InputError
 from rellax.ops import _eager, cflora
 from rellax.testing import cases
 
@@ -49,6 +51,23 @@ def library_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 def layer(**options: Any) -> dict[str, Any]:
     return cases.cflora(torch.float32, **options)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_tangent_is_refused(name: str) -> None:
+    """Forward mode has no formula here, and must not give zeros."""
+    inputs = cases.OPERATORS[name][0](torch.float32)
+    leaves = {key: x.detach() for key, x in inputs.items() if isinstance(x, Tensor) and x.requires_grad}
+    assert leaves or name == "cflora_linears"
+    for key, x in leaves.items():
+
+        def of(value: Tensor, key: str = key) -> Any:
+            return getattr(rellax.ops, name)(**{**inputs, key: value})
+
+        with pytest.raises(InputError, match="tangent"):
+            torch.func.jvp(of, (x,), (torch.ones_like(x),))
+        with forward_ad.dual_level(), pytest.raises(InputError, match="tangent"):
+            of(forward_ad.make_dual(x, torch.ones_like(x)))
 
 
 @pytest.mark.parametrize("name", OPERATORS)

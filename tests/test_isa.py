@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from rellax import _C
 
 HERE = Path(__file__).parent
+CSRC = HERE.parent / "csrc"
 DIGEST = """
 import hashlib, torch
 from rellax import _C
@@ -101,3 +103,18 @@ def test_an_unknown_level_is_an_error_that_names_the_known_ones(isa: str) -> Non
     known = ", ".join(_C.supported_isas())
     message = f"InputError: RELLAX_ISA: expected a level that this machine can run ({known}), got '{isa}'"
     assert message in output.stderr
+
+
+@pytest.mark.parametrize("source", sorted((CSRC / "kernels").glob("*.cpp")), ids=lambda path: path.stem)
+def test_levels_share_nothing_that_the_linker_merges(source: Path, tmp_path: Path) -> None:
+    """Of weak symbols of one name one copy is kept, which may be the one for the newest machine."""
+    compiler, symbols = shutil.which("c++"), shutil.which("nm")
+    if compiler is None or symbols is None:
+        pytest.skip("needs a C++ compiler and nm")
+    output = tmp_path / "kernels.o"
+    flags = ["-std=c++17", "-O0", "-DRELLAX_LEVEL=some_level", f"-I{CSRC}"]  # -O0: nothing is inlined away
+    subprocess.run([compiler, *flags, "-c", source, "-o", output], check=True)
+    listing = subprocess.run([symbols, "-C", output], check=True, capture_output=True, text=True).stdout
+    assert "rellax::some_level::" in listing
+    weak = [line for line in listing.splitlines() if line.split(maxsplit=2)[-2] in {"W", "V", "u"}]
+    assert [line for line in weak if "rellax::some_level::" not in line] == []

@@ -7,8 +7,10 @@ import itertools
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import tiny_models as tiny
 import torch
@@ -24,12 +26,14 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from rellax.errors import InputError
 from rellax.kernels import _tiles
 from rellax.kernels import cflora as kernels
+from rellax.nn.cflora import CFLoRALinear
 from rellax.ops import cflora as operators
 from rellax.patch import (
     CFLoRAConfig,
     answer_logits,
     checkpoint,
     compile_frozen,
+    engine,
     patch_model,
     unpatch_model,
 )
@@ -647,6 +651,49 @@ def test_unpatching_gives_the_original_back(family: str) -> None:
     assert patch_model(model) is model  # and it can be patched again
 
 
+@pytest.mark.parametrize("place", ["add_lora", "_put_in_front", "_report"])
+def test_patching_that_is_interrupted_leaves_the_model_as_it_was(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.base_model()
+    model.get_input_embeddings().weight.requires_grad_(False)
+    before, calls = snapshot(model), itertools.count()
+    owner: Any = CFLoRALinear if place == "add_lora" else engine
+    original = getattr(owner, place)
+
+    def interrupted(*args: Any) -> Any:
+        if place == "_report" or next(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    with monkeypatch.context() as context:
+        context.setattr(owner, place, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            patch_model(model, tiny.config(), soft_prompt=tiny.soft_prompt_config())
+    assert snapshot(model) == before
+    assert patch_model(model, tiny.config()) is model
+
+
+def test_layers_that_share_their_input_may_be_offloaded_after_patching(tmp_path: Path) -> None:
+    """accelerate loads a layer's weights when its turn comes, not when that of the first sharing one does."""
+    model = tiny.patched(tiny.base_model()).eval()
+    arguments = tiny.batch(tiny.instances())
+    expected = model(**arguments).answer_logits
+    parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head", "rellax")
+    places = dict.fromkeys(parts, "cpu") | {"model.layers.1": "disk"}
+    accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path))
+    assert torch.equal(model(**arguments).answer_logits, expected)
+
+
+def test_a_model_without_memory_gives_shapes() -> None:
+    model = tiny.patched(tiny.base_model()).to("meta")
+    arguments = {name: value.to("meta") for name, value in tiny.batch(tiny.instances()).items()}
+    del arguments["attention_mask"]  # transformers reads it
+    assert model(**arguments).answer_logits.shape == (3, 2)
+    with pytest.raises(InputError, match=r"^instance_embed: expected shape .* on meta, got .* on cpu"):
+        model(**arguments | {"instance_embed": tiny.batch(tiny.instances())["instance_embed"]})
+
+
 def test_nothing_but_the_instance_is_touched() -> None:
     forwards = LlamaForCausalLM.forward, LlamaAttention.forward, torch.nn.Linear.forward
     other = tiny.base_model()
@@ -963,6 +1010,7 @@ def _wrong(**changes: Any) -> Any:
             "attention_mask: expected None for a packed",
         ),
         ("packed", _wrong(use_cache=True), "use_cache: expected no key-value cache"),
+        ("packed", _wrong(max_seqlen=9), "max_seqlen: expected the longest instance's 10 at least, got 9"),
         ("right", _wrong(base_logit=torch.zeros(3, 1)), r"base_logit: expected shape \(3,\), got \(3, 1\)"),
         ("packed", _wrong(base_logit=torch.zeros(1)), r"base_logit: expected shape \(3,\), got \(1,\)"),
         ("right", _wrong(base_logit=torch.zeros(3), labels=None), "base_logit: expected None without labels"),

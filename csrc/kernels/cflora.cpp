@@ -87,7 +87,7 @@ void shrink(const T* rows, int64_t row_stride, int64_t d, const T* matrix, int64
     const int64_t count = tile.last - tile.first, columns = padded_columns(d);
     const T* staged[kTileTokens];
     stage(rows, row_stride, d, dropout, tile.first, count, staging, staged);
-    for (int64_t first = 0; first < columns; first += kShrinkColumns) {
+    for (int64_t first = 0; first == 0 || first < columns; first += kShrinkColumns) {  // once where d is 0
         const int64_t last = smaller(first + kShrinkColumns, columns);
         for (int64_t t = 0; t < count; t += kTogether) {
             const int64_t height = smaller(count - t, kTogether);

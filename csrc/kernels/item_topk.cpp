@@ -23,6 +23,9 @@ inline uint32_t at_least(Floats a, Floats b) {
 #endif
 }
 
+// The item of a query.
+inline int64_t item_of(const ItemTopk& task, int64_t row) { return task.query == nullptr ? row : task.query[row]; }
+
 inline bool better(const Candidate& a, const Candidate& b) {
     return a.lower > b.lower || (a.lower == b.lower && a.item < b.item);
 }
@@ -119,7 +122,7 @@ private:
     void score(int64_t first, int64_t last) {
         const T* const embeddings = static_cast<const T*>(task_.embeddings);
         float* const target = scratch_;
-        widen(embeddings + task_.item_of(row_) * task_.dim, task_.dim, target);
+        widen(embeddings + item_of(task_, row_) * task_.dim, task_.dim, target);
         while (first < last) {
             Candidate* unknown[kExactRows];
             const T* rows[kExactRows];
@@ -234,7 +237,7 @@ private:
 
     void find(int64_t row, float score, float error, int64_t item) {
         if (!(score + error >= block_.lists.floor[row])) return;
-        if (task_.exclude_self && item == task_.item_of(row)) return;
+        if (task_.exclude_self && item == item_of(task_, row)) return;
         found_[count_++] = {score, error, static_cast<uint32_t>(row), static_cast<uint32_t>(item)};
         if (count_ == kFound) hand_over();
     }

@@ -72,7 +72,8 @@ def _statistics_kernel(
     tl.store(total_ptr + part, total)
     label = tl.load(labels_ptr + row)
     target = tl.sum(tl.where(column == label, logits, 0.0), 0)
-    tl.store(target_ptr + row, target, mask=(label >= block * BLOCK) & (label < (block + 1) * BLOCK))
+    here = (label >= block * BLOCK) & (label < tl.minimum((block + 1) * BLOCK, vocabulary))
+    tl.store(target_ptr + row, target, mask=here)
 
 
 @triton.jit
@@ -88,10 +89,14 @@ def _gradient_kernel(
     vocabulary,
     blocks,
     softcap,
+    IGNORED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """The row's loss and, where `dlogits_ptr` is not None, one block of its gradient; 0 without a label."""
+    """The row's loss and, where `dlogits_ptr` is not None, one block of its gradient; 0 without a label.
+
+    Both are NaN where the label is no column.
+    """
     row, block = tl.program_id(0), tl.program_id(1)
     part = tl.arange(0, BLOCKS)
     largest = tl.load(largest_ptr + row * blocks + part, mask=part < blocks, other=-float("inf"))
@@ -101,7 +106,7 @@ def _gradient_kernel(
     label = tl.load(labels_ptr + row)
     if block == 0:
         loss = lse - tl.load(target_ptr + row)
-        tl.store(loss_ptr + row, tl.where(label >= 0, loss, 0.0))
+        tl.store(loss_ptr + row, tl.where(label == IGNORED, 0.0, loss))
     if dlogits_ptr is not None:
         column = block * BLOCK + tl.arange(0, BLOCK)
         logits = _logits(logits_ptr, bias_ptr, row, column, vocabulary, softcap)
@@ -109,7 +114,8 @@ def _gradient_kernel(
         if softcap is not None:
             capped = tl.where(column < vocabulary, logits / softcap, 0.0)
             gradient *= 1 - capped * capped
-        gradient = tl.where(label >= 0, gradient, 0.0)
+        gradient = tl.where((label >= 0) & (label < vocabulary), gradient, float("nan"))
+        gradient = tl.where(label == IGNORED, 0.0, gradient)
         out = dlogits_ptr + row.to(tl.int64) * vocabulary + column
         tl.store(out, gradient.to(dlogits_ptr.dtype.element_ty), mask=column < vocabulary)
 
@@ -141,7 +147,8 @@ def answer_fwd(
     weight = lm_head_weight
     if loss == "choice":
         weight, bias = two_rows
-        labels = torch.where(labels == _IGNORED, _IGNORED, (labels == choice_ids[1]).long())
+        other = torch.where(labels == _IGNORED, _IGNORED, 2)  # no row of the two: the loss is NaN
+        labels = torch.where(labels == choice_ids[0], 0, torch.where(labels == choice_ids[1], 1, other))
 
     rows = rows.masked_fill((labels == _IGNORED)[:, None], 0)
     losses = torch.empty_like(labels, dtype=torch.float32)
@@ -181,12 +188,20 @@ def _launch(
     block = _BLOCK.on(logits.device)
     blocks = cdiv(vocabulary, block["BLOCK"])
     largest, total = logits.new_empty(2, n, blocks)
-    target = logits.new_empty(n)
+    target = logits.new_full((n,), torch.nan)  # for labels that are no column
     common = (logits, bias, labels, largest, total, target)
     with torch.cuda.device_of(logits):
         _statistics_kernel[(n, blocks)](*common, vocabulary, softcap, **block)
         _gradient_kernel[(n, 1 if dlogits is None else blocks)](
-            *common, losses, dlogits, vocabulary, blocks, softcap, BLOCKS=next_power_of_2(blocks), **block
+            *common,
+            losses,
+            dlogits,
+            vocabulary,
+            blocks,
+            softcap,
+            IGNORED=_IGNORED,
+            BLOCKS=next_power_of_2(blocks),
+            **block,
         )
     return dlogits
 

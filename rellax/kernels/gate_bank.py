@@ -285,10 +285,11 @@ def _du_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
+    stride = B * tl.full((), d_u, tl.int64)
     dnormed = tl.zeros((BLOCK_D,), tl.float32)
     for m in range(0, M, BLOCK_M):
         projection = m + tl.arange(0, BLOCK_M)
-        dnormed += tl.sum(_load(dnormed_ptr + row * d_u, projection, column, M, d_u, B * d_u), 0)
+        dnormed += tl.sum(_load(dnormed_ptr + row * d_u, projection, column, M, d_u, stride), 0)
     normed = tl.load(normed_ptr + row * d_u + column, mask=column < d_u, other=0.0)
     along = tl.sum(dnormed * normed) / d_u
     du = tl.load(rstd_ptr + row) * (dnormed - tl.sum(dnormed) / d_u - normed * along)

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rellax.errors import InputError
-from rellax.ops._check import can_read, check_tensor
+from rellax.ops._check import bad, can_read, check_tensor
 from rellax.ops.answer import LOSSES, answer_loss, check_choice, check_choice_labels, loss_denominator
-from rellax.reference.answer import select_rows
+from rellax.reference.answer import choices, select_rows
 
 
 class Answers(NamedTuple):
@@ -74,8 +74,8 @@ class AnswerHead(nn.Module):
             InputError: labels do not fit hidden, the choice loss has no `answer_ids`, or another loss has a
                 `base_logit`.
         """
-        if labels.shape != hidden.shape[:-1]:
-            raise InputError(f"labels: expected shape {tuple(hidden.shape[:-1])}, got {tuple(labels.shape)}")
+        if labels.shape != hidden.shape[:-1] or labels.device != hidden.device or not labels.shape[1]:
+            raise bad("labels", f"shape {tuple(hidden.shape[:-1])}, L at least 1, on {hidden.device}", labels)
         if self.loss == "choice":
             self._require_answer_ids()
         elif base_logit is not None:
@@ -145,8 +145,9 @@ class AnswerHead(nn.Module):
             logits = torch.tanh(logits / self.softcap) * self.softcap
         logits = add_base(logits, base_logit)
         answered = answers.labels != -100
-        choices = (answers.labels == self.answer_ids[1]).long().where(answered, -100)
-        loss = F.cross_entropy(logits, choices, reduction="sum")
+        chosen = choices(answers.labels, self.answer_ids)
+        known = torch.where(chosen < 2, 1.0, torch.nan)[:, None]
+        loss = F.cross_entropy(logits * known, chosen.clamp(max=1), reduction="sum")
         loss = loss / loss_denominator(denominator, answers.labels)
         return loss, logits.detach().where(answered[:, None], torch.nan)
 

@@ -126,8 +126,11 @@ class CFLoRALinear(CFLoRA, nn.Linear):
         self.dropout = dropout
 
     def remove_lora(self) -> None:
-        """Take away what `add_lora` added."""
-        del self.lora_a, self.lora_b, self.scale, self.dropout
+        """Take away what `add_lora` added, all of it or a part."""
+        for name in ("lora_a", "lora_b"):
+            self._parameters.pop(name, None)
+        for name in ("scale", "dropout"):
+            vars(self).pop(name, None)
 
     def extra_repr(self) -> str:
         r = self.lora_a.shape[0]

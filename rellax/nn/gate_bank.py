@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rellax.errors import InputError
+from rellax.ops._check import bad
 from rellax.ops.gate_bank import gate_bank
 
 INTERACTIONS = ("full", "diagonal")
@@ -75,10 +76,9 @@ class GateBank(nn.Module):
         Raises:
             InputError: u is not (B, d_u).
         """
-        if u.dim() != 2 or u.shape[1] != self.cond_dim:
-            raise InputError(
-                f"instance_embed: expected shape (B, cond_dim = {self.cond_dim}), got {tuple(u.shape)}"
-            )
+        if u.dim() != 2 or u.shape[1] != self.cond_dim or u.device != self.w1.device:
+            expected = f"shape (B, cond_dim = {self.cond_dim}) on {self.w1.device}"
+            raise bad("instance_embed", expected, u)
         u = u.to(self.w1.dtype)
         return gate_bank(u, self.ln_weight, self.ln_bias, self.w1, self.b1, self.w2, self.b2)
 

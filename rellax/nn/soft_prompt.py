@@ -100,8 +100,9 @@ class SoftPrompt(nn.Module):
     def cache_table(self) -> None:
         """Project all N items once; forward reads this table (N, d) while gradients are off.
 
-        It is dropped when training resumes and when a weight or an item embedding changes; until then another
-        call does nothing. ``torch.compile`` makes no use of it.
+        It is dropped when training resumes and when a weight or an item embedding changes, though not by
+        writing to its ``.data``, of which PyTorch keeps no count; until then another call does nothing.
+        ``torch.compile`` makes no use of it.
         """
         if self._cached_table() is not None:
             return
@@ -169,7 +170,9 @@ class _Arrivals(threading.local):
         self._pending: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
     def exchange(self, values: Tensor) -> list[Tensor]:
-        """Send `values` to the host; return what has arrived there. Not on CUDA: `values` itself."""
+        """Send `values` to the host; return what has arrived there. Not on CUDA: `values` itself, if any."""
+        if values.is_meta:
+            return []
         if values.device.type != "cuda":
             return [values]
         if torch.cuda.is_current_stream_capturing():

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from rellax.errors import InputError
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -37,6 +40,8 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         tensors = list(_tensors(args))
+        if not torch.compiler.is_compiling():
+            _check_no_tangent(tensors)
         if not _is_eager(tensors):
             return self._library(*args)
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
@@ -48,11 +53,20 @@ class Operator:
         return parts[0] if len(parts) == 1 else tuple(parts)
 
 
+def _check_no_tangent(tensors: Sequence[Tensor]) -> None:
+    """Raise where a derivative is carried forward: ``torch.library`` would give zeros in its place."""
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise InputError(
+            "rellax.ops: expected tensors without a tangent, got one of forward-mode differentiation; "
+            "backward() and torch.autograd.grad have the derivatives"
+        )
+
+
 def _is_eager(tensors: Sequence[Tensor]) -> bool:
     """Whether nothing but autograd watches what is done with these tensors."""
     return (
         not torch.compiler.is_compiling()
-        and all(type(tensor) in _PLAIN and not tensor.is_meta for tensor in tensors)
+        and all(type(t) in _PLAIN and not t.is_meta and not t.is_neg() for t in tensors)
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None

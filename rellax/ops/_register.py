@@ -71,6 +71,14 @@ def triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def _warn_of_no_triton() -> None:
+    warnings.warn(
+        "rellax: Triton is not installed, so PyTorch operators run on the GPU; `pip install triton` adds it",
+        stacklevel=3,
+    )
+
+
 _operators: dict[str, Backends] = {}
 
 
@@ -116,8 +124,10 @@ class Backends:
         """
         wanted = os.environ.get("RELLAX_BACKEND", "")
         if wanted == "":
-            if device.type == "cuda" and self._triton_takes(dtype) and triton_installed():
-                return "triton"
+            if device.type == "cuda" and self._triton_takes(dtype):
+                if triton_installed():
+                    return "triton"
+                _warn_of_no_triton()
             if device.type == "cpu" and self._cpp_takes(dtype) and extension_built():
                 return "cpp"
             return "reference"

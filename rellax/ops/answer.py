@@ -45,6 +45,12 @@ _backward = operator(
     cpp=reference.answer_bwd,
     triton="rellax.reference.answer:answer_bwd",
 )
+_head_backward = operator(
+    "answer_loss_head_backward",
+    reference.answer_head_bwd,
+    cpp=reference.answer_head_bwd,
+    triton="rellax.reference.answer:answer_head_bwd",
+)
 
 
 def answer_loss(
@@ -85,7 +91,8 @@ def answer_loss(
 
     Raises:
         InputError: a shape, dtype, device or option does not fit. On a CPU also: a position or label is out
-            of range, or for "choice" a label is not one of the two.
+            of range, or for "choice" a label is not one of the two. On a GPU, which is not waited for, such
+            a label makes the loss NaN.
     """
     if loss is None:
         loss = "vocab" if choice_ids is None else "choice"
@@ -130,13 +137,19 @@ def _backward_fake(
     return dh.new_empty(shape, dtype=dtype)
 
 
+@_head_backward.register_fake
+def _head_backward_fake(
+    _dloss: Tensor, gradient: Tensor, _choice_ids: Sequence[int], vocabulary: int
+) -> Tensor:
+    return gradient.new_empty((vocabulary, *gradient.shape[1:]))
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, _bias, positions, _labels, _denominator, choice_ids, loss, *_ = inputs
     _, _, dh, dweight, dbias = output
     ctx.save_for_backward(dh, dweight, dbias, positions)
     ctx.hidden = list(hidden.shape), hidden.dtype
-    ctx.vocabulary = weight.shape[0]
-    ctx.head_rows = list(choice_ids) if loss == "choice" else None
+    ctx.head = list(choice_ids) if loss == "choice" else [], weight.shape[0]
     ctx.set_materialize_grads(False)
 
 
@@ -147,20 +160,10 @@ def _autograd(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor
     need_hidden, need_weight, need_bias, *rest = ctx.needs_input_grad
     return (
         _backward(dloss, dh, positions, *ctx.hidden) if need_hidden else None,
-        _head_gradient(ctx, dloss * dweight) if need_weight else None,
-        _head_gradient(ctx, dloss * dbias) if need_bias else None,
+        _head_backward(dloss, dweight, *ctx.head) if need_weight else None,
+        _head_backward(dloss, dbias, *ctx.head) if need_bias else None,
         *(None for _ in rest),
     )
-
-
-def _head_gradient(ctx: Any, gradient: Tensor) -> Tensor:
-    """The gradient of all V rows of the head; "choice" has it for two of them. Autograd narrows its dtype."""
-    if ctx.head_rows is None:
-        return gradient
-    full = gradient.new_zeros((ctx.vocabulary, *gradient.shape[1:]))
-    for row, row_gradient in zip(ctx.head_rows, gradient, strict=True):
-        full[row] = row_gradient
-    return full
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rellax.kernels._tiles import tile_table
+from rellax.kernels._host import cdiv
+from rellax.kernels._tiles import tile_table, tile_tokens
 from rellax.ops import _cflora_cpp as cpp
 from rellax.ops._check import (
     bad,
@@ -324,7 +325,12 @@ def _check(
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, instances, device)
     if tiles is not None:
-        check_tensor("tiles", tiles, (None,), "cflora_tiles of cu_seqlens", device, torch.int32)
+        if cu_seqlens is None:
+            raise bad("tiles", "None without cu_seqlens", tiles)
+        # As many as these offsets and tokens have: kernels would not write the rows of a missing one.
+        instances = cu_seqlens.shape[0] - 1
+        count = cdiv(x.shape[0], tile_tokens(x.shape[0], instances)) + 2 * instances + 1
+        check_tensor("tiles", tiles, (count,), "cflora_tiles of cu_seqlens", device, torch.int32)
     check_number("scale", scale, "a finite number")
     if not is_number(dropout) or not 0.0 <= dropout < 1.0:
         raise bad("dropout", "a probability in [0, 1)", dropout)

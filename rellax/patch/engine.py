@@ -73,26 +73,30 @@ def patch_layers(
     state = _build_state(inner, config, found, soft_prompt)
 
     packed = _quantised(found)
-    inner.requires_grad_(False)
-    for index, (module, projection) in enumerate(zip(found.values(), classes, strict=True)):
-        module.__class__ = projection
-        module.adopt(config)
-        module.gate_index = index
-    for module in quantised.frozen(inner):
-        module.__class__ = quantised.Frozen
-    sets = _shared_inputs(found)
-    for names in sets:
-        members = [found[name] for name in names]
-        for member in members:
-            member.sharing = members
-    for layer, block in zip(layers, attentions, strict=True):
-        block.rellax_projections = [m for m in layer.modules() if isinstance(m, Projection)]
-        _put_in_front(block, Attention)
-    _put_in_front(inner, CausalLM)
-    attention.adopt(inner.config)
-    inner.rellax = state
-    state.set_trainable(lora=True)
-    state.report = _report(inner, skipped, sets, packed)
+    try:
+        inner.requires_grad_(False)
+        for index, (module, projection) in enumerate(zip(found.values(), classes, strict=True)):
+            module.__class__ = projection
+            module.adopt(config)
+            module.gate_index = index
+        for module in quantised.frozen(inner):
+            module.__class__ = quantised.Frozen
+        sets = _shared_inputs(found)
+        for names in sets:
+            members = [found[name] for name in names]
+            for member in members:
+                member.sharing = members
+        for layer, block in zip(layers, attentions, strict=True):
+            block.rellax_projections = [m for m in layer.modules() if isinstance(m, Projection)]
+            _put_in_front(block, Attention)
+        _put_in_front(inner, CausalLM)
+        attention.adopt(inner.config)
+        inner.rellax = state
+        state.set_trainable(lora=True)
+        state.report = _report(inner, skipped, sets, packed)
+    except BaseException:  # such as Ctrl-C, or no memory left
+        _restore(inner, state)
+        raise
     return model
 
 
@@ -104,30 +108,33 @@ def unpatch_model(model: Model) -> Model:
     """
     inner = patched_model(model)
     _check_forward(inner)
-    ours = (CausalLM, Attention, Projection, quantised.Frozen)
-    swapped = [module for module in inner.modules() if isinstance(module, ours)]
-    for module in swapped:
+    for module in _swapped(inner):
         if "rellax_base" not in vars(type(module)):
             raise InputError(
                 f"model: expected the classes patch_model gave, got {type(module)}; undo that change first"
             )
-    state = inner.rellax
+    _restore(inner, inner.rellax)
+    return model
+
+
+def _swapped(model: nn.Module) -> list[nn.Module]:
+    ours = (CausalLM, Attention, Projection, quantised.Frozen)
+    return [module for module in model.modules() if isinstance(module, ours)]
+
+
+def _restore(model: Any, state: RellaxState) -> None:
+    """Undo what `patch_layers` did, all of it or as far as it came."""
     for part in state.compiled:
         part._compiled_call_impl = None
-    for module in swapped:
+    for module in _swapped(model):
         if isinstance(module, Projection):
             module.release()
-            del module.gate_index
-            vars(module).pop("sharing", None)
-        elif isinstance(module, Attention):
-            del module.rellax_projections
-        elif isinstance(module, CausalLM):
-            del module.rellax
+        vars(module).pop("rellax_projections", None)
+        module._modules.pop("rellax", None)
         module.__class__ = vars(type(module))["rellax_base"]
-    attention.release(inner.config)
-    for name, parameter in inner.named_parameters():
+    attention.release(model.config)
+    for name, parameter in model.named_parameters():
         parameter.requires_grad_(state.original_requires_grad.get(name, parameter.requires_grad))
-    return model
 
 
 def answer_logits(model: nn.Module, **batch: Any) -> Tensor:

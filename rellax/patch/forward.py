@@ -109,12 +109,17 @@ class Projection(CFLoRA):
         self.in_flight = InFlight()
 
     def release(self) -> None:
-        """Take away what `adopt` added."""
-        del self.in_flight
+        """Take away what `adopt` and patching added, all of it or a part."""
+        for name in ("in_flight", "gate_index", "sharing"):
+            vars(self).pop(name, None)
 
     def likeness(self: Any) -> tuple[Any, ...] | None:
-        """What layers must have in common to run as one; None: this one has no update now."""
-        return self.scale, self.dropout if self.training else 0.0, self.lora_a.shape
+        """What layers must have in common to run as one; None: this one has no update now.
+
+        Of layers that accelerate offloads, one whose turn has not come is on no device.
+        """
+        devices = self.weight.device, self.lora_a.device
+        return self.scale, self.dropout if self.training else 0.0, self.lora_a.shape, devices
 
     def receive(self, handed: Handed | None) -> None:
         """Take what this thread's next call needs, and forget what an earlier call left."""
@@ -233,14 +238,14 @@ class CausalLM(nn.Module):
             labels=labels,
         )
         if cu_seqlens is not None:
-            _check_packed(tokens, cu_seqlens, attention_mask, cache, use_cache)
+            longest = given["max_length_q"] if max_seqlen is None else max_seqlen
+            _check_packed(tokens, cu_seqlens, longest, attention_mask, cache, use_cache)
             use_cache = False
             if position_ids is None:
                 position_ids = _packed_positions(cu_seqlens, tokens.shape[1])
             if attention.runs_by_segment(self.config, self.get_input_embeddings().weight):
                 attention_mask = cu_seqlens.new_empty(1, 1, 0, 0)  # given one, transformers makes none
             if attention_mask is not None or "flash" in self.config._attn_implementation:
-                longest = given["max_length_q"] if max_seqlen is None else max_seqlen
                 longest = int(cu_seqlens.diff().max()) if longest is None else longest
                 kwargs |= dict(zip(PACKING, (cu_seqlens, cu_seqlens, longest, longest), strict=True))
 
@@ -359,6 +364,10 @@ class CausalLM(nn.Module):
             inputs["use_cache"] = False  # nothing is generated after an answer
         outputs = self.base_model(**inputs)
         hidden, head = outputs.last_hidden_state, self.rellax.answer_head
+        # Of a model on several devices the last layers are not where its inputs are.
+        labels, cu_seqlens, positions, base_logit = (
+            None if x is None else x.to(hidden.device) for x in (labels, cu_seqlens, positions, base_logit)
+        )
         lm_head = self.get_output_embeddings()
         vocabulary = lm_head.weight, lm_head.bias
         loss = None
@@ -387,12 +396,18 @@ def _check_tensors(**values: Any) -> None:
 
 
 def _check_no_placeholder(soft_prompt: SoftPrompt, input_ids: Tensor) -> None:
-    if not torch.compiler.is_compiling() and soft_prompt.is_placeholder(input_ids).any():
+    readable = not torch.compiler.is_compiling() and not input_ids.is_meta
+    if readable and soft_prompt.is_placeholder(input_ids).any():
         raise InputError("item_ids: expected the items of the placeholders in input_ids, got None")
 
 
 def _check_packed(
-    tokens: Tensor, cu_seqlens: Tensor, attention_mask: Any, cache: Any, use_cache: bool | None
+    tokens: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int | None,
+    attention_mask: Any,
+    cache: Any,
+    use_cache: bool | None,
 ) -> None:
     if tokens.shape[0] != 1 or cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32:
         raise InputError(
@@ -408,6 +423,11 @@ def _check_packed(
         if ends[0] != 0 or ends[-1] != tokens.shape[1] or any(a >= b for a, b in pairwise(ends)):
             raise InputError(
                 f"cu_seqlens: expected offsets rising from 0 to T = {tokens.shape[1]}, got {ends}"
+            )
+        longest = max(b - a for a, b in pairwise(ends))
+        if max_seqlen is not None and max_seqlen < longest:
+            raise InputError(
+                f"max_seqlen: expected the longest instance's {longest} at least, got {max_seqlen}"
             )
 
 
@@ -428,5 +448,5 @@ def _last_tokens(hidden: Tensor, attention_mask: Any, cu_seqlens: Tensor | None)
         return first + length - 1
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         raise InputError("attention_mask: expected shape (B, L) to find the last tokens")
-    real = attention_mask[:, -length:] != 0
+    real = attention_mask[:, -length:].to(hidden.device) != 0
     return first + torch.arange(length, device=hidden.device).where(real, 0).amax(1)

@@ -3,9 +3,10 @@
     h_i = hidden[positions_i]        l_i = cap(W h_i + bias)        cap(l) = c · tanh(l / c), or l itself
     loss = Σ_i [label_i is not -100] (logsumexp l_i - l_i[label_i]) / denominator
 
-For "choice" W and bias are only the two rows of `choice_ids`. Everything is computed in fp32 (fp64 where an
-argument is fp64). Gradients are formed along with the loss, some rows at a time: so the (n, V) logits need
-neither be kept nor computed twice.
+For "choice" W and bias are only the two rows of `choice_ids`. A label that is no row makes loss and gradients
+NaN: on a GPU no check reads it. Everything is computed in fp32 (fp64 where an argument is fp64). Gradients
+are formed along with the loss, some rows at a time: so the (n, V) logits need neither be kept nor computed
+twice.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def answer_fwd(
     logits = head_logits(rows, *two_rows, softcap).contiguous()
     if loss == "choice":
         lm_head_weight, bias = two_rows
-        labels = torch.where(labels == IGNORED, IGNORED, (labels == choice_ids[1]).long())
+        labels = choices(labels, choice_ids)
     value, dh, dweight, dbias = _cross_entropy(
         rows, lm_head_weight, bias, labels, denominator, softcap, needs
     )
@@ -65,6 +66,17 @@ def answer_bwd(
     return dhidden
 
 
+def answer_head_bwd(dloss: Tensor, gradient: Tensor, choice_ids: Sequence[int], vocabulary: int) -> Tensor:
+    """d head (V, …) from the gradient of its rows `choice_ids`, or of all of them where those are empty."""
+    gradient = dloss * gradient
+    if not choice_ids:
+        return gradient
+    full = gradient.new_zeros((vocabulary, *gradient.shape[1:]))
+    for row, row_gradient in zip(choice_ids, gradient, strict=True):
+        full[row] = row_gradient
+    return full
+
+
 def _cross_entropy(
     rows: Tensor,
     weight: Tensor,
@@ -81,8 +93,9 @@ def _cross_entropy(
     dweight = rows.new_zeros(weight.shape if need_weight else 0)
     dbias = rows.new_zeros(weight.shape[0] if need_bias else 0)
     ignored = (labels == IGNORED)[:, None]
-    share = ~ignored / denominator.to(rows.dtype)
-    rows, labels = rows.masked_fill(ignored, 0), labels[:, None].masked_fill(ignored, 0)
+    unknown = ((labels < 0) | (labels >= weight.shape[0]))[:, None] & ~ignored
+    share = (~ignored / denominator.to(rows.dtype)).masked_fill(unknown, torch.nan)
+    rows, labels = rows.masked_fill(ignored, 0), labels[:, None].masked_fill(ignored | unknown, 0)
     for part in _blocks(rows.shape[0], weight.shape[0], _LOGITS):
         logits = head_logits(rows[part], weight, bias, softcap)
         lse = logits.logsumexp(1, keepdim=True)
@@ -113,6 +126,13 @@ def head_logits(rows: Tensor, weight: Tensor, bias: Tensor | None, softcap: floa
     if bias is not None:
         logits += bias
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def choices(labels: Tensor, choice_ids: Sequence[int]) -> Tensor:
+    """Labels as rows of a head of these two: 0 No, 1 Yes, -100 ignored; any other is 2, which is no row."""
+    no, yes = choice_ids
+    other = torch.where(labels == IGNORED, IGNORED, 2)
+    return torch.where(labels == no, 0, torch.where(labels == yes, 1, other))
 
 
 def select_rows(weight: Tensor, bias: Tensor | None, tokens: Sequence[int]) -> tuple[Tensor, Tensor | None]:

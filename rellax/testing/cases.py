@@ -34,6 +34,8 @@ CFLORA: Table = {
     "dropout": {"dropout": 0.3},
     "no-tokens": {"lengths": [0, 0]},
     "no-instances": {"lengths": []},
+    "no-inputs": {"d_in": 0},
+    "no-outputs": {"d_out": 0},
     "packed": {"packed": True, "lengths": [7, 1, 129], "d_in": 33, "d_out": 17, "r": 8},
     "packed-empty-instances": {"packed": True, "lengths": [0, 7, 0, 0, 5, 0]},
     "packed-no-gate": {"packed": True, "gate": None},
@@ -179,11 +181,12 @@ def cflora(
         gates = gates * torch.eye(r, dtype=gates.dtype, device=gates.device)
     offsets = [0, *itertools.accumulate(lengths)]
     x = new.tensor(*tokens, 2 * d_in if strided else d_in, dtype=dtype)
+    narrow = max(d_in, 1) ** -0.5
     return {
         "x": (x[..., 1::2] if strided else x).requires_grad_(),
-        "weight": new.tensor(d_out, d_in, dtype=dtype, scale=d_in**-0.5),
+        "weight": new.tensor(d_out, d_in, dtype=dtype, scale=narrow),
         "bias": new.tensor(d_out, dtype=dtype) if bias else None,
-        "lora_a": new.tensor(r, d_in, dtype=lora_dtype or dtype, scale=d_in**-0.5).requires_grad_(train_lora),
+        "lora_a": new.tensor(r, d_in, dtype=lora_dtype or dtype, scale=narrow).requires_grad_(train_lora),
         "lora_b": new.tensor(d_out, r, dtype=lora_dtype or dtype, scale=r**-0.5).requires_grad_(train_lora),
         "gate": gates.requires_grad_() if gate else None,
         "scale": 2.0,
