@@ -110,7 +110,7 @@ bool pairs_pay(const HistoryTopk& task, const Plan& plan) {
     return pairs_bytes(task) <= kTableBytes && plan.candidates >= kPairCost * task.count * task.count;
 }
 
-int64_t sketch_bytes(const HistoryTopk& task) { return task.count * ((task.dim + 31) / 32 * 32) * 2; }
+int64_t sketch_bytes(const HistoryTopk& task) { return task.count * sketch_width(task.dim) * 2; }
 
 // Making a row costs two reads of it, and saves half of each later one: measured at N = 5,000 and 62,000.
 bool sketch_pays(const HistoryTopk& task, const Plan& plan) {

@@ -28,7 +28,7 @@ struct HistoryTopk {
     const int64_t* order = nullptr;  // (Q,) the queries by user and end, null where they come so
     int64_t block = 0;               // behaviours of a user that are packed at once, a multiple of kHistoryBlock
     const float* pairs = nullptr;    // (N, N) exact scores of all pairs of items, or null
-    const void* sketch = nullptr;    // (N, dim rounded up to 32) bfloat16, rounded embeddings, or null; zero past dim
+    const void* sketch = nullptr;    // (N, sketch_width(dim)) bfloat16, rounded embeddings, or null; zero past dim
     float sketch_norm = 0.0f, sketch_residual = 0.0f;  // bounds of its rows
 };
 
@@ -46,6 +46,8 @@ using HistoryTopkScratch = int64_t(const HistoryTopk& task);
 
 // Rows [first, last) of `pairs` up to the diagonal, and the columns that mirror them; `scratch` is one of the above.
 using HistoryPairsKernel = void(const HistoryTopk& task, int64_t first, int64_t last, float* pairs, void* scratch);
+
+static constexpr int64_t sketch_width(int64_t dim) { return (dim + 31) / 32 * 32; }
 
 // Rows [first, last) of `sketch`.
 using HistorySketchKernel = HistorySketchBound(const HistoryTopk& task, int64_t first, int64_t last, void* sketch);

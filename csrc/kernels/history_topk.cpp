@@ -104,8 +104,6 @@ inline Bound worse(Bound a, Bound b) {
 // Rows of a sketch that share a pass over the target's.
 constexpr int kSketchRows = 8;
 
-constexpr int64_t sketch_width(int64_t dim) { return (dim + 31) / 32 * 32; }
-
 // Approximate scores of a row of the sketch with kSketchRows others.
 inline void sketch_scores(const BFloat16* target, const BFloat16* const* rows, int64_t dim, float* scores) {
     Floats totals[2][4] = {};

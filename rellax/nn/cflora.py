@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -56,7 +55,8 @@ def forward_together(
     """The outputs of CFLoRA layers that all read x, for which x is read once.
 
     Args:
-        layers: modules with `CFLoRA`'s attributes, of one scale, dropout, training mode and rank.
+        layers: modules with `CFLoRA`'s attributes, of one scale, dropout, training mode and rank; or one
+            `CFLoRAUpdate`.
         x: (B, L, d_in), or packed (T, d_in) with `cu_seqlens`.
         gates: (B, r, r) for each layer; None: identities.
         cu_seqlens, tiles: as in `rellax.ops.cflora_linear`.
@@ -67,11 +67,9 @@ def forward_together(
         "tiles": tiles,
         "dropout": first.dropout if first.training else 0.0,
     }
-    if isinstance(first, CFLoRAUpdate):
-        return tuple(
-            cflora_update(layer.base(x), x, layer.lora_a, layer.lora_b, gate, scale, **options)
-            for layer, gate in zip(layers, gates or repeat(None), strict=False)
-        )
+    if isinstance(layers[0], CFLoRAUpdate):  # alone: its product is its own
+        gate = None if gates is None else gates[0]
+        return (cflora_update(first.base(x), x, first.lora_a, first.lora_b, gate, scale, **options),)
     return cflora_linears(
         x,
         [layer.weight for layer in layers],

@@ -117,7 +117,7 @@ def _patched_peft_linear(layer: Any) -> type[Projection]:
 
         def release(self) -> None:
             super().release()
-            vars(self).pop("is_gated", None)
+            self.__dict__.pop("is_gated", None)
 
         @property
         def lora_a(self) -> Tensor:
