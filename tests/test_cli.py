@@ -333,7 +333,9 @@ def keep_rows(path: Path, rows: int) -> None:
     pq.write_table(table.slice(0, rows), path)
 
 
-@pytest.mark.parametrize("name", ["../elsewhere", "/tmp/elsewhere", "a/../../b", ".", ""])
+@pytest.mark.parametrize(
+    "name", ["../elsewhere", "/tmp/elsewhere", "a/../../b", ".", "", "retrieved", "data/x"]
+)
 def test_a_run_stays_in_the_work_folder(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -341,4 +343,24 @@ def test_a_run_stays_in_the_work_folder(
     for command in (["train", name, "--redo"], ["evaluate", name], ["crm", name]):
         assert cli.main([*command, *work]) == 2
         assert "expected the name of a run in the work folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train run --seed -1", "seed: expected a whole number from 0 on, got -1"),
+        ("reproduce --seeds 0 -3", "seed: expected a whole number from 0 on, got -3"),
+        ("retrieve --k -3", "k: expected a whole number, at least 1 and less than 2^31, got -3"),
+        ("embed --dim 0", "dim: expected a whole number, at least 1 and less than 2^31, got 0"),
+        ("evaluate run --model gpt", "model: only with --zero-shot, a training run has its own"),
+        ("reproduce --data here --raw there", "raw: expected either --data or --raw, got both"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(
+    command: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = ["--out" if command.startswith("reproduce") else "--work", str(tmp_path / "work")]
+    assert cli.main([*command.split(), *folder]) == 2
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -100,6 +100,16 @@ def test_whole_users_are_drawn() -> None:
         paired_bootstrap(LABELS, PROBABILITIES, other, USERS[:-1])
 
 
+def test_one_user_says_nothing_of_others() -> None:
+    """Drawn again and again it gives intervals of no width, and the smallest p there is."""
+    users = np.zeros_like(USERS)
+    result = evaluate(LABELS, PROBABILITIES, users)
+    assert result["auc"] is not None
+    assert result["auc_interval"] is result["log_loss_interval"] is result["acc_interval"] is None
+    compared = paired_bootstrap(LABELS, PROBABILITIES, RNG.random(301), users)
+    assert set(compared.values()) == {None}
+
+
 def test_same_seed_same_intervals_and_json_ready() -> None:
     first = evaluate(LABELS, PROBABILITIES, USERS, bootstrap=50, seed=3)
     assert first == evaluate(LABELS, PROBABILITIES, USERS, bootstrap=50, seed=3)

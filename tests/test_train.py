@@ -236,6 +236,9 @@ def test_what_begins_with_a_boosted_run_is_boosted(workspace: Workspace, tmp_pat
         pq.read_table(tmp_path / run / "predictions.parquet")["probability"] for run in ("one", "two")
     )
     assert two.to_numpy() == pytest.approx(one.to_numpy(), abs=1e-6)
+    other = dataclasses.replace(config, crm=str(shutil.copytree(workspace.crm, tmp_path / "other")))
+    with pytest.raises(InputError, match=r"crm: expected .*, which .*one is boosted from, got .*other"):
+        train(other, tmp_path / "three", progress=False)
 
 
 def test_stage_2_needs_a_trained_stage_1(stage_1: Path, workspace: Workspace, tmp_path: Path) -> None:
@@ -459,8 +462,22 @@ def test_a_finished_run_is_read_and_another_refused(
     assert not (run / "adapter" / "adapter.safetensors").exists()
     with pytest.raises(InputError, match=r"holds a run with lr = 0.02, expected 0.5; choose another folder"):
         train(workspace.config(lr=0.5), run, progress=False)
+    (run / "calibration.json").write_text("{}")
+    with pytest.raises(InputError, match="shots: expected 1 to 96 samples"):
+        train(workspace.config(shots=9000), run, progress=False, redo=True)
+    assert (run / "metrics.json").exists()  # nothing goes until the new run can begin
     train(workspace.config(), run, progress=False, redo=True)
     assert_same_run(stage_1, run)
+    assert not (run / "calibration.json").exists()
+
+
+def test_redo_clears_no_run_of_another_kind(workspace: Workspace, tmp_path: Path) -> None:
+    shutil.copytree(workspace.crm, tmp_path / "crm")
+    with pytest.raises(
+        InputError, match=r"crm: expected a run of `rellax train` to begin anew, found another"
+    ):
+        train(workspace.config(), tmp_path / "crm", progress=False, redo=True)
+    assert len(list((tmp_path / "crm").iterdir())) == len(list(workspace.crm.iterdir()))
 
 
 def test_one_process_at_a_time_trains_in_a_folder(workspace: Workspace, tmp_path: Path) -> None:

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from rellax.ctr.jobs import Cluster
 
 _RESUMED = ("demo", "reproduce", "embed", "retrieve", "train", "evaluate")
-_MACHINE_SAYS_NO = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+_MACHINE_SAYS_NO = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+)
+_FOLDERS = ("data", "embeddings", "retrieved")  # of the work folder, that are no runs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.threads is not None:
             _set_threads(options.threads)
         _check_run_name(options)
+        _check_seeds(options)
         return _COMMANDS[options.command](options) or 0
     except InputError as error:
         print(f"rellax: error: {error}", file=sys.stderr)
@@ -113,11 +118,19 @@ def _retrieve(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from rellax.ctr import parallel
+    from rellax.ctr.config import INHERITED, inherited
     from rellax.ctr.train import train
 
-    folder = options.work / options.name
+    folder, config = options.work / options.name, _train_config(options, start=_start(options))
+    taken = inherited(config)
+    for name in INHERITED:
+        got, expected = getattr(config, name), getattr(taken, name)
+        if got != expected and hasattr(options, name):
+            raise InputError(
+                f"{name}: expected {expected}, as in {config.start}, which it starts from, got {got}"
+            )
     result = train(
-        _train_config(options, start=_start(options)),
+        config,
         folder,
         fsdp=options.fsdp,
         tensorboard=options.tensorboard,
@@ -150,6 +163,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         result = evaluate_zero_shot(_train_config(options), folder / options.split, **sizes)
     elif given:
         raise InputError(f"{given[0]}: only with --zero-shot, a training run is scored with its own prompts")
+    elif options.model is not None:
+        raise InputError("model: only with --zero-shot, a training run has its own")
     else:
         result = evaluate(folder, **sizes)
     for key in ("auc", "gauc", "log_loss", "acc", "ece"):
@@ -223,6 +238,8 @@ def _reproduce(options: argparse.Namespace) -> None:
     from rellax.ctr.study import reproduce
 
     config = StudyConfig(**{name: getattr(options, name) for name in STUDY_HELP})
+    if config.data is not None and config.raw is not None:
+        raise InputError("raw: expected either --data or --raw, got both")
     only = "plan" if options.plan else "report" if options.report else None
     print(reproduce(config, options.out, device=options.device, only=only, jobs=options.jobs))
     if only != "plan":
@@ -267,8 +284,19 @@ def _cluster(options: argparse.Namespace) -> Cluster | None:
 def _check_run_name(options: argparse.Namespace) -> None:
     """A run is a folder in the work folder: --redo clears it, so it may not lie elsewhere."""
     name = getattr(options, "name", None)
-    if name is not None and (Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).parts):
-        raise InputError(f"name: expected the name of a run in the work folder, got {name!r}")
+    if name is None:
+        return
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts or path.parts[0] in _FOLDERS:
+        raise InputError(
+            f"name: expected the name of a run in the work folder, not {', '.join(_FOLDERS)}, got {name!r}"
+        )
+
+
+def _check_seeds(options: argparse.Namespace) -> None:
+    for seed in (getattr(options, "seed", None), *(getattr(options, "seeds", None) or ())):
+        if seed is not None and seed < 0:
+            raise InputError(f"seed: expected a whole number from 0 on, got {seed}")
 
 
 def _set_threads(threads: int) -> None:

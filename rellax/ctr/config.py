@@ -354,11 +354,16 @@ def read_config(run: str | Path) -> TrainConfig:
     return TrainConfig(**values | {"target_modules": tuple(values["target_modules"])})
 
 
+INHERITED = ("r", "alpha", "dropout", "target_modules")
+"""What a run takes from that which it starts from."""
+
+
 def inherited(config: TrainConfig) -> TrainConfig:
     """`config` with the LoRA of the run, or of PEFT's folder, that it starts from.
 
     Raises:
-        InputError: that run is not finished, not of stage 1, or of another model; PEFT's is not plain LoRA.
+        InputError: that run is not finished, not of stage 1, of another model or boosted from another CRM;
+            PEFT's is not plain LoRA.
     """
     if config.start is None:
         return config
@@ -374,8 +379,14 @@ def inherited(config: TrainConfig) -> TrainConfig:
         )
     if first.model != config.model:
         raise InputError(f"start: expected an adapter of {config.model}, found one of {first.model}")
-    lora = {name: getattr(first, name) for name in ("r", "alpha", "dropout", "target_modules")}
+    if first.crm_logit and _resolved(first.crm) != _resolved(config.crm):
+        raise InputError(f"crm: expected {first.crm}, which {config.start} is boosted from, got {config.crm}")
+    lora = {name: getattr(first, name) for name in INHERITED}
     return dataclasses.replace(config, **lora, crm_logit=config.crm_logit or first.crm_logit)
+
+
+def _resolved(folder: str | None) -> Path | None:
+    return None if folder is None else Path(folder).resolve()
 
 
 def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:

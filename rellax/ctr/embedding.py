@@ -23,6 +23,7 @@ from rellax.ctr.crm import load_crm
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.llm import load_config, load_encoder, load_tokenizer, model_hash, resolve_device
 from rellax.ctr.stream import stream
+from rellax.ops._check import check_count
 
 _BLOCK_ITEMS = 2048
 """Items of a job: what a kill costs at most."""
@@ -56,6 +57,7 @@ def embed(
     Raises:
         InputError: no data folder, model or CRM there, or `folder` holds something else.
     """
+    check_count("dim", config["dim"])
     claimed = runs.is_claimed(folder, config, redo=redo)
     where = resolve_device(device if cluster is None else "auto")
     read_json(Path(config["data"]) / "dataset.json", maker="rellax prepare")

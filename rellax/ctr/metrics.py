@@ -28,7 +28,8 @@ def evaluate(
         samples, positives: counts.
         auc, log_loss (nats), acc (threshold 0.5); and auc_interval, log_loss_interval, acc_interval: 95 %
             percentile intervals over `bootstrap` resamplings, None with `bootstrap=0`. With `users` whole
-            users are drawn: samples of one are not independent (Davison & Hinkley, 1997, section 3.8).
+            users are drawn: samples of one are not independent (Davison & Hinkley, 1997, section 3.8). Of a
+            single user there is nothing to draw: None.
         ece: expected calibration error, 10 bins of equal width.
         gauc: only with `users` (n,); the AUC within each user who has both classes, weighted by samples.
 
@@ -48,7 +49,8 @@ def evaluate(
     }
     if users is not None:
         result["gauc"] = _gauc(labels, probabilities, np.asarray(users))
-    intervals = _intervals(labels, probabilities, users, bootstrap, seed) if bootstrap else {}
+    drawn = bootstrap and not _is_one(users)
+    intervals = _intervals(labels, probabilities, users, bootstrap, seed) if drawn else {}
     return result | {f"{key}_interval": intervals.get(key) for key in ("auc", "log_loss", "acc")}
 
 
@@ -71,14 +73,14 @@ def paired_bootstrap(
     Returns:
         `difference`, its 95 % percentile `interval`, `share_above_zero` of the resamplings, and the two-sided
         `p_value`, twice the share on the rarer side of zero (Efron & Tibshirani, 1993, section 16.4), which
-        cannot be less than 2 / (bootstrap + 1); all None where one class is absent.
+        cannot be less than 2 / (bootstrap + 1); all None where one class is absent, or `users` are one.
 
     Raises:
         InputError: as in `evaluate`.
     """
     runs_a, runs_b = ([_checked(labels, p) for p in np.atleast_2d(p)] for p in (p_a, p_b))
     labels = runs_a[0][0]
-    if not 0 < labels.sum() < len(labels):
+    if _is_one(users) or not 0 < labels.sum() < len(labels):
         return {"difference": None, "interval": None, "share_above_zero": None, "p_value": None}
     draws = []
     for weights in _resamplings(labels, users, bootstrap, seed):
@@ -137,6 +139,10 @@ def _gauc(labels: np.ndarray, probabilities: np.ndarray, users: np.ndarray) -> f
     aucs = [_auc(labels[group], probabilities[group]) for group in groups]
     scored = [(auc, len(group)) for auc, group in zip(aucs, groups, strict=True) if auc is not None]
     return sum(auc * size for auc, size in scored) / sum(size for _, size in scored) if scored else None
+
+
+def _is_one(users: np.ndarray | None) -> bool:
+    return users is not None and len(np.unique(users)) < 2
 
 
 def _check_users(labels: np.ndarray, users: np.ndarray) -> None:

@@ -27,6 +27,7 @@ from rellax.ctr.dataset import Dataset
 from rellax.ctr.llm import resolve_device
 from rellax.ctr.stream import stream
 from rellax.errors import InputError
+from rellax.ops._check import check_count
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ def retrieve(
     Raises:
         InputError: a folder is missing, the embeddings are of other items, or `folder` holds something else.
     """
+    check_count("k", config["k"])
     claimed = runs.is_claimed(folder, config, redo=redo)
     if cluster is None:
         resolve_device(device)

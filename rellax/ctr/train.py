@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from rellax._files import atomic_folder, read_json, write_json
-from rellax.ctr import metrics, parallel, runs
+from rellax.ctr import calibration, metrics, parallel, runs
 from rellax.ctr.batches import EpochBatches, on_device
 from rellax.ctr.checkpoints import Checkpoints
 from rellax.ctr.config import TrainConfig, inherited
@@ -35,7 +35,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_FILES = ("config.json", "environment.json", "log.jsonl", "metrics.json", "predictions.parquet", "curves.png")
+_FILES = (
+    "config.json",
+    "environment.json",
+    "log.jsonl",
+    "metrics.json",
+    "predictions.parquet",
+    "curves.png",
+    calibration.FILE,
+)
 _FOLDERS = ("adapter", "checkpoints", "tensorboard", *SPLITS)
 
 
@@ -63,7 +71,7 @@ def train(
         fsdp: shard the frozen weights over the processes, instead of one replica on each; so does
             `accelerate launch --use_fsdp --fsdp_version 2`.
         tensorboard: write what log.jsonl holds as event files to tensorboard/ in the run folder as well.
-        redo: begin anew, whatever run the folder holds.
+        redo: begin anew, whatever training run the folder holds; it goes when the new one is about to begin.
         progress: show a bar.
 
     Raises:
@@ -77,14 +85,16 @@ def train(
     inputs = parallel.from_main(accelerator, lambda: input_hashes(config, progress=progress))
     request = config.to_json() | {"inputs": inputs}
     runs.is_claimed(folder, request, redo=redo)
+    if redo and (folder / "config.json").exists() and "stage" not in read_json(folder / "config.json"):
+        raise InputError(f"{folder}: expected a run of `rellax train` to begin anew, found another kind")
     with runs.locked(folder) if accelerator.is_main_process else contextlib.nullcontext():
         accelerator.wait_for_everyone()
-        if redo and accelerator.is_main_process:
-            _clear(folder)
-        accelerator.wait_for_everyone()
-        if not (folder / "metrics.json").exists():
+        if redo or not (folder / "metrics.json").exists():
             sharded = parallel.is_sharded(accelerator, fsdp)
             trainer = _Trainer(config, folder, accelerator, sharded=sharded, progress=progress)
+            if redo and accelerator.is_main_process:
+                _clear(folder)  # now that nothing is known to be in the way of the new one
+            accelerator.wait_for_everyone()
             trainer.run(request, tensorboard=tensorboard)
     return read_json(folder / "metrics.json")
 
@@ -142,7 +152,7 @@ class _Trainer:
         if (processes := self.accelerator.num_processes) > 1:
             holds = "a part of the frozen weights (FSDP2)" if self.sharded else "all weights (DDP)"
             self._say(f"train: {processes} processes, each holds {holds}")
-        if runs.is_claimed(self.folder, request):
+        if (self.folder / "config.json").exists():
             self._load_checkpoint()
         log = None
         if self.accelerator.is_main_process:
