@@ -76,7 +76,7 @@ class Setting:
     k: int
     rounds: int
     shape: dict[str, Any] | None = None
-    tokens: int = 315
+    tokens: int = 700
     compiled: bool = False
     checkpointed: bool = False
 

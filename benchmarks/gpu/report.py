@@ -69,10 +69,16 @@ def _sections(results: Results) -> Iterator[str]:
     yield "## Sections"
     yield ""
     rows = [
-        (section["title"], section["status"], f"{section['seconds']:.0f} s", _counted(section))
+        (
+            section["title"],
+            section["status"],
+            section.get("commit", ""),
+            f"{section['seconds']:.0f} s",
+            _counted(section),
+        )
         for section in results["sections"].values()
     ]
-    yield from _table(("section", "", "took", "found"), rows)
+    yield from _table(("section", "", "commit", "took", "found"), rows)
 
 
 def _counted(section: Mapping[str, Any]) -> str:

@@ -30,12 +30,12 @@ class FaissFlat:
 
 
 class ScikitLearn:
-    """Its brute force, by cosine distance; for rows of unit length the same order."""
+    """Its brute force, by Euclidean distance: of rows of unit length the same order, on its fastest path."""
 
     def __init__(self, rows: Tensor) -> None:
         from sklearn.neighbors import NearestNeighbors
 
-        self.index = NearestNeighbors(algorithm="brute", metric="cosine").fit(rows.numpy())
+        self.index = NearestNeighbors(algorithm="brute", metric="euclidean").fit(rows.numpy())
 
     def __call__(self, rows: Tensor, queries: int, k: int) -> Tensor:
         return torch.from_numpy(self.index.kneighbors(rows[:queries].numpy(), k, return_distance=False))
