@@ -101,7 +101,7 @@ def read_json(path: str | Path, *, maker: str | None = None) -> Any:
     """Read a JSON file, which the command `maker` writes; `InputError` where it is missing or damaged."""
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # an editor on Windows begins with a mark
     except FileNotFoundError:
         hint = f"; `{maker}` makes it" if maker else ""
         raise InputError(f"{path}: expected a JSON file, found none{hint}") from None

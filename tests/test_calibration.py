@@ -8,6 +8,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,7 @@ from workspace import Workspace
 
 from rellax.ctr import cli
 from rellax.ctr import evaluate as evaluate_module
-from rellax.ctr.calibration import LIMITS, Calibration, fit_stacking, fit_temperature
+from rellax.ctr.calibration import LIMITS, Calibration, fit_stacking, fit_temperature, write_calibration
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.evaluate import calibrate, evaluate
 from rellax.ctr.predictions import Predictions
@@ -228,6 +229,37 @@ def test_a_run_stacked_on_a_classical_model(
     pq.write_table(table, tmp_path / "other" / "predictions.parquet")
     with pytest.raises(InputError, match=r"expected the labels of .*, found those of other data"):
         calibrate(run, crm=tmp_path / "other")
+
+
+def test_it_says_what_speaks_against_it(
+    workspace: Workspace, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("WARNING", logger="rellax")
+    labels, probabilities = sample(1.0)
+
+    def said(labels: np.ndarray, probabilities: np.ndarray, **stacked: Any) -> list[str]:
+        caplog.clear()
+        write_calibration(run, labels, probabilities, **stacked)
+        return [record.getMessage() for record in caplog.records]
+
+    assert said(labels, probabilities) == []
+    assert said(labels, 1 - probabilities) == [
+        "calibrate: temperature 100 is at its limit: the run says nothing of the labels"
+    ]
+    assert said(labels, 0.1 + 0.8 * labels) == [
+        "calibrate: temperature 0.01 is at its limit: the run is right on every sample"
+    ]
+    few = np.append(np.flatnonzero(labels == 1)[:200], np.flatnonzero(labels == 0)[:19])
+    assert said(labels[few], probabilities[few]) == [
+        "calibrate: expected at least 20 validation samples of each label, got 19 of one"
+    ]
+    one, other = np.random.default_rng(3).normal(size=(2, len(labels)))
+    for weights, who in (((-0.4, 0.9), "the run"), ((0.4, -0.9), "the CRM")):
+        labels = (np.random.default_rng(4).random(len(one)) < expit(weights @ np.stack([one, other]))).astype(
+            int
+        )
+        (negative,) = said(labels, expit(one), crm=str(workspace.crm), crm_probabilities=expit(other))
+        assert negative.startswith(f"calibrate: the weight of {who} is negative, -")
 
 
 def test_the_command(workspace: Workspace, run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -318,15 +318,16 @@ WRONG = {
     "bias": torch.zeros(8),
     "lora_a": torch.zeros(4, 32),
     "lora_b": torch.zeros(9, 5),
+    "lora_b of another d_out": torch.zeros(8, 4),
     "gate": torch.zeros(3, 4, 4),
     "dropout": 1.0,
     "seed": torch.zeros(()),
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_errors_name_the_argument(name: str) -> None:
-    wrong = WRONG[name]
+@pytest.mark.parametrize("case", WRONG)
+def test_errors_name_the_argument(case: str) -> None:
+    name, wrong = case.split()[0], WRONG[case]
     inputs = cflora(torch.float32) | {name: wrong}
     if isinstance(wrong, Tensor):
         inputs[name] = wrong.to(inputs["weight"].device)

@@ -415,6 +415,20 @@ def test_patience_ends_training_and_the_best_state_is_kept(dataset: Dataset, tmp
     assert metrics["valid"]["auc"] == pytest.approx(max(aucs), abs=1e-9)
 
 
+def test_an_auc_of_zero_is_better_than_none(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crm, "roc_auc_score", lambda *_: 0.0)
+    metrics = train_crm(dataset, tmp_path / "crm", dataclasses.replace(CONFIG, epochs=1))
+    assert metrics["best_step"] == metrics["valid_auc"][0][0] > 0
+
+
+@pytest.mark.parametrize("name", ["shots", "hold_out"])
+def test_more_samples_than_there_are(dataset: Dataset, tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=f"{name}: expected 1 to 1600 samples of split 'train', got 9999"):
+        train_crm(dataset, tmp_path / "crm", dataclasses.replace(CONFIG, **{name: 9999}))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -434,7 +448,8 @@ def test_one_class_in_the_validation_split(dataset: Dataset, tmp_path: Path) -> 
     labels = dataset.samples.label.copy()
     labels[dataset.indices("valid")] = 1
     other = dataclasses.replace(dataset, samples=dataclasses.replace(dataset.samples, label=labels))
-    with pytest.raises(InputError, match="both labels in the validation split, found only 1"):
+    words = "both labels in the validation split, found only 1; more interactions, .* may give both"
+    with pytest.raises(InputError, match=words):
         train_crm(other, tmp_path / "crm", CONFIG)
 
 

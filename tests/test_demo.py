@@ -69,10 +69,18 @@ def test_all_variants_and_resuming(
 
 
 def test_few_shot_crm(config: DemoConfig, tmp_path: Path) -> None:
-    demo(dataclasses.replace(config, few_shot_crm=True), tmp_path, progress=False)
+    demo(dataclasses.replace(config, few_shot_crm=True, test_samples=99), tmp_path, progress=False)
     for name in ("rellax", "embeddings"):
         assert json.loads((tmp_path / name / "config.json").read_text())["crm"] == str(tmp_path / "din-shots")
-    assert "they know no more than the shots" in (tmp_path / "report.md").read_text()
+    report = (tmp_path / "report.md").read_text()
+    assert "they know no more than the shots" in report
+    assert "12 random test samples" in report  # all that there are
+
+
+def test_more_shots_than_there_are(config: DemoConfig, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"shots: expected 1 to \d+ samples of split 'train', got 999"):
+        demo(dataclasses.replace(config, shots=999), tmp_path, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 def test_retrieval_by_text_alone(config: DemoConfig, tmp_path: Path) -> None:

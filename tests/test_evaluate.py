@@ -94,11 +94,13 @@ def test_evaluation_needs_the_files_of_training(workspace: Workspace, tmp_path: 
     assert result == evaluate(stage_1, samples=6, folder=tmp_path / "test", progress=False)
     with pytest.raises(InputError, match="holds a run with samples = 6, expected 5"):
         evaluate(stage_1, samples=5, folder=tmp_path / "test", progress=False)
-    with pytest.raises(InputError, match="holds a run with samples = 6, expected 7"):
+    words = "samples = 6, expected 7, and seed = 0, expected 1; remove this folder to score anew"
+    with pytest.raises(InputError, match=f"holds a run with {words}"):
         evaluate(stage_1, samples=7, seed=1, folder=tmp_path / "test", progress=False)
     with pytest.raises(InputError, match="samples: expected 1 to 12 samples of split 'test', got 99"):
         evaluate(stage_1, samples=99, folder=tmp_path / "none", progress=False)
     assert not (tmp_path / "none").exists()
+    assert evaluate(stage_1, samples=99, at_most=True, progress=False)["samples"] == 12
 
     shutil.copytree(workspace.data, tmp_path / "data")
     train(workspace.config(data=str(tmp_path / "data")), tmp_path / "other", progress=False)
@@ -150,6 +152,16 @@ def test_a_stopped_evaluation_goes_on_and_a_finished_one_grows(
     assert scored == [2]  # of 12 that there are
     assert len(grown) == 12
     assert [row for row in grown if row in stopped] == stopped
+
+    # How a run is executed is no part of what it found; what it is given is.
+    config = workspace.config(prompts="recent", k=2, micro_batch_size=1, packing="never")
+    scored.clear()
+    assert table("stopped", None) == table("at-once", None) == grown
+    assert scored == [2]
+    config = workspace.config(prompts="recent", k=3)
+    with pytest.raises(InputError, match=r"holds a run with run\.k = 2, expected 3; remove this folder"):
+        table("stopped", None)
+    config = workspace.config(prompts="recent", k=2)
 
     # What other prompts were given, or another model, is no part of it.
     stop_after = len(scored) + 1

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
-from sklearn.metrics import log_loss, roc_auc_score
+from sklearn.metrics import roc_auc_score
 
+from rellax.ctr import metrics
 from rellax.ctr.metrics import evaluate, paired_bootstrap
 from rellax.errors import InputError
 
@@ -20,8 +22,13 @@ USERS = RNG.integers(0, 23, 301)
 
 
 def pairwise_auc(labels: np.ndarray, p: np.ndarray) -> float:
-    pairs = [(a > b) + 0.5 * (a == b) for a in p[labels == 1] for b in p[labels == 0]]
-    return sum(pairs) / len(pairs)
+    positives, negatives = p[labels == 1][:, None], p[labels == 0]
+    return float(np.mean((positives > negatives) + 0.5 * (positives == negatives)))
+
+
+def mean_loss(labels: np.ndarray, p: np.ndarray) -> float:
+    p = p.clip(1e-12, 1 - 1e-12)
+    return float(-np.mean(np.where(labels == 1, np.log(p), np.log(1 - p))))
 
 
 def test_values_equal_their_definitions() -> None:
@@ -59,17 +66,11 @@ def test_gauc_weighs_users_with_both_classes() -> None:
 
 @pytest.mark.parametrize("key", ["auc", "log_loss", "acc"])
 def test_intervals_agree_with_a_plain_bootstrap(key: str) -> None:
+    value = {"auc": pairwise_auc, "log_loss": mean_loss, "acc": lambda y, p: np.mean((p >= 0.5) == y)}[key]
     rng, draws = np.random.default_rng(7), []
     for _ in range(2000):
         rows = rng.integers(0, 301, 301)
-        y, p = LABELS[rows], PROBABILITIES[rows].clip(1e-12, 1 - 1e-12)
-        draws.append(
-            {
-                "auc": lambda y=y, p=p: roc_auc_score(y, p),
-                "log_loss": lambda y=y, p=p: -np.mean(np.where(y == 1, np.log(p), np.log(1 - p))),
-                "acc": lambda y=y, p=p: np.mean((p >= 0.5) == y),
-            }[key]()
-        )
+        draws.append(value(LABELS[rows], PROBABILITIES[rows]))
     low, high = np.percentile(draws, [2.5, 97.5])
     result = evaluate(LABELS, PROBABILITIES, bootstrap=2000)
     assert result[f"{key}_interval"] == pytest.approx([low, high], abs=0.1 * (high - low))
@@ -83,9 +84,9 @@ def test_whole_users_are_drawn() -> None:
     of = [np.flatnonzero(user == USERS) for user in np.unique(USERS)]
     for _ in range(2000):
         rows = np.concatenate([of[drawn] for drawn in rng.integers(0, len(of), len(of))])
-        auc = roc_auc_score(LABELS[rows], PROBABILITIES[rows])
-        loss = log_loss(LABELS[rows], PROBABILITIES[rows])
-        draws.append((auc, loss, auc - roc_auc_score(LABELS[rows], other[rows])))
+        auc = pairwise_auc(LABELS[rows], PROBABILITIES[rows])
+        loss = mean_loss(LABELS[rows], PROBABILITIES[rows])
+        draws.append((auc, loss, auc - pairwise_auc(LABELS[rows], other[rows])))
     expected = np.percentile(draws, [2.5, 97.5], axis=0).T
     result = evaluate(LABELS, PROBABILITIES, USERS, bootstrap=2000)
     pair = paired_bootstrap(LABELS, PROBABILITIES, other, USERS, bootstrap=2000)
@@ -98,6 +99,31 @@ def test_whole_users_are_drawn() -> None:
     assert many["auc_interval"] == pytest.approx(once["auc_interval"])
     with pytest.raises(InputError, match="users: expected as many as labels"):
         paired_bootstrap(LABELS, PROBABILITIES, other, USERS[:-1])
+
+
+@pytest.mark.parametrize("users", [None, USERS], ids=["samples", "users"])
+def test_how_many_resamplings_are_in_memory_changes_nothing(
+    users: np.ndarray | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven at once, of 52."""
+
+    def results() -> list[dict[str, Any]]:
+        pair = paired_bootstrap(LABELS, PROBABILITIES, PROBABILITIES[::-1], users, bootstrap=52)
+        return [evaluate(LABELS, PROBABILITIES, users, bootstrap=52), pair]
+
+    whole = results()
+    monkeypatch.setattr(metrics, "_CHUNK", 7 * len(LABELS))
+    for found, expected in zip(results(), whole, strict=True):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert found[key] == pytest.approx(value, rel=1e-12), key
+
+
+def test_a_probability_of_one_half_is_a_yes() -> None:
+    """In the interval as well, which has no width: each user has one Yes in three."""
+    result = evaluate(np.tile([1, 0, 0], 5), np.full(15, 0.5), np.repeat(np.arange(5), 3), bootstrap=20)
+    assert result["acc"] == pytest.approx(1 / 3)
+    assert result["acc_interval"] == pytest.approx([1 / 3, 1 / 3])
 
 
 def test_one_user_says_nothing_of_others() -> None:
@@ -148,7 +174,7 @@ def test_paired_bootstrap_of_several_runs() -> None:
     draws = []
     for _ in range(2000):
         rows = rng.integers(0, 301, 301)
-        a, b = (np.mean([roc_auc_score(LABELS[rows], p[rows]) for p in many]) for many in (runs, other))
+        a, b = (np.mean([pairwise_auc(LABELS[rows], p[rows]) for p in many]) for many in (runs, other))
         draws.append(a - b)
     low, high = np.percentile(draws, [2.5, 97.5])
     assert result["interval"] == pytest.approx([low, high], abs=0.1 * (high - low))
@@ -158,6 +184,7 @@ def test_paired_bootstrap_of_several_runs() -> None:
     assert paired_bootstrap(LABELS, other, runs, bootstrap=2000)["p_value"] == result["p_value"]
     sure = paired_bootstrap(LABELS, LABELS * 0.9, 1 - LABELS * 0.9, bootstrap=99)
     assert sure["p_value"] == pytest.approx(2 / 100)
+    assert sure["share_above_zero"] == 1.0
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from rellax.errors import InputError
 from rellax.ops import item_topk
-from rellax.subr import item_neighbours
+from rellax.subr import item_neighbours, neighbours
 
 
 def random_table(items: int, dim: int) -> Tensor:
@@ -48,6 +49,20 @@ def test_less_effort_costs_recall_which_is_measured_on_the_sample() -> None:
     assert little.recall is not None
     assert much.recall is not None
     assert little.recall < much.recall == 1.0
+
+
+@pytest.mark.parametrize(("k", "graph"), [(5, 64), (30, 120)])
+def test_effort_grows_with_k_and_the_number_of_lists(
+    k: int, graph: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("faiss")
+    made: list[Any] = []
+    original = neighbours._index
+    monkeypatch.setattr(neighbours, "_index", lambda *a: made.append(original(*a)) or made[-1])
+    for method in ("faiss-hnsw", "faiss-ivf"):
+        item_neighbours(random_table(1500, 4), k, method=method, sample=10)
+    assert made[0].hnsw.efSearch == graph
+    assert made[1].nprobe == made[1].nlist // 16 == 2
 
 
 @pytest.mark.parametrize("method", ["faiss-hnsw", "faiss-ivf"])

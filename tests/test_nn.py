@@ -226,6 +226,22 @@ def test_soft_prompt_compiled_on_a_gpu_gives_nan_for_what_is_no_item(
     assert_close(embeds[~lacks], by_hand(module, ids, item_ids, words)[~lacks])
 
 
+@pytest.mark.parametrize("items", [6, 60])
+def test_soft_prompt_compiled_on_a_gpu_gives_nan_for_a_placeholder_beyond_the_items(
+    items: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RELLAX_BACKEND", "triton")
+    module, words = (made.to(device(), torch.float32) for made in soft_prompt(items))
+    ids, item_ids = IDS.to(device()), ITEM_IDS.to(device())
+    with torch.no_grad():
+        compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+        embeds = compiled(ids, item_ids[:, :2], words)
+    lacks = torch.zeros_like(ids, dtype=torch.bool)
+    lacks[1, 4] = True  # the third of its row
+    assert torch.equal(embeds.isnan().all(-1), lacks)
+    assert_close(embeds[~lacks], by_hand(module, ids, item_ids, words)[~lacks])
+
+
 def test_soft_prompt_says_what_was_wrong_when_the_values_have_arrived(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -397,6 +413,16 @@ def test_answer_head(loss: str, softcap: float | None) -> None:
     assert_close(logits[:3], rows[:, [4, 11]].detach())
     assert logits[3].isnan().all()
     assert not logits.requires_grad
+
+
+@pytest.mark.parametrize("base_logit", [None, torch.zeros(2)], ids=["plain", "base_logit"])
+def test_a_label_that_nothing_predicts_has_no_share_of_the_denominator(base_logit: Tensor | None) -> None:
+    hidden, weight = torch.randn(2, 4, 8), torch.randn(20, 8)
+    labels = torch.tensor([[4, -100, 11, 4], [-100, 4, 11, -100]])  # two answers, of four labels predicted
+    head = AnswerHead((4, 11))
+    mean, _ = head(hidden, labels, weight, base_logit=base_logit)
+    loss, _ = head(hidden, labels, weight, denominator=12, base_logit=base_logit)
+    assert_close(loss, mean * 4 / 12)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (2, 1), (3,)])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import gzip
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +197,20 @@ def test_times_with_zones_and_fractions(tmp_path: Path) -> None:
     assert (times - midnight).tolist() == list(MOMENTS.values())
 
 
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_whole_times_with_a_point(tmp_path: Path, suffix: str) -> None:
+    """What pandas writes of a column of whole numbers that had gaps."""
+    events = MAP["interactions"] | {"file": f"clicks.{suffix}"}
+    rows = [(*row[:3], float(1_702_042_297 + i), *row[4:]) for i, row in enumerate(EVENTS)]
+    source = read_own(write(tmp_path, MAP | {"interactions": events}, rows))
+    assert source.interactions["time"].to_pylist() == [1_702_042_297 + i for i in range(len(EVENTS))]
+    assert not source.dates
+    rows[4] = (*rows[4][:3], 5.5, *rows[4][4:])
+    path = write(tmp_path, MAP | {"interactions": events}, rows)
+    with pytest.raises(InputError, match=r"clicks\..*: expected a whole number as 'moment'.* '?5\.5"):
+        read_own(path)
+
+
 def test_of_a_repeated_interaction_the_last_row_counts(tmp_path: Path) -> None:
     again = [(*row[:2], 1 - row[2], *row[3:]) for row in EVENTS[5:20:7]]
     other_time = (*EVENTS[0][:3], "2026-01-31 00:00:00", *EVENTS[0][4:])
@@ -260,6 +276,12 @@ def test_unknown_ids(tmp_path: Path) -> None:
     meta = prepare(read_own(path), tmp_path / "data")
     assert meta["dropped"]["interactions with items in no table"] == 3
     assert meta["rows"] == {"clicks.csv": 30, "items.csv": 9}
+
+
+def test_a_column_map_may_begin_with_a_mark(tmp_path: Path) -> None:
+    path = write(tmp_path, MAP)
+    path.write_text(path.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert read_own(path).name == "clicks"
 
 
 def test_the_files_may_be_elsewhere(tmp_path: Path) -> None:
@@ -338,6 +360,28 @@ def test_bad_rows(tmp_path: Path, rows: list[tuple[Any, ...]], words: str) -> No
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.parametrize(
+    ("encode", "found"),
+    [(gzip.compress, "gzip"), (lambda data: data.decode().encode("utf-16"), "UTF-16")],
+    ids=["gzip", "utf-16"],
+)
+def test_what_is_no_plain_text_is_named(tmp_path: Path, encode: Callable[[bytes], bytes], found: str) -> None:
+    path = write(tmp_path, MAP)
+    file = tmp_path / "clicks.csv"
+    file.write_bytes(encode(file.read_bytes()))
+    with pytest.raises(InputError, match=rf"clicks.csv: expected plain text in utf8, found {found}$"):
+        read_own(path)
+
+
+def test_of_a_long_value_the_beginning_is_shown(tmp_path: Path) -> None:
+    path = write(tmp_path, MAP)
+    for rows in (changed(2, "x" * 500), changed(3, "x" * 500)):
+        lines = [",".join(map(str, row)) for row in (NAMES, *rows)]
+        (tmp_path / "clicks.csv").write_text("\n".join(lines) + "\n")
+        with pytest.raises(InputError, match=r"row 6: expected a .*, found 'x{79}…$"):
+            read_own(path)
+
+
 def test_bad_parquet(tmp_path: Path) -> None:
     path = write(tmp_path, MAP | {"interactions": MAP["interactions"] | {"file": "clicks.parquet"}})
     table = pq.read_table(tmp_path / "clicks.parquet")
@@ -345,6 +389,13 @@ def test_bad_parquet(tmp_path: Path) -> None:
     pq.write_table(table.set_column(0, "who", missing), tmp_path / "clicks.parquet")
     with pytest.raises(InputError, match=r"clicks.parquet, row 1: expected a value as 'who', found none"):
         read_own(path)
+    pq.write_table(table.drop_columns(["who"]), tmp_path / "clicks.parquet")
+    with pytest.raises(InputError, match=r"clicks.parquet: expected a column 'who', found 'what'"):
+        read_own(path)
+    twice = pa.array([3, *table["bought"].to_pylist()[1:]])
+    pq.write_table(table.set_column(2, "bought", twice), tmp_path / "clicks.parquet")
+    with pytest.raises(InputError, match=r"clicks.parquet, row 1: expected a label 0 or 1, found 3"):
+        prepare(read_own(path), tmp_path / "data")
     pq.write_table(table.set_column(2, "bought", table["name"]), tmp_path / "clicks.parquet")
     with pytest.raises(InputError, match=r"clicks.parquet: expected a number as 'bought' \(.*Item \d"):
         read_own(path)

@@ -477,6 +477,21 @@ def test_generation_goes_on_from_a_cache(start: int) -> None:
             model.generate(**arguments | rest, **one, **cached(), prefill_chunk_size=2)
 
 
+def test_answers_after_cached_tokens() -> None:
+    """The mask is that of the cached tokens as well; the others end at different places."""
+    model, truth = pair(soft_prompt=False)
+    model.eval()
+    made = tiny.instances(placeholders=False)
+    arguments = tiny.batch(made, "right", answers=False)
+    ids, mask = arguments.pop("input_ids"), arguments.pop("attention_mask")
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :3], **arguments, past_key_values=cache, use_cache=True)
+    logits = answer_logits(
+        model, input_ids=ids[:, 3:], attention_mask=mask, **arguments, past_key_values=cache
+    )
+    close(logits, truth.choice_logits(made).detach())
+
+
 def test_a_generated_placeholder_after_embeddings() -> None:
     model, _ = pair()
     model.eval()

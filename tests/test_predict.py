@@ -200,7 +200,7 @@ def test_bad_tables(run: Path, tmp_path: Path, text: str, words: str) -> None:
     [
         ({"user_id": [3.5]}, "row 1: expected user_id as text or a whole number, found 3.5"),
         ({"time": [True]}, "row 1: expected time as a whole number, found True"),
-        ({"time": [2.0]}, "row 1: expected time as a whole number, found 2.0"),
+        ({"time": [2.5]}, "row 1: expected time as a whole number, found 2.5"),
         (
             {"history": [[{"item_id": 4}]]},
             r"row 1: history\[0\]: expected a rating of the data, .*found None",
@@ -251,6 +251,69 @@ def test_names_of_own_data(run: Path, tmp_path: Path) -> None:
     assert found["probability"][1].as_py() == pytest.approx(two["probability"][1].as_py(), abs=2e-6)
 
 
+BEHAVIOUR = {"item_id": "2", "rating": 5.0, "time": 3}
+STRUCT = pa.struct({"item_id": pa.string(), "rating": pa.float64(), "time": pa.int64()})
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pa.large_list(STRUCT), pa.list_(STRUCT, 1), pa.list_view(STRUCT), pa.large_list_view(STRUCT)],
+    ids=["large", "fixed", "view", "large-view"],
+)
+def test_histories_in_lists_of_any_type(run: Path, tmp_path: Path, kind: pa.DataType) -> None:
+    for name, history in (("a", pa.list_(STRUCT)), ("b", kind)):
+        column = pa.array([[BEHAVIOUR], [BEHAVIOUR]], history)
+        table = pa.table({"user_id": ["new", "5"], "item_id": ["4", "17"], "history": column})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        predict(run, tmp_path / f"{name}.parquet", tmp_path / f"{name}.csv", progress=False)
+    assert (tmp_path / "a.csv").read_text() == (tmp_path / "b.csv").read_text()
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_history_that_is_no_list(tmp_path: Path, suffix: str) -> None:
+    table = pa.table({"user_id": ["3"], "item_id": ["4"], "history": ["2 5 3"]})
+    write(table, tmp_path / f"new{suffix}")
+    with pytest.raises(InputError, match="expected history as lists of behaviours, in Parquet, found string"):
+        predict("no run", tmp_path / f"new{suffix}", tmp_path / "out.parquet", progress=False)
+
+
+def test_a_history_that_no_row_has(run: Path, tmp_path: Path) -> None:
+    table = pa.table({"user_id": ["3"], "item_id": ["4"], "history": [None]})
+    pq.write_table(table, tmp_path / "new.parquet")
+    assert predict(run, tmp_path / "new.parquet", tmp_path / "out.csv", progress=False) == 1
+
+
+def test_columns_that_csv_cannot_hold(tmp_path: Path) -> None:
+    """Said before the run is read."""
+    pq.write_table(pa.table({"user_id": [3], "item_id": [4], "tags": [[1]]}), tmp_path / "new.parquet")
+    with pytest.raises(InputError, match=r"CSV can hold, or --out ….parquet, found 'tags' of list<.*int64>$"):
+        predict("no run", tmp_path / "new.parquet", tmp_path / "out.csv", progress=False)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
+def test_whole_times_with_a_point(run: Path, tmp_path: Path, suffix: str) -> None:
+    for name, moments in (("whole", ["999998", "999999"]), ("point", ["999998.0", "999999."])):
+        ids = pa.table({"user_id": ["3", "5"], "item_id": ["4", "17"]})
+        numbers = pa.array(list(map(float, moments))) if suffix != ".csv" else pa.array(moments)
+        if name == "whole":
+            numbers = numbers.cast(pa.int64())
+        write(ids.append_column("time", numbers), tmp_path / f"{name}{suffix}")
+        predict(run, tmp_path / f"{name}{suffix}", tmp_path / f"out-{name}{suffix}", progress=False)
+    one, two = (read(tmp_path / f"out-{name}{suffix}")["probability"] for name in ("whole", "point"))
+    assert one.to_pylist() == two.to_pylist()
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
+def test_own_columns_that_are_called_user_and_history(run: Path, tmp_path: Path, suffix: str) -> None:
+    interactions = {"file": "x.csv", "user": "user", "item": "history", "rating": "stars"}
+    column_map = {"name": "a", "item_noun": "b", "interactions": interactions, "items": {}}
+    (tmp_path / "map.json").write_text(json.dumps(column_map))
+    write(pa.table({"user": ["3", "5"], "history": ["4", "17"]}), tmp_path / f"new{suffix}")
+    out = tmp_path / f"out{suffix}"
+    predict(run, tmp_path / f"new{suffix}", out, columns=tmp_path / "map.json", progress=False)
+    assert read(out).column_names == ["user", "history", "probability"]
+
+
 class Streams:
     """Standard input and output as a service sees them."""
 
@@ -278,6 +341,14 @@ def test_lines_are_answered_as_they_arrive(run: Path, monkeypatch: pytest.Monkey
         [row["probability"] for row in (three, four, one, five)], abs=2e-6
     )
     assert abs(one["probability"] - two["probability"]) > 1e-5
+
+
+def test_half_of_a_surrogate_pair(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = Streams(monkeypatch, A[:-2] + b', "note": "\\ud83d"}\n' + A)
+    assert predict(run) == 2
+    first, second = streams.out.getvalue().splitlines()
+    assert json.loads(first)["note"] == "\ud83d"
+    assert "é".encode() in second
 
 
 BAD = [
@@ -332,7 +403,7 @@ def test_bad_paths(run: Path, tmp_path: Path) -> None:
         predict(run, tmp_path / "none.csv", tmp_path / "out.csv")
     with pytest.raises(InputError, match=r"out.txt: expected a file that ends in .csv or .parquet"):
         predict(run, tmp_path / "new.csv", tmp_path / "out.txt")
-    with pytest.raises(InputError, match=r"-: expected a file that ends in .csv or .parquet"):
+    with pytest.raises(InputError, match=r"--out: expected a file that ends in .csv or .parquet, got '-'"):
         predict(run, tmp_path / "new.csv")
     with pytest.raises(InputError, match=r"out.csv: expected a file that ends in .jsonl, or '-'"):
         predict(run, "-", tmp_path / "out.csv")

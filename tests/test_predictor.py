@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from workspace import GATED, Workspace
 
@@ -155,7 +158,11 @@ def test_what_is_not_told_of_a_new_user_is_what_most_have(predictor: Predictor, 
             {"user_id": "3", "item_id": "4", "time": 0},
             "expected a user with behaviours before that time.*'3'",
         ),
-        ({"item_id": "4", "history": []}, "expected a user with behaviours before that time"),
+        ({"item_id": "4", "history": []}, "expected a user with behaviours, found none$"),
+        (
+            {"item_id": "4", "history": [{"item_id": "none such", "rating": 1, "time": 1}]},
+            "expected a history with items that are in the data, found none of them$",
+        ),
         ({"item_id": "4", "history": "4"}, "expected history as a list of behaviours, found '4'"),
         ({"item_id": "4", "history": [4]}, r"history\[0\]: expected an object, found 4"),
         ({"item_id": "4", "history": [{}]}, r"history\[0\]: expected a value of item_id, found none"),
@@ -170,6 +177,14 @@ def test_what_is_not_told_of_a_new_user_is_what_most_have(predictor: Predictor, 
         (
             {"item_id": "4", "history": [{"item_id": 2, "rating": 1, "time": 1}], "user": {"shoe": 44}},
             "expected user as an object of profile, .*, found {'shoe': 44}",
+        ),
+        (
+            {
+                "item_id": "4",
+                "history": [{"item_id": 2, "rating": 1, "time": 1}],
+                "user": {"profile": "\ud83d"},
+            },
+            r"expected profile of user as Unicode, found '\\ud83d'",
         ),
     ],
 )
@@ -289,6 +304,35 @@ def test_what_a_run_read_must_be_there_as_it_was(run: Path, workspace: Workspace
     Predictor(run)
 
 
+@pytest.mark.parametrize("own", ["there", "changed", "gone"])
+def test_other_items_are_noticed(run: Path, workspace: Workspace, tmp_path: Path, own: str) -> None:
+    """An item more, and the rows of those after it are other ones; a newer title is none of that."""
+    served, path = tmp_path / "run", tmp_path / "own" / "items.parquet"
+    shutil.copytree(run, served)
+    shutil.copytree(workspace.data, path.parent)
+    config = json.loads((served / "config.json").read_text())
+    config["data"] = str(path.parent)
+    (served / "config.json").write_text(json.dumps(config))
+    shutil.copytree(workspace.data, tmp_path / "newer")
+    Predictor(served, data=tmp_path / "newer")
+    items = pq.read_table(path)
+    ids = items["item_id"].to_pylist()
+    others = items.set_column(1, "item_id", pa.array(ids[::-1]))
+    renamed = items.set_column(2, "title", items["text"])
+    if own == "changed":
+        pq.write_table(others, path)
+        with pytest.raises(InputError, match="own: expected the items that the run was trained with, found"):
+            Predictor(served)
+    if own == "gone":
+        shutil.rmtree(path.parent)
+    pq.write_table(others, tmp_path / "newer" / "items.parquet")
+    with pytest.raises(InputError, match="newer: expected the items that the run was trained with, found"):
+        Predictor(served, data=tmp_path / "newer")
+    if own == "there":
+        pq.write_table(renamed, tmp_path / "newer" / "items.parquet")
+        Predictor(served, data=tmp_path / "newer")
+
+
 def test_it_is_found_where_one_would_look() -> None:
     assert rellax.ctr.Predictor is Predictor
     with pytest.raises(AttributeError, match="no attribute 'Predicter'"):
@@ -322,8 +366,9 @@ def test_dates_and_missing_times(tmp_path: Path) -> None:
     for moment in ("2026-01-04T01:00:00", "2026-01-04T02:00:00+01:00", "2026-01-04 01:00:00Z", 1767488400000):
         assert dated.read({"user_id": 1, "item_id": 5, "time": moment}).position == 3
     assert dated.read({"user_id": 1, "item_id": 5, "time": "2026-01-04"}).position == 3
-    with pytest.raises(InputError, match="expected time as a date, or milliseconds since 1970, found 'May'"):
-        dated.read({"user_id": 1, "item_id": 5, "time": "May"})
+    for wrong in ("May", 3.5):
+        with pytest.raises(InputError, match=f"as a date, or milliseconds since 1970, found {wrong!r}"):
+            dated.read({"user_id": 1, "item_id": 5, "time": wrong})
     added = dated.read(
         {"user_id": 1, "item_id": 5, "history": [{"item_id": 7, "rating": 1, "time": "2026-01-01"}]}
     )

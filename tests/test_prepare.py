@@ -16,7 +16,7 @@ from raw_data import INTER, ITEM, random_interactions, write_ml_100k
 from rellax._files import sha256_file
 from rellax.ctr import assets
 from rellax.ctr.dataset import Dataset
-from rellax.ctr.prepare import prepare
+from rellax.ctr.prepare import prepare, summary
 from rellax.ctr.sources import read_ml_100k
 from rellax.errors import InputError
 
@@ -88,6 +88,38 @@ def test_counts_and_sources_are_recorded(dataset: Dataset, raw: Path) -> None:
         positives = int(dataset.samples.label[rows].sum())
         assert counts[split] == {"samples": len(rows), "positives": positives}
     assert meta["source_sha256"]["ml-100k.inter"] == sha256_file(raw / "ml-100k.inter")
+
+
+def test_users_of_each_split_and_what_is_too_few_are_said(raw: Path, tmp_path: Path) -> None:
+    meta = prepare(read_ml_100k(raw), tmp_path / "data")
+    dataset, said = Dataset.load(tmp_path / "data"), summary(meta).splitlines()
+    for split in ("train", "valid", "test"):
+        rows = dataset.indices(split)
+        users = len(np.unique(dataset.samples.user[rows]))
+        assert meta["split_users"][split] == users
+        (line,) = (line for line in said if line.startswith(f"  {split} "))
+        assert f"  samples of {users} user" in line
+        warnings = [line for line in said if line.startswith(f"  warning  {split}: ")]
+        assert len(warnings) == (users < 10)
+    assert "split_users" not in json.loads((tmp_path / "data" / "dataset.json").read_text())
+    meta["counts"]["train"]["positives"] = 0
+    assert "\n  warning  train: one class alone, from which little " in summary(meta)
+
+
+def test_a_folder_with_other_files_is_left_alone(raw: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("x")
+    with pytest.raises(InputError, match=r"data: expected a new folder, or one of .*found thesis.txt in it"):
+        prepare(read_ml_100k(raw), folder)
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+    (folder / "thesis.txt").rename(folder / "dataset.json").write_text('["another"]')
+    with pytest.raises(InputError, match=r"data: holds the data set None, expected a new folder"):
+        prepare(read_ml_100k(raw), folder)
+    (folder / "dataset.json").unlink()
+    for _ in range(2):
+        prepare(read_ml_100k(raw), folder)
+    assert len(list(folder.iterdir())) == 5
 
 
 def test_choose_is_nested_sorted_and_seeded(dataset: Dataset) -> None:

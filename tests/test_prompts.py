@@ -29,6 +29,7 @@ NO_SYSTEM = (
     "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     "<s>[INST] {{ m['content'] }} [/INST]{% endfor %}"
 )
+THINKING = "{{ messages[-1]['content'] }}<|bot|>{% if enable_thinking is false %}<no thoughts>{% endif %}"
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,22 @@ def test_a_template_without_system_role(dataset: Dataset) -> None:
     text = builder(byte_level(NO_SYSTEM, ("<s>",)), dataset).render(SAMPLE, [0])
     assert text.startswith("<s>[INST] User: ")
     assert text.endswith(f" [/INST]{dataset.texts[dataset.samples.item[SAMPLE]]}:")
+
+
+def test_a_model_that_could_think_is_told_not_to(dataset: Dataset) -> None:
+    text = builder(byte_level(THINKING, ("<|bot|>",)), dataset).render(SAMPLE, [0])
+    assert f"<|bot|><no thoughts>{dataset.texts[dataset.samples.item[SAMPLE]]}:" in text
+
+
+@pytest.mark.parametrize("template", [None, NO_SYSTEM], ids=["tokenizer", "template"])
+def test_a_text_begins_once_whoever_writes_it(dataset: Dataset, template: str | None) -> None:
+    tokenizer = sentencepiece_like(template)
+    prompts = builder(tokenizer, dataset)
+    prompt = prompts.build(SAMPLE, [0, 1])
+    assert prompt.input_ids[0] == tokenizer.bos_token_id
+    assert prompt.input_ids.count(tokenizer.bos_token_id) == 1
+    positions = np.array([[0, 1]])
+    assert prompts.lengths(np.array([SAMPLE]), positions).tolist() == [len(prompt.input_ids)]
 
 
 def test_pieces_get_no_spaces_of_their_own(dataset: Dataset) -> None:

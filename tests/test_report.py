@@ -20,6 +20,7 @@ import pytest
 import torch
 from workspace import GATED, Workspace
 
+from rellax._files import sha256_file
 from rellax.ctr import cli, metrics
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.evaluate import evaluate, evaluate_zero_shot
@@ -219,6 +220,7 @@ def test_calibration_before_and_after(work: Path, tmp_path: Path, material: Mate
     assert f"ECE {before:.3f}; at its temperature of 3.00 (thin line) {after:.3f}" in text
 
     stacked = {"weight": 0.5, "crm_weight": 0.5, "bias": 0.0, "crm": "elsewhere/crm"}
+    stacked["crm_sha256"] = sha256_file(copy / "crm" / "model.safetensors")
     (copy / GATED_RUN / "calibration.json").write_text(json.dumps(stacked))
     report(copy, [GATED_RUN, "zero", "crm"], copy / "report.html", progress=False)
     text = Page((copy / "report.html").read_text(encoding="utf-8")).text["calibration"]
@@ -226,6 +228,13 @@ def test_calibration_before_and_after(work: Path, tmp_path: Path, material: Mate
     both = 1 / (1 + np.exp(-(logits + np.log(crm) - np.log1p(-crm)) / 2))
     after = metrics.evaluate(scores.label, both, bootstrap=0)["ece"]
     assert f"ECE {before:.3f}; stacked on crm (thin line) {after:.3f}" in text
+
+    stacked["crm_sha256"] = "0"  # that of a CRM before it was trained anew
+    (copy / GATED_RUN / "calibration.json").write_text(json.dumps(stacked))
+    report(copy, [GATED_RUN, "zero", "crm"], copy / "report.html", progress=False)
+    text = Page((copy / "report.html").read_text(encoding="utf-8")).text["calibration"]
+    assert "stacked" not in text
+    assert f"{GATED_RUN} is not calibrated" in text
 
 
 def test_perfect_probabilities_and_small_samples() -> None:

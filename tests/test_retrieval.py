@@ -310,6 +310,20 @@ def test_a_result_of_other_samples_is_named(work: Path) -> None:
         read_positions(work / "retrieved", Dataset.load(work / "data"), 9)
 
 
+@pytest.mark.parametrize(("longest", "dtype"), [(300, np.int16), (40_000, np.int32)])
+def test_positions_take_as_many_bytes_as_the_longest_history_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longest: int, dtype: type[np.signedinteger[Any]]
+) -> None:
+    """The target has been seen before once, just before."""
+    monkeypatch.setattr(stream, "_ROWS", 10**5)
+    write_data(tmp_path / "data", {"u": [*([1] * (longest - 1)), 7, 7]}, first=longest)
+    write_embeddings(tmp_path / "embeddings")
+    run(tmp_path)
+    positions = read_positions(tmp_path / "retrieved", Dataset.load(tmp_path / "data"), K)
+    assert positions.dtype == dtype
+    assert positions[0, 0] == longest - 1
+
+
 def test_the_heaviest_buckets_come_first(work: Path) -> None:
     sorted_out = Buckets.load(work / "data", work / "elsewhere")
     order = [sorted_out.work[bucket] for bucket in sorted_out.longest_first()]

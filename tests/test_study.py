@@ -13,9 +13,10 @@ from scipy.special import logit
 from sklearn.metrics import roc_auc_score
 from workspace import Workspace
 
-from rellax._files import read_json
+from rellax._files import read_json, write_json
 from rellax.ctr import lab
 from rellax.ctr.config import StudyConfig
+from rellax.ctr.dataset import Dataset
 from rellax.ctr.lab import duration
 from rellax.ctr.predictions import Predictions
 from rellax.ctr.study import Cell, cells, grid, report, reproduce, targets
@@ -77,6 +78,42 @@ def test_the_grid() -> None:
     assert Cell("zero-shot-recent", 10).result == "zero-shot-recent-k10/test/predictions.parquet"
 
 
+def test_a_plan_leaves_the_folder_as_it_is(config: StudyConfig, tmp_path: Path) -> None:
+    for similarity in ("text", "text+crm"):
+        planned = dataclasses.replace(config, similarity=similarity)
+        assert "0 of 32 runs are finished" in reproduce(planned, tmp_path / "study", only="plan")
+        with pytest.raises(InputError, match="study: expected a study, found none; `rellax reproduce`"):
+            reproduce(planned, tmp_path / "study", only="report")
+    assert not (tmp_path / "study").exists()
+    write_json(tmp_path / "study" / "config.json", {"model": "DIN", "shots": 4})
+    with pytest.raises(InputError, match="expected the settings of a study, found another configuration"):
+        reproduce(config, tmp_path / "study", only="report")
+
+
+def test_sizes_are_checked_before_anything_is_run(config: StudyConfig, tmp_path: Path) -> None:
+    train = len(Dataset.load(config.data).indices("train"))
+    held_out = rf"shots: expected fewer than all {train} training samples, .* on the others, got {train}"
+    for options, words in (
+        (
+            {"shots": (6, train + 1)},
+            rf"shots: expected 1 to {train} samples of split 'train', got {train + 1}",
+        ),
+        ({"shots": (train,)}, held_out),
+        ({"test_samples": 0}, "test_samples: expected 1 to 12 samples of split 'test', got 0"),
+    ):
+        for only in ("plan", None):
+            with pytest.raises(InputError, match=words):
+                reproduce(dataclasses.replace(config, **options), tmp_path / "study", only=only)
+    assert not (tmp_path / "study").exists()
+
+
+def test_one_behaviour_has_no_others(config: StudyConfig, tmp_path: Path) -> None:
+    one = dataclasses.replace(config, methods=("share-retrieved",), crms=(), k=(1,), shots=(8192,))
+    found = reproduce(one, tmp_path, progress=False)  # nothing is trained on the shots
+    assert "| recent: each other | - |" in found
+    assert "nan" not in found
+
+
 def test_retrieval_by_the_classical_model_too(config: StudyConfig, tmp_path: Path) -> None:
     both = dataclasses.replace(config, similarity="text+crm")
     reproduce(both, tmp_path, progress=False, only="plan")
@@ -113,8 +150,6 @@ def test_stopped_resumed_grown_and_reported(
     plan = reproduce(small, tmp_path / "study", progress=False, only="plan")
     assert "| Zero-shot LLM, K most recent | 0 | 2 | 1 min |" in plan
     assert "0 of 19 runs are finished, about 2 min left on this machine." in plan
-    with pytest.raises(InputError, match="expected a finished run of the grid, found none"):
-        reproduce(small, tmp_path / "study", only="report")
 
     # Stopped at the first training run: what there is can be looked at, and is not made again.
     def stop(*_: object, **__: object) -> None:
@@ -126,6 +161,10 @@ def test_stopped_resumed_grown_and_reported(
             reproduce(small, tmp_path / "study", progress=False)
     report = reproduce(small, tmp_path / "study", only="report")
     assert "**8 of 18 runs of the grid are not finished yet.**" in report
+    others = dataclasses.replace(small, data=None, batch_size=5)  # the study has its own settings
+    assert reproduce(others, tmp_path / "study", only="report") == report
+    with pytest.raises(InputError, match="expected a finished run of the grid, found none"):
+        reproduce(dataclasses.replace(small, crms=(), k=(9,)), tmp_path / "study", only="report")
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "study").glob("*/**/predictions.parquet")}
     caplog.clear()
     report = reproduce(small, tmp_path / "study", progress=False)
@@ -155,8 +194,9 @@ def test_stopped_resumed_grown_and_reported(
     with pytest.raises(InputError, match=r"holds a run with batch_size = 4, expected 5"):
         reproduce(dataclasses.replace(config, batch_size=5), tmp_path / "study", progress=False)
 
-    # More test samples: what is trained stays, all is scored on the others; fewer ones are among them.
-    more = dataclasses.replace(config, test_samples=12)
+    # More test samples than there are: what is trained stays, all is scored on the others; fewer ones are
+    # among them. How many prompts are at once changes none of that.
+    more = dataclasses.replace(config, test_samples=99, micro_batch_size=3)
     trained = {path: path.stat().st_mtime_ns for path in (tmp_path / "study").glob("*/log.jsonl")}
     plan = reproduce(more, tmp_path / "study", progress=False, only="plan")
     assert "| Zero-shot LLM, K most recent | 0 | 2 | 1 min |" in plan

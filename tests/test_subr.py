@@ -104,6 +104,21 @@ def test_neither_padding_nor_order_changes_an_embedding(
     torch.testing.assert_close(shuffled, alone[order], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("batch_tokens", "calls"), [(1, 23), (13, 16), (60, 4), (10_000, 1)])
+def test_no_more_tokens_run_at_once_than_asked_for(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, batch_tokens: int, calls: int
+) -> None:
+    """Padding included, and as many as fit; one text always does."""
+    shapes: list[torch.Size] = []
+    hook = model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    with hook:
+        embed_items(TEXTS, model, tokenizer, batch_tokens=batch_tokens, progress=False)
+    assert all(rows == 1 or rows * length <= batch_tokens for rows, length in shapes)
+    assert len(shapes) == calls
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_neither_the_chat_template_nor_the_tokenizer_s_padding_changes_an_embedding(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, side: str

@@ -27,6 +27,7 @@ from rellax.ctr.config import SCHEDULES, TrainConfig, read_config
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.evaluate import evaluate
 from rellax.ctr.optimiser import learning_rate
+from rellax.ctr.options import make_parser
 from rellax.ctr.task import Task, load_inputs
 from rellax.ctr.train import train
 from rellax.errors import InputError
@@ -185,6 +186,18 @@ def test_joint_trains_everything(workspace: Workspace, tmp_path: Path) -> None:
     assert changed(start, final) == {"lora_a", "lora_b", "gate_bank", "soft_prompt"}
     table = "rellax.soft_prompt.item_embeddings"
     assert torch.equal(final[table], load_inputs(config).item_embeddings)
+
+
+@pytest.mark.parametrize("gate_init", ["identity", "kaiming"])
+def test_gates_begin_as_configured(workspace: Workspace, tmp_path: Path, gate_init: str) -> None:
+    """And the command line configures it."""
+    gates = {"stage": "joint", "interaction": "full", "gate_init": gate_init}
+    train(workspace.config(**gates, epochs=1, shots=4, lr=1e-12), tmp_path / "run", progress=False)
+    largest = adapter(tmp_path / "run")["rellax.gate_bank.w2"].abs().max()
+    assert largest > 0.1 if gate_init == "kaiming" else largest < 1e-9
+    words = [word for name, value in gates.items() for word in (f"--{name.replace('_', '-')}", value)]
+    options = make_parser().parse_args(["train", "run", "--model", "x", *words])
+    assert cli._train_config(options).gate_init == gate_init
 
 
 def test_stage_2_starts_at_the_stage_1_model(stage_1: Path, workspace: Workspace, tmp_path: Path) -> None:

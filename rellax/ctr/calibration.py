@@ -15,8 +15,10 @@ Either minimises the negative log likelihood.
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +35,13 @@ from rellax.errors import InputError
 from rellax.patch.adapter import TENSOR_FILE
 from rellax.patch.config import is_number
 
+logger = logging.getLogger(__name__)
+
 FILE = "calibration.json"
 LIMITS = (0.01, 100.0)
 """T stays within: without an error it would go to 0, and to infinity where predictions say nothing."""
 _NUMBERS = ("weight", "crm_weight", "bias")
+_FEW = 20  # samples of a label: with fewer, what is fitted to them depends much on which they are
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,8 @@ def write_calibration(
     else:
         assert crm_probabilities is not None, "they come with the CRM"
         found = fit_stacking(labels, probabilities, crm_probabilities, crm)
+    for doubt in _doubts(found, labels):
+        logger.warning("calibrate: %s", doubt)
     before, after = (
         metrics.evaluate(labels, changed, bootstrap=0)
         for changed in (probabilities, found.apply(probabilities, crm_probabilities))
@@ -220,6 +227,22 @@ def calibrated_metrics(
     if calibration.crm is not None:
         names = ["auc", "auc_interval", *names]
     return calibration.to_json() | {key: result[key] for key in names}
+
+
+def _doubts(found: Calibration, labels: np.ndarray) -> Iterator[str]:
+    """What speaks against a calibration that was fitted to `labels`."""
+    few = int(min(np.sum(labels), len(labels) - np.sum(labels)))
+    if few < _FEW:
+        yield f"expected at least {_FEW} validation samples of each label, got {few} of one"
+    if found.crm is None:
+        low, high = LIMITS
+        if found.temperature < 1.01 * low:
+            yield f"temperature {found.temperature:.2f} is at its limit: the run is right on every sample"
+        if found.temperature > 0.99 * high:
+            yield f"temperature {found.temperature:.0f} is at its limit: the run says nothing of the labels"
+    for name, weight in (("the run", found.weight), ("the CRM", found.crm_weight)):
+        if weight < 0:
+            yield f"the weight of {name} is negative, {weight:.4f}: what it calls likely counts against a Yes"
 
 
 def _check_labels(labels: np.ndarray) -> None:

@@ -358,12 +358,13 @@ def _fit(model: BaseModel, features: _Features, dataset: Dataset, config: CRMCon
     labels = dataset.samples.label[valid]
     if labels.min() == labels.max():
         raise InputError(
-            f"{dataset.folder}: expected both labels in the validation split, found only {labels[0]}"
+            f"{dataset.folder}: expected both labels in the validation split, found only {labels[0]}; "
+            "more interactions, or another positive_above in the map of `rellax prepare`, may give both"
         )
     batch_size = config.batch_size or min(max(len(train) // 32, 64), 1024)
     per_epoch = math.ceil(len(train) / batch_size)
     curve: list[tuple[int, float]] = []
-    best_step, best_auc, best_state = 0, 0.0, model.state_dict()
+    best_step, best_auc, best_state = 0, -math.inf, model.state_dict()
     with tqdm(total=config.epochs * per_epoch, desc=config.model, unit="batch") as bar:
         for step, samples in enumerate(_batches(train, batch_size, config.epochs), start=1):
             _step(model, features, samples)
@@ -383,10 +384,11 @@ def _fit(model: BaseModel, features: _Features, dataset: Dataset, config: CRMCon
 
 
 def _training_samples(dataset: Dataset, config: CRMConfig) -> np.ndarray:
-    chosen = dataset.choose("train", config.shots, config.seed)
+    chosen = dataset.choose("train", config.shots, config.seed, name="shots")
     if config.hold_out is None:
         return chosen
-    chosen = np.setdiff1d(chosen, dataset.choose("train", config.hold_out, config.seed), assume_unique=True)
+    held_out = dataset.choose("train", config.hold_out, config.seed, name="hold_out")
+    chosen = np.setdiff1d(chosen, held_out, assume_unique=True)
     if not len(chosen):
         raise InputError(
             f"hold_out: expected fewer than the training samples, got all {config.hold_out} of them"

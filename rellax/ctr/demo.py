@@ -44,9 +44,11 @@ def demo(config: DemoConfig, out: str | Path, *, device: str = "auto", progress:
         InputError: no network at the first run, or `out` holds a demo of other sizes.
     """
     out = Path(out)
-    lab = Lab(config, out, k=config.k, test_seed=config.seed, device=device, progress=progress)
+    lab = Lab(
+        config, out, k=config.k, shots=config.shots, test_seed=config.seed, device=device, progress=progress
+    )
     run_steps(_steps(config, lab), out / "steps.json")
-    table = _report(config, out)
+    table = _report(config, lab, out)
     report.report(out, list(TITLES), out / "report.html", seed=config.seed, progress=progress)
     return table
 
@@ -88,9 +90,9 @@ def _crm(config: DemoConfig) -> str:
     return "din-shots" if config.few_shot_crm else "din"
 
 
-def _report(config: DemoConfig, out: Path) -> str:
+def _report(config: DemoConfig, lab: Lab, out: Path) -> str:
     dataset = Dataset.load(out / "data")
-    chosen = dataset.choose("test", config.test_samples, config.seed, name="test_samples")
+    chosen = lab.test_samples(dataset)
     variants = []
     for name, title in TITLES.items():
         path = out / name / ("predictions.parquet" if name in CRM else "test/predictions.parquet")

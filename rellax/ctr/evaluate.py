@@ -78,6 +78,7 @@ def evaluate(
     split: str = "test",
     samples: int | None = None,
     seed: int = 0,
+    at_most: bool = False,
     folder: str | Path | None = None,
     device: str = "auto",
     progress: bool = True,
@@ -89,6 +90,7 @@ def evaluate(
     Args:
         run: folder of `rellax train`.
         samples: random samples of the split, chosen by `seed`; None takes all.
+        at_most: take all where the split has fewer.
         folder: gets config.json, environment.json, metrics.json and predictions.parquet (sample, label,
             probability); None is a folder named after the split in `run`. Where it holds this very result
             already, that is only read; where it holds that of fewer samples, only the others are scored.
@@ -105,7 +107,7 @@ def evaluate(
     if read_json(run / "config.json")["inputs"] != input_hashes(config):
         raise InputError(f"{run}: expected the files it was trained with, but one has changed since")
     folder = run / split if folder is None else Path(folder)
-    result = _evaluate(config, run / "adapter", folder, split, samples, seed, device, progress)
+    result = _evaluate(config, run / "adapter", folder, split, samples, seed, at_most, device, progress)
     return _with_calibration(result, folder, read_calibration(run), config.data, seed)
 
 
@@ -138,11 +140,12 @@ def evaluate_zero_shot(
     split: str = "test",
     samples: int | None = None,
     seed: int = 0,
+    at_most: bool = False,
     device: str = "auto",
     progress: bool = True,
 ) -> dict[str, Any]:
     """Score the language model as it is, with the prompts of `config`; else as `evaluate`."""
-    return _evaluate(config, None, Path(folder), split, samples, seed, device, progress)
+    return _evaluate(config, None, Path(folder), split, samples, seed, at_most, device, progress)
 
 
 def evaluate_share(
@@ -202,6 +205,7 @@ def _evaluate(
     split: str,
     samples: int | None,
     seed: int,
+    at_most: bool,
     device: str,
     progress: bool,
 ) -> dict[str, Any]:
@@ -213,11 +217,12 @@ def _evaluate(
         "samples": samples,
         "seed": seed,
     }
-    if not _is_part(folder, request) and runs.is_claimed(folder, request):
+    advice = "remove this folder to score anew"
+    if not _is_part(folder, request) and runs.is_claimed(folder, request, advice=advice):
         return read_json(folder / "metrics.json")
     where = resolve_device(device)
     inputs = load_inputs(config)
-    chosen = inputs.dataset.choose(split, samples, seed)
+    chosen = inputs.dataset.choose(split, samples, seed, at_most=at_most)
     task = Task(config, inputs, adapter, device=where)
     examples = task.examples(chosen, config.evaluation_prompts)
     found, users = _score(task, examples, folder, request, progress), inputs.dataset.samples.user[chosen]
@@ -246,7 +251,8 @@ def _is_part(folder: Path, request: dict[str, Any]) -> bool:
 def _same_predictions(found: dict[str, Any], request: dict[str, Any]) -> bool:
     """Whether two requests give a sample that both have the same probability."""
     names = ("run", "adapter", "inputs", "split")
-    return all(found.get(name) == json.loads(json.dumps(request[name])) for name in names)
+    found, request = runs.without_execution(found), runs.without_execution(json.loads(json.dumps(request)))
+    return all(found.get(name) == request[name] for name in names)
 
 
 def _score(

@@ -12,6 +12,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+import numpy as np
 import torch
 
 from rellax._files import read_json, write_json
@@ -142,6 +143,8 @@ class Lab:
     Args:
         config: what all runs share.
         k: most behaviours that any of the prompts has.
+        shots: most samples that any of the runs is trained on, those on all of them apart; None where no
+            run has shots.
         test_seed: of the test samples, on which every run is scored.
         data: folder of `rellax prepare`; None is `out`/data, made from MovieLens-100K.
     """
@@ -152,22 +155,32 @@ class Lab:
         out: Path,
         *,
         k: int,
+        shots: int | None,
         test_seed: int,
         device: str,
         progress: bool,
         data: str | None = None,
     ) -> None:
-        self.config, self.out, self.k, self.test_seed = config, out, k, test_seed
+        self.config, self.out, self.k, self.shots, self.test_seed = config, out, k, shots, test_seed
         self.device, self.progress = device, progress
         self.data = Path(data) if data is not None else out / "data"
         self.model = config.model
 
     def prepare(self) -> None:
+        """Fetch the model, prepare the data, and check that these have so many samples."""
         if self.model is None:
             self.model = str(assets.smollm2_135m())
         if self.data == self.out / "data" and not (self.data / "dataset.json").exists():
             raw = assets.movielens_100k() if self.config.raw is None else self.config.raw
             prepare(read_ml_100k(raw), self.data)
+        dataset = Dataset.load(self.data)
+        dataset.choose("train", self.shots, 0, name="shots")
+        self.test_samples(dataset)
+
+    def test_samples(self, dataset: Dataset) -> np.ndarray:
+        """The samples that every run is scored on; all of a test split that has fewer than asked for."""
+        n = self.config.test_samples
+        return dataset.choose("test", n, self.test_seed, name="test_samples", at_most=True)
 
     def embed(self, crm: str | None = None) -> None:
         """Embed the items' texts; `crm` names the folder of a classical model to put beside."""
@@ -235,6 +248,7 @@ class Lab:
         return {
             "samples": self.config.test_samples,
             "seed": self.test_seed,
+            "at_most": True,
             "device": self.device,
             "progress": self.progress,
         }

@@ -69,7 +69,7 @@ PROMPT_FIELDS = ("prompts", "recent_share", "k", "max_tokens", "packing", "dtype
 DEMO_HELP = {
     "shots": "training samples",
     "k": "behaviours in a prompt",
-    "test_samples": "random test samples",
+    "test_samples": "random test samples, at most",
     "validation_samples": "random validation samples",
     "batch_size": "prompts in a step",
     "micro_batch_size": "prompts at once, at most",

@@ -31,8 +31,9 @@ STREAM = "-"
 
 _ROWS = 8192
 _BYTES = 1 << 20
-_BROUGHT = {"history": pa.types.is_list, "user": pa.types.is_struct}
-"""What rows may bring beside ids and time, and which type a table's column of that name must then have."""
+_BROUGHT = ("history", "user")
+"""What rows may bring beside ids and time, unless a column map calls something else so."""
+_LISTS = (pa.ListType, pa.LargeListType, pa.FixedSizeListType, pa.ListViewType, pa.LargeListViewType)
 
 
 def predict(
@@ -86,6 +87,8 @@ def predict(
         with bar, _source(table) as source, _sink(out) as sink:
             lines.answer(source, sink, load(), bar)
         return lines.count
+    if str(out) == STREAM:
+        raise InputError(f"--out: expected a file that ends in .csv or .parquet, got {STREAM!r}")
     _check_kind(out, (".csv", ".parquet"))
     return _Table(Path(table), names, delimiter, errors).answer(Path(out), load, progress)
 
@@ -108,19 +111,22 @@ class _Table:
         for name in self.added:
             if name in found:
                 raise InputError(f"{path}: expected no column {name!r}, it is what is added")
-        brought = [n for n, is_kind in _BROUGHT.items() if n in found and is_kind(self.schema.field(n).type)]
+        brought = [name for name in _brought(names) if name in found and self._is_brought(name)]
         self.names = {ours: theirs for ours, theirs in names.items() if theirs in found}
         self.names |= {name: name for name in brought}
         self.shown = [name for name in found if name not in brought]
 
     def answer(self, out: Path, load: Callable[[], Predictor], progress: bool) -> int:
         """Write the answers; who gives them is loaded once there is a row."""
+        fields = [self.schema.field(name) for name in self.shown]
+        if out.suffix == ".csv":
+            for field in fields:
+                self._check_for_csv(field)
         batches = self._batches()
         first = next(batches, None)
         if first is None:
             raise InputError(f"{self.path}: expected at least one row, found none")
         predictor, count = load(), 0
-        fields = [self.schema.field(name) for name in self.shown]
         types = {COLUMN: pa.float64(), ERROR: pa.string()}
         schema = pa.schema(fields + [pa.field(name, types[name]) for name in self.added])
         writer = pyarrow.csv.CSVWriter if out.suffix == ".csv" else pq.ParquetWriter
@@ -137,6 +143,26 @@ class _Table:
                 file.write_table(pa.Table.from_arrays(columns, schema=schema))
                 count += batch.num_rows
         return count
+
+    def _is_brought(self, name: str) -> bool:
+        """Whether a column of that name is what rows bring; any other column `user` is passed through."""
+        kind = self.schema.field(name).type
+        if name == "user":
+            return bool(pa.types.is_struct(kind))
+        if not isinstance(kind, _LISTS) and not pa.types.is_null(kind):
+            raise InputError(
+                f"{self.path}: expected history as lists of behaviours, in Parquet, found {one_line(kind)}"
+            )
+        return True
+
+    def _check_for_csv(self, field: pa.Field) -> None:
+        try:
+            pa.csv.CSVWriter(pa.BufferOutputStream(), pa.schema([field])).close()
+        except pa.ArrowException:
+            raise InputError(
+                f"{self.path}: expected columns that CSV can hold, or --out ….parquet, "
+                f"found {field.name!r} of {one_line(field.type)}"
+            ) from None
 
     def _answers(self, batch: pa.RecordBatch, predictor: Predictor, start: int, bar: tqdm) -> list[Answer]:
         asked = pa.Table.from_arrays([batch[name] for name in self.names.values()], list(self.names))
@@ -190,7 +216,9 @@ class _Lines:
     """JSON objects, a line each."""
 
     def __init__(self, place: str, names: Mapping[str, str], errors: str) -> None:
-        self.place, self.names, self.errors, self.count = place, names, errors, 0
+        self.place, self.errors, self.count = place, errors, 0
+        self.brought = _brought(names)
+        self.names = {**names, **{name: name for name in self.brought}}
 
     def answer(self, source: BinaryIO, sink: BinaryIO, predictor: Predictor, bar: tqdm) -> None:
         """Answer each line as soon as those are that have arrived with it; empty lines are passed over."""
@@ -208,12 +236,24 @@ class _Lines:
                 if isinstance(answer, InputError) and self.errors == "stop":
                     sink.flush()
                     raise InputError(f"{self.place}, line {line_number}: {answer}")
-                sink.write(_answered({} if isinstance(found, InputError) else found, answer))
+                sink.write(self._answered({} if isinstance(found, InputError) else found, answer))
             sink.flush()
             self.count += len(asked)
 
     def _ours(self, row: dict[str, Any]) -> dict[str, Any]:
-        return row | {ours: row.get(theirs) for ours, theirs in self.names.items()}
+        return {ours: row.get(theirs) for ours, theirs in self.names.items()}
+
+    def _answered(self, row: Mapping[str, Any], answer: Answer) -> bytes:
+        shown = {name: value for name, value in row.items() if name not in self.brought}
+        shown |= {ERROR: _error(answer)} if isinstance(answer, InputError) else {COLUMN: answer}
+        try:
+            return json.dumps(shown, ensure_ascii=False).encode() + b"\n"
+        except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can say
+            return json.dumps(shown).encode() + b"\n"
+
+
+def _brought(names: Mapping[str, str]) -> list[str]:
+    return [name for name in _BROUGHT if name not in names.values()]
 
 
 def _arriving(source: BinaryIO) -> Iterator[list[bytes]]:
@@ -233,12 +273,6 @@ def _object(line: bytes) -> dict[str, Any] | InputError:
     except (ValueError, RecursionError) as error:
         return InputError(f"expected a JSON object, but {error}")
     return found if isinstance(found, dict) else InputError(f"expected a JSON object, found {found!r}")
-
-
-def _answered(row: Mapping[str, Any], answer: Answer) -> bytes:
-    shown = {name: value for name, value in row.items() if name not in _BROUGHT}
-    shown |= {ERROR: _error(answer)} if isinstance(answer, InputError) else {COLUMN: answer}
-    return json.dumps(shown, ensure_ascii=False).encode() + b"\n"
 
 
 def _probability(answer: Answer) -> float | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rellax._files import read_json
+from rellax._files import read_json, sha256_file
 from rellax.ctr.batches import Collator, Example
 from rellax.ctr.calibration import Calibration, read_calibration
 from rellax.ctr.config import read_config
@@ -22,11 +22,14 @@ from rellax.ctr.evaluate import predict_probabilities
 from rellax.ctr.llm import resolve_device
 from rellax.ctr.requests import Request, Requests
 from rellax.ctr.retrieval import EMBEDDINGS, embeddings_folder, find_positions, load_embeddings
+from rellax.ctr.stream import Table
 from rellax.ctr.task import Examples, Inputs, Task, check_input
 from rellax.errors import InputError
 
 Row = Mapping[str, Any]
 Answer = float | InputError  # what is wrong with the row
+
+_ITEMS = "items.parquet"
 
 
 class Predictor:
@@ -71,8 +74,11 @@ class Predictor:
         where = resolve_device(device)
         config, inputs = read_config(run), read_json(Path(run) / "config.json")["inputs"]
         dataset = Dataset.load(config.data if data is None else data)
+        crm = config.crm if config.interaction != "none" or config.crm_logit else None
         self.batch_size, self.share_batches = batch_size, share_batches
         self.calibration = read_calibration(run) if calibrated else Calibration()
+        if config.soft_prompt or crm is not None or self.calibration.crm is not None:
+            _check_items(dataset, config.data, inputs)
         self._requests = Requests(dataset)
         self._task = Task(config, Inputs(dataset), Path(run) / "adapter", device=where)
         self._embeddings = self._crm = self._beside = None
@@ -80,9 +86,9 @@ class Predictor:
             assert config.retrieved is not None, "TrainConfig asks for it with these prompts"
             check_input(embeddings_folder(config.retrieved) / EMBEDDINGS, inputs)
             self._embeddings = load_embeddings(config.retrieved, dataset).to(where)
-        if config.crm is not None and (config.interaction != "none" or config.crm_logit):
-            check_input(Path(config.crm) / WEIGHTS, inputs)
-            self._crm = CRM(config.crm, dataset)
+        if crm is not None:
+            check_input(Path(crm) / WEIGHTS, inputs)
+            self._crm = CRM(crm, dataset)
         if (beside := self.calibration.crm) is not None:
             self._beside = self._crm if beside == config.crm and self._crm else CRM(beside, dataset)
         self._waiting: deque[_Job] = deque()
@@ -218,6 +224,26 @@ class _Job:
     def __init__(self, requests: Sequence[Request], done: Callable[[int], object] | None) -> None:
         self.requests, self.done = requests, done
         self.answers: Future[list[Answer]] = Future()
+
+
+def _check_items(dataset: Dataset, own: str, inputs: Mapping[str, str]) -> None:
+    """Raise an InputError unless the data have the items of the run, whose embeddings go by their rows.
+
+    Args:
+        own: folder of the run's data, which may have changed, or be gone.
+        inputs: hashes of the files that the run was trained with.
+    """
+    recorded = inputs.get(_ITEMS)
+    if recorded == sha256_file(dataset.folder / _ITEMS):
+        return
+    path = Path(own) / _ITEMS
+    if path.is_file() and recorded in (None, sha256_file(path)):
+        ids = Table(own, "items", ["item_id"]).read()["item_id"]
+        same = ids.to_pylist() == dataset.items["item_id"].to_pylist()
+    else:
+        same = recorded is None
+    if not same:
+        raise InputError(f"{dataset.folder}: expected the items that the run was trained with, found others")
 
 
 def _any_request(dataset: Dataset) -> Request:

@@ -23,6 +23,8 @@ from rellax.ctr.sources import Source
 from rellax.errors import InputError
 
 _BLOCK = 1 << 20
+_FILES = ("dataset.json", "items.parquet", "users.parquet", "behaviours.parquet", "samples.parquet")
+_FEW = 10  # users, of which a bootstrap would draw nearly the same again and again
 _SEED = 0  # of the orders that take the place of time where there is none
 
 
@@ -41,7 +43,7 @@ class _Behaviours:
 
 
 def summary(meta: dict[str, Any]) -> str:
-    """What `prepare` read, left out and wrote, from its dataset.json: a line each."""
+    """What `prepare` read, left out and wrote, from what it returned: a line each."""
     counts = meta["counts"]
     lines = [f"{counts['samples']:,} samples of {counts['users']:,} users and {counts['items']:,} items"]
     if meta.get("strictly_before"):
@@ -51,7 +53,15 @@ def summary(meta: dict[str, Any]) -> str:
     lines += [f"  mended   {rows:>12,}  {what}" for what, rows in meta["odd"].items() if rows]
     for name in SPLITS:
         samples, positives = counts[name]["samples"], counts[name]["positives"]
-        lines.append(f"  {name:8} {samples:>12,}  samples, {positives / samples:.1%} positive")
+        users = meta["split_users"][name]
+        of_users = f"{users:,} user" if users == 1 else f"{users:,} users"
+        lines.append(f"  {name:8} {samples:>12,}  samples of {of_users}, {positives / samples:.1%} positive")
+        little = ["one class alone"] if positives in (0, samples) else []
+        little += [f"fewer than {_FEW} users"] if users < _FEW else []
+        if little:
+            lines.append(
+                f"  warning  {name}: {' and '.join(little)}, from which little can be learnt or told"
+            )
     return "\n".join(lines)
 
 
@@ -64,6 +74,8 @@ def prepare(
     strictly_before: bool = False,
 ) -> dict[str, Any]:
     """Write `source` as a data folder for `Dataset.load`, and return the contents of its dataset.json.
+
+    Beside these stands `split_users`: of how many users each split has samples.
 
     A behaviour with at least `min_history` earlier ones of its user is a sample, labelled 1 where the rating
     is larger than `source.positive_above`. Samples stand in global (time, user, item) order, where ids
@@ -78,7 +90,8 @@ def prepare(
 
     Raises:
         InputError: an id twice in a table, an interaction with an id in no table, a rating off the scale, a
-            split without samples, `strictly_before` without times, or `folder` holds another data set.
+            split without samples, `strictly_before` without times, or `folder` holds another data set, or
+            files that are not of one.
     """
     _check_folder(Path(folder), source.name)
     items, users = _dense(source.items, "item"), _dense(source.users, "user")
@@ -89,7 +102,8 @@ def prepare(
     rows = _sample_rows(behaviours, min_history, timed)
     ends = _split_ends(source, len(rows), min_history, split)
     label = behaviours.rating[rows] > source.positive_above
-    parts = {name: label[start:end] for name, start, end in zip(SPLITS, [0, *ends], ends, strict=False)}
+    bounds = {name: slice(start, end) for name, start, end in zip(SPLITS, [0, *ends], ends, strict=False)}
+    parts = {name: label[part] for name, part in bounds.items()}
     meta = {
         "name": source.name,
         "item_noun": source.item_noun,
@@ -116,7 +130,7 @@ def prepare(
     }
     if strictly_before:
         meta["strictly_before"] = True
-    with atomic_folder(folder) as part:
+    with atomic_folder(folder, own=_FILES) as part:
         pq.write_table(items, part / "items.parquet")
         pq.write_table(users, part / "users.parquet")
         _write(
@@ -128,13 +142,17 @@ def prepare(
             lambda block: _sample_block(behaviours, rows, label, ends, block),
         )
         write_json(part / "dataset.json", meta)
-    return meta
+    return meta | {"split_users": {name: _users_of(behaviours, rows[part]) for name, part in bounds.items()}}
 
 
 def _check_folder(folder: Path, name: str) -> None:
     """What is there may be replaced by the same data set anew."""
     path = folder / "dataset.json"
-    if path.exists() and (found := read_json(path)["name"]) != name:
+    if not path.exists():
+        return
+    meta = read_json(path)
+    found = meta.get("name") if isinstance(meta, dict) else None
+    if found != name:
         raise InputError(f"{folder}: holds the data set {found!r}, expected a new folder for {name!r}")
 
 
@@ -253,6 +271,13 @@ def _split_ends(source: Source, samples: int, min_history: int, split: tuple[int
             f"samples with at least {min_history} earlier behaviours of the same user"
         )
     return ends
+
+
+def _users_of(behaviours: _Behaviours, rows: np.ndarray) -> int:
+    """How many users some behaviours have."""
+    seen = np.zeros(int(behaviours.user.max()) + 1, dtype=bool)
+    seen[behaviours.user[rows]] = True
+    return int(seen.sum())
 
 
 def _behaviour_block(behaviours: _Behaviours, block: slice) -> pa.Table:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rellax.ctr.dataset import Dataset, Samples
+from rellax.ctr.sources.tables import WHOLE
 from rellax.errors import InputError
 
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
@@ -71,10 +72,15 @@ class Requests:
         rows = self._known(user, time)
         history, position = None, rows.stop - rows.start
         if given is not None:
-            history = self._merged(rows, self._behaviours(given), time)
+            new = self._behaviours(given)
+            if given and not len(new[0]) and not position:
+                raise InputError("expected a history with items that are in the data, found none of them")
+            history = self._merged(rows, new, time)
             position = len(history[0])
         if not position:
-            raise InputError(f"expected a user with behaviours before that time, found none of {name!r}")
+            before = "" if time is None else " before that time"
+            whose = f" of {name!r}" if name else ""
+            raise InputError(f"expected a user with behaviours{before}, found none{whose}")
         person = self._person(row.get("user")) if user is None else {}
         return Request(user, item, position, history, person)
 
@@ -191,7 +197,11 @@ class Requests:
             return {}
         if not isinstance(given, Mapping) or not set(given) <= set(known):
             raise InputError(f"expected user as an object of {', '.join(known)}, found {given!r}")
-        return {name: str(value) for name, value in given.items() if value is not None}
+        told = {name: str(value) for name, value in given.items() if value is not None}
+        for name, text in told.items():
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise InputError(f"expected {name} of user as Unicode, found {text!r}")
+        return told
 
     def _table(self, people: Sequence[int | Mapping[str, str]]) -> pa.Table:
         rows = pa.array([person if isinstance(person, int) else None for person in people], pa.int64())
@@ -224,22 +234,30 @@ def _id(row: Mapping[str, Any], name: str, *, optional: bool = False) -> str:
 
 
 def _is_whole(value: Any) -> bool:
+    """Also one that is written as 3.0, which a column of whole numbers with gaps becomes."""
     if isinstance(value, str):
-        return value.removeprefix("-").isdecimal()
+        return WHOLE.fullmatch(value) is not None
+    if isinstance(value, float | np.floating):
+        return bool(value.is_integer())
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _whole(value: Any) -> int:
-    if not _is_whole(value) or not -(2**63) <= int(value) < 2**63:
+    if not _is_whole(value):
         raise ValueError(value)
-    return int(value)
+    whole = int(value.partition(".")[0] if isinstance(value, str) else value)
+    if not -(2**63) <= whole < 2**63:
+        raise ValueError(value)
+    return whole
 
 
 def _milliseconds(value: Any) -> int:
     """Of a date, a datetime or ISO 8601 text; without a time zone it is UTC."""
     if isinstance(value, str):
         value = datetime.datetime.fromisoformat(value.replace("Z", "+00:00"))
-    elif isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
+    elif not isinstance(value, datetime.date):
+        raise TypeError(value)
+    elif not isinstance(value, datetime.datetime):
         value = datetime.datetime.combine(value, datetime.time())
     if value.tzinfo is None:
         value = value.replace(tzinfo=datetime.timezone.utc)

@@ -32,13 +32,19 @@ _PACKAGES = (
     "pyarrow",
     "scikit-learn",
 )
+_EXECUTION = ("micro_batch_size", "gradient_checkpointing", "compile", "packing", "checkpoint_every")
 
 
-def is_claimed(folder: str | Path, config: dict[str, Any], *, redo: bool | None = None) -> bool:
+def is_claimed(
+    folder: str | Path, config: dict[str, Any], *, redo: bool | None = None, advice: str | None = None
+) -> bool:
     """Whether a folder holds a run of `config`; False where it holds none, or that is to be done anew.
+
+    How a finished run was executed may differ.
 
     Args:
         redo: whether the command was told to begin anew; None where it has no such option.
+        advice: what to do where the folder holds another run; None is to choose another folder.
 
     Raises:
         InputError: it holds a run of another configuration, or something else.
@@ -52,14 +58,30 @@ def is_claimed(folder: str | Path, config: dict[str, Any], *, redo: bool | None 
     if redo:
         return False
     found, wanted = read_json(path), json.loads(json.dumps(config))
-    for name in wanted | found:
-        if wanted.get(name) != found.get(name):
-            advice = "; choose another folder, or begin anew with --redo"
-            if redo is None:
-                advice = "; choose another folder"
-            differs = f"{name} = {found.get(name)}, expected {wanted.get(name)}"
-            raise InputError(f"{folder}: holds a run with {differs}{advice}")
+    if (folder / "metrics.json").exists():
+        found, wanted = without_execution(found), without_execution(wanted)
+    if differs := ", and ".join(_differences(found, wanted)):
+        advice = advice or "choose another folder" + ("" if redo is None else ", or begin anew with --redo")
+        raise InputError(f"{folder}: holds a run with {differs}; {advice}")
     return True
+
+
+def without_execution(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without what only says how a run is executed: it changes rounding alone."""
+    return {
+        name: without_execution(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in _EXECUTION
+    }
+
+
+def _differences(found: dict[str, Any], wanted: dict[str, Any], inside: str = "") -> Iterator[str]:
+    for name in wanted | found:
+        one, other = found.get(name), wanted.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            yield from _differences(one, other, f"{inside}{name}.")
+        elif one != other:
+            yield f"{inside}{name} = {one}, expected {other}"
 
 
 @contextlib.contextmanager

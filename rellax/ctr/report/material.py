@@ -12,6 +12,7 @@ import numpy as np
 from rellax._files import read_json, sha256_file
 from rellax.ctr import calibration, metrics, predictions
 from rellax.ctr.calibration import Calibration
+from rellax.ctr.crm import WEIGHTS
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.predictions import Predictions
 from rellax.ctr.runs import entries
@@ -115,10 +116,14 @@ class Material:
 
     def folder(self, recorded: str | None, name: str) -> Path | None:
         """A folder as a run recorded it, or where it is after the work folder was moved."""
-        candidates = [self.work / (name if recorded is None else Path(recorded).name)]
-        if recorded is not None:
-            candidates.insert(0, Path(recorded))
-        return next((path for path in candidates if path.is_dir()), None)
+        return _folder(self.work, recorded, name)
+
+
+def _folder(work: Path, recorded: str | None, name: str) -> Path | None:
+    candidates = [work / (name if recorded is None else Path(recorded).name)]
+    if recorded is not None:
+        candidates.insert(0, Path(recorded))
+    return next((path for path in candidates if path.is_dir()), None)
 
 
 def gather(work: Path, names: Sequence[str], *, split: str, baseline: str | None, seed: int) -> Material:
@@ -134,7 +139,7 @@ def gather(work: Path, names: Sequence[str], *, split: str, baseline: str | None
     if baseline is not None and baseline not in names:
         raise InputError(f"baseline: expected one of the runs {', '.join(names)}, got {baseline!r}")
     dataset = Dataset.load(work / "data")
-    runs = [_read(work / name, name, split, dataset) for name in names]
+    runs = [_read(work, name, split, dataset) for name in names]
     scored = [run.scores.sample for run in runs if run.scores is not None]
     common = _common(scored, dataset)
     if common is not None:
@@ -155,7 +160,8 @@ def gather(work: Path, names: Sequence[str], *, split: str, baseline: str | None
     )
 
 
-def _read(folder: Path, name: str, split: str, dataset: Dataset) -> Run:
+def _read(work: Path, name: str, split: str, dataset: Dataset) -> Run:
+    folder = work / name
     path, part = folder / "config.json", folder / split
     if not path.exists():
         found = next(iter(sorted(folder.glob("*/config.json"))), None)
@@ -183,7 +189,7 @@ def _read(folder: Path, name: str, split: str, dataset: Dataset) -> Run:
         scores=scores,
         result=_json(folder / "metrics.json"),
         log=list(entries(folder / "log.jsonl")),
-        calibration=_calibration(folder),
+        calibration=_calibration(folder, work),
     )
 
 
@@ -191,15 +197,20 @@ def _json(path: Path) -> dict[str, Any]:
     return dict(read_json(path)) if path.exists() else {}
 
 
-def _calibration(folder: Path) -> Calibration | None:
-    """The calibration of a run; none where it is of an adapter that the run no longer has."""
+def _calibration(folder: Path, work: Path) -> Calibration | None:
+    """The calibration of a run; none where it is of an adapter or a CRM that is no longer there."""
     path, adapter = folder / calibration.FILE, folder / "adapter" / TENSOR_FILE
     found = _json(path)
     if not found:
         return None
     if "adapter" in found and (not adapter.exists() or sha256_file(adapter) != found["adapter"]):
         return None
-    return calibration.calibration_of(found, path)
+    read = calibration.calibration_of(found, path)
+    if read.crm is not None:
+        weights = (_folder(work, read.crm, Path(read.crm).name) or folder) / WEIGHTS
+        if not weights.is_file() or sha256_file(weights) != found.get("crm_sha256"):
+            return None
+    return read
 
 
 def _predictions(folder: Path, dataset: Dataset, split: str) -> Scores | None:

@@ -30,11 +30,13 @@ import pyarrow.parquet as pq
 from rellax._files import read_json
 from rellax.ctr.sources.source import Source
 from rellax.ctr.sources.tables import (
+    FLOAT_TIME,
     ID,
     MOMENT,
     RATING,
     TEXT,
     TIME,
+    WHOLE,
     Format,
     read_parquet,
     read_text,
@@ -198,7 +200,7 @@ def _has_dates(path: Path, events: Mapping[str, Any]) -> bool:
 
 
 def _time_type(path: Path, events: Mapping[str, Any]) -> pa.DataType:
-    """Whole numbers, or in a CSV file whose first time is none, dates and times."""
+    """Whole numbers, or in a CSV file as its first time is: such as 3.0, or dates and times."""
     if path.suffix == ".parquet" or not path.is_file():
         return TIME
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
@@ -207,7 +209,9 @@ def _time_type(path: Path, events: Mapping[str, Any]) -> pa.DataType:
         except csv.Error:
             first = {}  # the reader of the whole file says what is wrong
     value = first.get(events["time"]) or "0"
-    return TIME if value.removeprefix("-").isdecimal() else MOMENT
+    if value.removeprefix("-").isdecimal():
+        return TIME
+    return FLOAT_TIME if WHOLE.fullmatch(value) else MOMENT
 
 
 def _items(

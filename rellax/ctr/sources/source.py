@@ -57,5 +57,6 @@ class Source:
     dates: bool = False
 
     def line(self, row: int) -> str:
-        """File and line of an interaction."""
-        return f"{self.interactions_file}, line {row + self.first_line}"
+        """File and line of an interaction, or row where the file has no lines."""
+        place = "row" if self.interactions_file.suffix == ".parquet" else "line"
+        return f"{self.interactions_file}, {place} {row + self.first_line}"

@@ -26,6 +26,8 @@ TEXT = pa.string()
 RATING = pa.float32()
 TIME = pa.int64()
 MOMENT = pa.timestamp("ms")  # in text alone, and then read as a TIME
+FLOAT_TIME = pa.float64()  # likewise
+WHOLE = re.compile(r"-?\d+(\.0*)?")  # where a column of whole numbers has gaps, pandas writes 3.0
 
 _BLOCK_BYTES = 1 << 24
 _BLOCK_ROWS = 1 << 20
@@ -35,7 +37,10 @@ _EXPECTED = {
     RATING: "a number",
     TIME: "a whole number",
     MOMENT: "a date and time",
+    FLOAT_TIME: "a whole number",
 }
+_OTHERS = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+_SHOWN = 80  # characters of what is wrong
 _ZONE = r"^.{11,}(Z|[+-]\d\d(:?\d\d)?)$"  # a date alone has hyphens too
 _BAD_VALUE = re.compile(r"In CSV column #(\d+): Row #(\d+): CSV conversion error to [^:]+: (.*)", re.DOTALL)
 _BAD_ROW = re.compile(r"CSV parse error: Row #(\d+): Expected (\d+) columns, got (\d+)")
@@ -68,17 +73,19 @@ class Format:
 def read_text(path: Path, columns: Mapping[str, pa.DataType], form: Format) -> pa.Table:
     """The named columns of a delimited file, in that order, of these types; an `ID` has a value in every row.
 
-    A `MOMENT` is ISO 8601, in UTC where no zone is given, and becomes milliseconds since 1970.
+    A `MOMENT` is ISO 8601, in UTC where no zone is given, and becomes milliseconds since 1970. A `FLOAT_TIME`
+    is a whole number with a point.
 
     Raises:
         InputError: the file or a column is missing, or a line cannot be read.
     """
     if not path.is_file():
         raise InputError(f"{path}: expected this file, found none")
+    _check_is_text(path, form)
     names = form.header
     first = 1 if names and not form.skip_lines else 2
     try:
-        _check_once(path, columns, _header(path, form))
+        _check_once(f"{path}, line 1", columns, _header(path, form))
         with _open(path, form) as file:
             reader = pa.csv.open_csv(
                 file,
@@ -97,16 +104,16 @@ def read_text(path: Path, columns: Mapping[str, pa.DataType], form: Format) -> p
                     invalid_row_handler=None if form.broken is None else _skipper(form.broken),
                 ),
                 convert_options=pa.csv.ConvertOptions(
-                    column_types={name: TEXT if kind == MOMENT else kind for name, kind in columns.items()},
+                    column_types={name: TEXT if kind in _TIMES else kind for name, kind in columns.items()},
                     include_columns=list(columns),
                     strings_can_be_null=False,
                     null_values=[],
                 ),
             )
-            schema = pa.schema([(name, TIME if kind == MOMENT else kind) for name, kind in columns.items()])
-            table = pa.Table.from_batches(_dated(path, columns, form, reader, first), schema)
+            schema = pa.schema([(name, TIME if kind in _TIMES else kind) for name, kind in columns.items()])
+            table = pa.Table.from_batches(_timed(path, columns, form, reader, first), schema)
     except pa.ArrowKeyError:
-        raise InputError(_missing(path, columns, _header(path, form))) from None
+        raise InputError(_missing(f"{path}, line 1", columns, _header(path, form))) from None
     except (pa.ArrowException, UnicodeError, csv.Error) as error:
         raise InputError(_explained(path, columns, form, " ".join(str(error).split()))) from None
     for name, kind in columns.items():
@@ -129,8 +136,8 @@ def read_parquet(path: Path, columns: Mapping[str, pa.DataType]) -> pa.Table:
         with pq.ParquetFile(path, pre_buffer=False) as file:  # or it holds the columns whole
             found = file.schema_arrow.names
             if not set(columns) <= set(found):
-                raise InputError(_missing(path, columns, found))
-            _check_once(path, columns, found)
+                raise InputError(_missing(str(path), columns, found))
+            _check_once(str(path), columns, found)
             schema = pa.schema(list(columns.items()))
             batches, row = [], 0
             for batch in file.iter_batches(_BLOCK_ROWS, columns=list(columns)):
@@ -170,31 +177,40 @@ def _converted(path: Path, name: str, column: pa.Array, kind: pa.DataType, row: 
     return column.dictionary_encode() if kind == ID else column
 
 
-def _dated(
+def _check_is_text(path: Path, form: Format) -> None:
+    with path.open("rb") as file:
+        start = file.read(4)
+    for mark, name in _OTHERS.items():
+        if start.startswith(mark):
+            raise InputError(f"{path}: expected plain text in {form.encoding}, found {name}")
+
+
+def _timed(
     path: Path,
     columns: Mapping[str, pa.DataType],
     form: Format,
     batches: Iterable[pa.RecordBatch],
     row: int,
 ) -> Iterator[pa.RecordBatch]:
-    """The batches of a file, the first of which begins in `row`, with milliseconds where moments are text."""
+    """The batches of a file, the first of which begins in `row`, with numbers where times are text."""
     place = f"{path}, {'row' if form.quoted else 'line'}"
     for batch in batches:
         arrays = [
-            _moments(place, name, batch[name], row) if kind == MOMENT else batch[name]
+            _times(place, name, batch[name], kind, row) if kind in _TIMES else batch[name]
             for name, kind in columns.items()
         ]
         yield pa.record_batch(arrays, names=list(columns))
         row += batch.num_rows
 
 
-def _moments(place: str, name: str, text: pa.Array, row: int) -> pa.Array:
+def _times(place: str, name: str, text: pa.Array, kind: pa.DataType, row: int) -> pa.Array:
     try:
-        return _milliseconds(text)
+        return _TIMES[kind](text)
     except pa.ArrowInvalid:
-        wrong = _first_wrong(text)
+        wrong = _first_wrong(text, _TIMES[kind])
+        found = _short(repr(text[wrong].as_py()))
         raise InputError(
-            f"{place} {row + wrong}: expected {_EXPECTED[MOMENT]} as {name!r}, found {text[wrong].as_py()!r}"
+            f"{place} {row + wrong}: expected {_EXPECTED[kind]} as {name!r}, found {found}"
         ) from None
 
 
@@ -206,13 +222,21 @@ def _milliseconds(text: pa.Array) -> pa.Array:
     return pc.coalesce(pc.cast(utc, TIME), pc.cast(pc.cast(pc.if_else(zoned, none, text), MOMENT), TIME))
 
 
-def _first_wrong(text: pa.Array) -> int:
-    """Which is the first that is no moment, by halves: there is one."""
+def _whole(text: pa.Array) -> pa.Array:
+    return pc.cast(pc.replace_substring_regex(text, r"\.0*$", ""), TIME)
+
+
+_TIMES = {MOMENT: _milliseconds, FLOAT_TIME: _whole}
+"""What makes a TIME of such text."""
+
+
+def _first_wrong(text: pa.Array, read: Callable[[pa.Array], pa.Array]) -> int:
+    """Which is the first that cannot be read, by halves: there is one."""
     start, end = 0, len(text)
     while end - start > 1:
         middle = (start + end) // 2
         try:
-            _milliseconds(text[start:middle])
+            read(text[start:middle])
             start = middle
         except pa.ArrowInvalid:
             end = middle
@@ -246,9 +270,9 @@ def _header(path: Path, form: Format) -> list[str]:
         return next(csv.reader(file, delimiter=form.delimiter), [])
 
 
-def _missing(path: Path, columns: Mapping[str, pa.DataType], found: Sequence[str]) -> str:
+def _missing(place: str, columns: Mapping[str, pa.DataType], found: Sequence[str]) -> str:
     lacking = next((name for name in columns if name not in found), next(iter(columns)))
-    return f"{path}, line 1: expected a column {lacking!r}, found {', '.join(map(repr, found))}"
+    return f"{place}: expected a column {lacking!r}, found {', '.join(_short(repr(name)) for name in found)}"
 
 
 def _explained(path: Path, columns: Mapping[str, pa.DataType], form: Format, error: str) -> str:
@@ -262,15 +286,19 @@ def _explained(path: Path, columns: Mapping[str, pa.DataType], form: Format, err
         header = _header(path, form)
         name = header[int(column)] if int(column) < len(header) else ""
         expected = "UTF-8" if "UTF8" in reason else _EXPECTED.get(columns.get(name), "a value")
-        found = reason.removeprefix("invalid value ")
+        found = _short(reason.removeprefix("invalid value "))
         return f"{path}, {place} {int(row) + form.skip_lines}: expected {expected} as {name!r}, found {found}"
-    return f"{path}: expected fields with {form.delimiter!r} between them ({error})"
+    return f"{path}: expected fields with {form.delimiter!r} between them ({_short(error)})"
 
 
-def _check_once(path: Path, columns: Mapping[str, pa.DataType], found: Sequence[str]) -> None:
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _check_once(place: str, columns: Mapping[str, pa.DataType], found: Sequence[str]) -> None:
     for name in columns:
         if found.count(name) > 1:
-            raise InputError(f"{path}, line 1: expected one column {name!r}, found {found.count(name)}")
+            raise InputError(f"{place}: expected one column {name!r}, found {found.count(name)}")
 
 
 def _check_filled(path: Path, name: str, column: pa.ChunkedArray, first: int) -> None:

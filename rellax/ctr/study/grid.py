@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import tempfile
 from collections.abc import Iterator
 from copy import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,25 +108,32 @@ def reproduce(
     which finished runs are scored as well.
 
     Args:
-        only: "plan" prepares the data, measures this machine and returns how long the grid would take;
-            "report" writes the report of what is finished; neither runs any of the grid.
+        only: "plan" reads the data, measures this machine and returns how long the grid would take; "report"
+            writes the report of what is finished, with the settings that the study was begun with; neither
+            runs any of the grid, nor makes `out` the folder of a study.
         jobs: runs at a time, each in a process of its own with its share of the CPU threads.
 
     Raises:
         InputError: no such method or classical model, `jobs` is not positive, no network at the first run,
-            `out` holds a study of other settings, or nothing is finished to report on.
+            `out` holds a study of other settings, the data have fewer training samples than a run is to be
+            trained on, or nothing is finished to report on.
     """
     if jobs < 1:
         raise InputError(f"jobs: expected a positive number, got {jobs}")
-    study = _Study(config, Path(out), device, progress, jobs)
-    study.claim()
-    if only != "report":
+    out = Path(out)
+    if only == "report":
+        return _Study(_recorded(config, out), out, device, progress, jobs).report()
+    begun = runs.is_claimed(out, _settings(config))
+    with contextlib.nullcontext(out) if begun else tempfile.TemporaryDirectory() as folder:
+        study = _Study(config, Path(folder), device, progress, jobs)
         study.prepare()
         plan = study.plan()
-        if only == "plan":
-            return plan
-        logger.info("%s", plan)
-        study.run()
+    if only == "plan":
+        return plan
+    logger.info("%s", plan)
+    if not begun:
+        study.begin(out)
+    study.run()
     return study.report()
 
 
@@ -184,26 +194,62 @@ def _run(config: StudyConfig, lab: Lab, cell: Cell) -> None:
     lab.train(cell.name, cell.method, k=cell.k, shots=cell.shots, seed=cell.seed, start=start, crm=crm)
 
 
+def _settings(config: StudyConfig) -> dict[str, Any]:
+    """What the config.json of a study holds: all that its runs share."""
+    return {name: value for name, value in asdict(config).items() if name not in _FREE}
+
+
+def _recorded(config: StudyConfig, out: Path) -> StudyConfig:
+    """`config` with the settings of the study in `out`."""
+    path = out / "config.json"
+    if not path.exists():
+        raise InputError(f"{out}: expected a study, found none; `rellax reproduce` begins one")
+    found = read_json(path)
+    if not isinstance(found, dict) or not found.keys() <= _settings(config).keys():
+        raise InputError(f"{path}: expected the settings of a study, found another configuration")
+    return replace(config, **found)
+
+
 class _Study:
     def __init__(self, config: StudyConfig, out: Path, device: str, progress: bool, jobs: int) -> None:
         self.config, self.out, self.device, self.jobs = config, out, device, jobs
-        self.cells = cells(config)
-        k = max(_RETRIEVED, *config.k)
-        self.lab = Lab(
-            config, out, k=k, test_seed=_TEST_SEED, device=device, progress=progress, data=config.data
+        self.progress, self.cells = progress, cells(config)
+        self.lab = self._lab(out)
+
+    def _lab(self, out: Path) -> Lab:
+        return Lab(
+            self.config,
+            out,
+            k=max(_RETRIEVED, *self.config.k),
+            shots=max((cell.shots or 0 for cell in self.cells), default=0) or None,
+            test_seed=_TEST_SEED,
+            device=self.device,
+            progress=self.progress,
+            data=self.config.data,
         )
 
-    def claim(self) -> None:
-        settings = {name: value for name, value in asdict(self.config).items() if name not in _FREE}
-        if not runs.is_claimed(self.out, settings):
-            write_json(self.out / "config.json", settings)
-            write_json(self.out / "environment.json", runs.environment())
+    def begin(self, out: Path) -> None:
+        """Make `out` this study's folder, after `prepare` in another one has found nothing wrong."""
+        write_json(out / "config.json", _settings(self.config))
+        write_json(out / "environment.json", runs.environment())
+        self.out, self.lab = out, self._lab(out)
+        self.lab.prepare()
 
     def prepare(self) -> None:
         self.lab.prepare()
         self.dataset = Dataset.load(self.lab.data)
+        self._check_held_out()
         self.tokens = {k: self._tokens(k) for k in self.config.k}
         self.speed = self._speed()
+
+    def _check_held_out(self) -> None:
+        train = len(self.dataset.indices("train"))
+        most = max((cell.hold_out or 0 for cell in self.cells), default=0)
+        if most >= train:
+            raise InputError(
+                f"shots: expected fewer than all {train} training samples, as a classical model is trained "
+                f"on the others, got {most}"
+            )
 
     def retrieve(self) -> None:
         """What all retrieved prompts are made from."""
@@ -254,7 +300,7 @@ class _Study:
 
     def report(self) -> str:
         dataset = Dataset.load(self.lab.data)
-        chosen = dataset.choose("test", self.config.test_samples, _TEST_SEED, name="test_samples")
+        chosen = self.lab.test_samples(dataset)
         samples = dataset.samples
         test = Scored(chosen, samples.label[chosen], samples.user[chosen], samples.position[chosen])
         finished = list(self._finished(test))

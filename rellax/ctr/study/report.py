@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -200,10 +201,15 @@ def _unlikeness(
             many = count > 1
             # The sum over all ordered pairs is |total|^2 less each row's product with itself, 1.
             pairs = ((total**2).sum(axis=1) - count)[many] / (count * (count - 1))[many]
-            within.append(float(1 - pairs.mean()))
+            within.append(1 - _mean(pairs))
             some = count > 0
-            apart.append(float(1 - ((total * targets).sum(axis=1)[some] / count[some]).mean()))
+            apart.append(1 - _mean((total * targets).sum(axis=1)[some] / count[some]))
     return found
+
+
+def _mean(values: np.ndarray) -> float:
+    """NaN where there are none."""
+    return float(values.mean()) if len(values) else math.nan
 
 
 def _heterogeneity(ks: Sequence[int], found: dict[tuple[str, str], list[float]]) -> str:
@@ -215,7 +221,8 @@ def _heterogeneity(ks: Sequence[int], found: dict[tuple[str, str], list[float]])
         "",
     ]
     rows = [
-        [f"{who}: {other}", *(f"{value:.3f}" for value in values)] for (who, other), values in found.items()
+        [f"{who}: {other}", *("-" if math.isnan(value) else f"{value:.3f}" for value in values)]
+        for (who, other), values in found.items()
     ]
     return "\n".join([*lines, *_table(["behaviours", *(f"K = {k}" for k in ks)], rows)])
 
