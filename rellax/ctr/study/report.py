@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -228,10 +229,17 @@ def _heterogeneity(ks: Sequence[int], found: dict[tuple[str, str], list[float]])
 
 
 def _machine(out: Path, config: StudyConfig) -> str:
+    """Where runs were trained and scored, which the one who writes the report need not be."""
+    records = [read_json(path) for place in ("*", "*/test") for path in out.glob(f"{place}/environment.json")]
+    places = Counter(", ".join(r["gpus"]) or f"{r['cpu']}, {r['threads']} threads" for r in records)
+    where = "; ".join(f"{place} ({count})" for place, count in places.most_common())
     times = read_json(out / "steps.json") if (out / "steps.json").exists() else {}
     hours = sum(step["seconds"] for step in times.values()) / 3600
-    took = f" {len(times)} runs took {hours:.1f} hours." if times else ""
-    return f"## Environment\n\n{machine()}{took}\n\n```\n{_command(config)}\n```"
+    took = f" {len(times)} steps, whose time is recorded, took {hours:.1f} hours." if times else ""
+    return (
+        f"## Environment\n\nTrained or scored on: {where}.{took} This page was written on: {machine()}\n\n"
+        f"```\n{_command(config)}\n```"
+    )
 
 
 def _command(config: StudyConfig) -> str:
