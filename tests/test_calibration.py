@@ -19,7 +19,7 @@ from scipy.special import expit, logit
 from sklearn.metrics import log_loss, roc_auc_score
 from workspace import Workspace
 
-from rellax.ctr import cli
+from rellax.ctr import cli, metrics
 from rellax.ctr import evaluate as evaluate_module
 from rellax.ctr.calibration import LIMITS, Calibration, fit_stacking, fit_temperature, write_calibration
 from rellax.ctr.dataset import Dataset
@@ -187,6 +187,10 @@ def test_a_run_stacked_on_a_classical_model(
     stacked = fitted.apply(probabilities, every[samples])
     assert found["calibrated"]["auc"] == roc_auc_score(labels, stacked) != found["auc"]
     assert found["calibrated"]["log_loss"] == pytest.approx(log_loss(labels, stacked), abs=1e-12)
+    users = Dataset.load(workspace.data).samples.user[samples]
+    for result, predicted in ((found, probabilities), (found["calibrated"], stacked)):
+        expected = metrics.evaluate(labels, predicted, users)["auc_interval"]
+        assert result["auc_interval"] == expected  # of whole users
     monkeypatch.undo()
 
     # A service has the classical model answer too, of rows that can be answered.

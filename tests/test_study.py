@@ -13,11 +13,13 @@ from scipy.special import logit
 from sklearn.metrics import roc_auc_score
 from workspace import Workspace
 
+from rellax import subr
 from rellax._files import read_json, write_json
 from rellax.ctr import lab
 from rellax.ctr.config import StudyConfig
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.lab import duration
+from rellax.ctr.metrics import paired_bootstrap
 from rellax.ctr.predictions import Predictions
 from rellax.ctr.study import Cell, cells, grid, report, reproduce, targets
 from rellax.ctr.study.results import Finished, Results, Scored
@@ -44,6 +46,10 @@ def config(workspace: Workspace) -> StudyConfig:
         crms=("DIN", "DeepFM"),
         crm="DIN",
         recent_share=0.5,
+        lr=0.003,
+        lr2=0.004,
+        soft_prompt_lr=0.001,
+        epochs2=2,
         k=(2, 3),
         shots=(6,),
         seeds=(0, 1),
@@ -123,6 +129,16 @@ def test_retrieval_by_the_classical_model_too(config: StudyConfig, tmp_path: Pat
     study.retrieve()
     assert read_json(tmp_path / "embeddings" / "config.json")["crm"] == str(tmp_path / "din-all-s0")
 
+    # How unlike each other the two most recent behaviours are, pair by pair.
+    dataset, rows = Dataset.load(config.data), subr.load_embeddings(tmp_path / "embeddings").numpy()
+    samples = dataset.indices("test")
+    of = dataset.samples
+    test = Scored(samples, of.label[samples], of.user[samples], of.position[samples])
+    pairs = [dataset.behaviour_items[dataset.history(sample)][-2:] for sample in samples]
+    expected = np.mean([1 - rows[one] @ rows[other] for one, other in pairs])
+    found = report._unlikeness(tmp_path, both, dataset, test, [2])
+    assert found["recent", "each other"] == pytest.approx([expected], abs=1e-6)
+
 
 @pytest.mark.parametrize(
     ("options", "words"),
@@ -185,8 +201,14 @@ def test_stopped_resumed_grown_and_reported(
         cell.name: read_json(tmp_path / "study" / cell.name / "config.json") for cell in cells(config)[-9:]
     }
     assert [records[f"{name}-k3-n6-s1"]["recent_share"] for name in ("lora-recent", "rella")] == [0.0, 0.5]
+    names = ("lr", "epochs", "soft_prompt_lr")
+    assert [records["rella-k3-n6-s1"][name] for name in names] == [0.003, 1, None]
+    assert [records["rellax-boosted-k3-n6-s1"][name] for name in names] == [0.004, 2, 0.001]
     with (tmp_path / "study" / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
+    (din,) = (row for row in rows if (row["method"], row["shots"], row["seed"]) == ("DIN", "all", "0"))
+    chosen_by = read_json(tmp_path / "study" / "din-all-s0" / "metrics.json")["valid"]["auc"]
+    assert float(din["validation_auc"]) == pytest.approx(chosen_by, abs=1e-3)
     assert len(rows) == 30
     assert {row["seed"] for row in rows} == {"", "0", "1"}
     assert all(0 <= float(row["auc"]) <= 1 for row in rows)
@@ -290,6 +312,21 @@ def test_stacked_on_the_best_classical_model() -> None:
     assert "+0.000 [+0.000, +0.000]" in din  # the same predictions add nothing
 
 
+def test_k_is_chosen_on_validation_samples() -> None:
+    test = scored()
+    runs = finished(test, "rella", 5, 256, 0.5) + finished(test, "rella", 10, 256, 2.0)
+    runs = [dataclasses.replace(run, validation=1 - run.validation / 4) for run in runs]
+    assert results_of(runs, test).chosen_k(256) == 5  # although 10 is better on the test samples
+
+
+def test_differences_draw_whole_users() -> None:
+    test = scored()
+    results = results_of(finished(test, "rella", 5, 256, 0.5) + finished(test, "rella", 10, 256, 1.0), test)
+    one, other = (results.all["rella", k, 256] for k in (5, 10))
+    both = one.probabilities, other.probabilities
+    assert results.compare(one, other) == paired_bootstrap(test.labels, *both, test.users)
+
+
 def test_the_best_classical_model_is_chosen_on_validation_samples() -> None:
     test = scored()
     runs = finished(test, "DIN", None, None, 0.5) + finished(test, "SIM", None, None, 2.0)
@@ -337,6 +374,15 @@ def test_targets_follow_from_the_numbers() -> None:
     noise, weaker = (finished(test, "rellax-boosted", 5, 256, strength) for strength in (0.0, 1.5))
     assert verdicts(results_of(runs + noise, test))[-2:] == ["missed", "missed"]
     assert verdicts(results_of(runs + weaker, test))[-2:] == ["missed", "met"]  # it knows something else
+
+    # Fewer behaviours than 10 and more shots than are few decide nothing; each number of shots does.
+    small = [run for run in runs if (run.cell.method, run.cell.k) != ("lora-retrieved", 5)]
+    small += finished(test, "lora-retrieved", 5, 256, 0.1) + finished(test, "rellax", 5, 16384, 9.0)
+    small += finished(test, "SIM", None, None, 4.0)
+    assert verdicts(results_of(small, test))[1] == "met"
+    assert verdicts(results_of(small, test))[5] == "missed"
+    behind = finished(test, "lora-recent", 10, 128, 2.0) + finished(test, "lora-retrieved", 10, 128, 0.5)
+    assert verdicts(results_of(runs + behind, test))[1] == "missed"
 
     # The same strength is no evidence.
     even = [run for run in runs if run.cell.method != "rellax"]
