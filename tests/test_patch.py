@@ -703,8 +703,8 @@ def test_layers_that_share_their_input_may_be_offloaded_after_patching(tmp_path:
 def test_a_model_without_memory_gives_shapes() -> None:
     model = tiny.patched(tiny.base_model()).to("meta")
     arguments = {name: value.to("meta") for name, value in tiny.batch(tiny.instances()).items()}
-    del arguments["attention_mask"]  # transformers reads it
-    assert model(**arguments).answer_logits.shape == (3, 2)
+    del arguments["attention_mask"]  # transformers reads it, and positions where there is no cache
+    assert model(**arguments, use_cache=True).answer_logits.shape == (3, 2)
     with pytest.raises(InputError, match=r"^instance_embed: expected shape .* on meta, got .* on cpu"):
         model(**arguments | {"instance_embed": tiny.batch(tiny.instances())["instance_embed"]})
 

@@ -459,6 +459,8 @@ def test_stage_2_starts_from_a_checkpoint_of_peft(
     command = ["train", "gated", "--stage", "2", "--from", str(tmp_path / "lora"), "--interaction", "full"]
     command += ["--model", str(workspace.model), "--work", str(tmp_path), "--prompts", "recent", "--k", "2"]
     command += ["--shots", "8", "--validation-samples", "12", "--batch-size", "4", "--dtype", "float32"]
+    assert cli.main([*command, "--r", "5"]) == 2
+    assert "r: expected 4, as in" in capsys.readouterr().err
     assert cli.main(command) == 0
     config = read_config(tmp_path / "gated")
     assert (config.r, config.alpha, set(config.target_modules)) == (4, 10, {"q_proj", "o_proj"})

@@ -125,7 +125,7 @@ def _train(options: argparse.Namespace) -> None:
     taken = inherited(config)
     for name in INHERITED:
         got, expected = getattr(config, name), getattr(taken, name)
-        if got != expected and hasattr(options, name):
+        if got not in (expected, getattr(TrainConfig, name)):
             raise InputError(
                 f"{name}: expected {expected}, as in {config.start}, which it starts from, got {got}"
             )
