@@ -122,10 +122,11 @@ def _train(options: argparse.Namespace) -> None:
     from rellax.ctr.train import train
 
     folder, config = options.work / options.name, _train_config(options, start=_start(options))
-    taken = inherited(config)
-    for name in INHERITED:
+    given = [name for name in INHERITED if getattr(config, name) != getattr(TrainConfig, name)]
+    taken = inherited(config) if given else config
+    for name in given:
         got, expected = getattr(config, name), getattr(taken, name)
-        if got not in (expected, getattr(TrainConfig, name)):
+        if got != expected:
             raise InputError(
                 f"{name}: expected {expected}, as in {config.start}, which it starts from, got {got}"
             )

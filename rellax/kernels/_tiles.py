@@ -13,10 +13,15 @@ def tile_tokens(tokens: int, instances: int) -> int:
     return 64 if tokens >= 32 * instances else 16
 
 
+def most_tiles(tokens: int, instances: int, size: int) -> int:
+    """How many tiles of `size` a packed batch can have: each instance may end with one that is not full."""
+    return cdiv(tokens, size) + instances
+
+
 def tile_table(cu_seqlens: Tensor, tokens: int, size: int | None = None) -> Tensor:
     """The tiles of a packed batch, each of at most `size` tokens.
 
-    The host knows how many there can be at most, ceil(T / size) + B: nothing waits for the device.
+    The host knows how many there can be at most, `most_tiles`: nothing waits for the device.
 
     Args:
         cu_seqlens: (B + 1,) int32, or int64.
@@ -31,6 +36,6 @@ def tile_table(cu_seqlens: Tensor, tokens: int, size: int | None = None) -> Tens
     size = tile_tokens(tokens, instances) if size is None else size
     before = torch.zeros_like(cu_seqlens)
     before[1:] = ((cu_seqlens.diff() + (size - 1)) // size).cumsum(0)
-    tile = torch.arange(cdiv(tokens, size) + instances, dtype=torch.int32, device=cu_seqlens.device)
+    tile = torch.arange(most_tiles(tokens, instances, size), dtype=torch.int32, device=cu_seqlens.device)
     instance = torch.bucketize(tile, before[1:], right=True, out_int32=True)
     return torch.cat([before, instance])

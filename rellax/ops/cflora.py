@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rellax.kernels._host import cdiv
-from rellax.kernels._tiles import tile_table, tile_tokens
+from rellax.kernels._tiles import most_tiles, tile_table, tile_tokens
 from rellax.ops import _cflora_cpp as cpp
 from rellax.ops._check import (
     bad,
@@ -327,10 +326,10 @@ def _check(
     if tiles is not None:
         if cu_seqlens is None:
             raise bad("tiles", "None without cu_seqlens", tiles)
-        # As many as these offsets and tokens have: kernels would not write the rows of a missing one.
-        instances = cu_seqlens.shape[0] - 1
-        count = cdiv(x.shape[0], tile_tokens(x.shape[0], instances)) + 2 * instances + 1
-        check_tensor("tiles", tiles, (count,), "cflora_tiles of cu_seqlens", device, torch.int32)
+        # As long as that of these offsets and tokens: kernels would not write the rows of a missing tile.
+        tokens, offsets = x.shape[0], cu_seqlens.shape[0]
+        most = most_tiles(tokens, offsets - 1, tile_tokens(tokens, offsets - 1))
+        check_tensor("tiles", tiles, (offsets + most,), "cflora_tiles of cu_seqlens", device, torch.int32)
     check_number("scale", scale, "a finite number")
     if not is_number(dropout) or not 0.0 <= dropout < 1.0:
         raise bad("dropout", "a probability in [0, 1)", dropout)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import shutil
 import tempfile
 from collections.abc import Iterator
 from copy import copy
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rellax._files import read_json, write_json
+from rellax._files import atomic_folder, read_json, write_json
 from rellax.ctr import runs
 from rellax.ctr.config import StudyConfig, TrainConfig
 from rellax.ctr.crm import MODELS
@@ -128,11 +129,11 @@ def reproduce(
         study = _Study(config, Path(folder), device, progress, jobs)
         study.prepare()
         plan = study.plan()
-    if only == "plan":
-        return plan
-    logger.info("%s", plan)
-    if not begun:
-        study.begin(out)
+        if only == "plan":
+            return plan
+        logger.info("%s", plan)
+        if not begun:
+            study.begin(out)
     study.run()
     return study.report()
 
@@ -229,11 +230,14 @@ class _Study:
         )
 
     def begin(self, out: Path) -> None:
-        """Make `out` this study's folder, after `prepare` in another one has found nothing wrong."""
+        """Make `out` this study's folder, with the data of the one in which `prepare` found nothing wrong."""
         write_json(out / "config.json", _settings(self.config))
         write_json(out / "environment.json", runs.environment())
-        self.out, self.lab = out, self._lab(out)
-        self.lab.prepare()
+        if self.config.data is None:
+            with atomic_folder(out / "data") as part:
+                shutil.copytree(self.lab.data, part, dirs_exist_ok=True)
+        model, self.out, self.lab = self.lab.model, out, self._lab(out)
+        self.lab.model = model
 
     def prepare(self) -> None:
         self.lab.prepare()
