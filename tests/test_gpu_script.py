@@ -30,11 +30,12 @@ EMIT = "from benchmarks.gpu.records import emit; "
 def dry_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that `make gpu DRY=1` wrote to, with this Python in place of a virtual environment."""
     out = tmp_path_factory.mktemp("gpu")
-    command = ["make", "gpu", "DRY=1", f"OUT={out}", "BUDGET=240", f"PYTHON={sys.executable}", "VENV=none"]
+    # A section that has not enough of the budget is stopped: it has plenty, however slow or busy the machine.
+    command = ["make", "gpu", "DRY=1", f"OUT={out}", "BUDGET=3600", f"PYTHON={sys.executable}", "VENV=none"]
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("RELLAX_", "PYTEST_"))
     }
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
@@ -92,7 +93,7 @@ def test_charts_of_either_file(dry_run: Path, tmp_path: Path) -> None:
     assert [path.name for path in plot(file, tmp_path)] == ["plain-roofline.png", "plain-speedup.png"]
 
 
-def run(tmp_path: Path, *chosen: Section, budget: float = 60.0) -> dict[str, Any]:
+def run(tmp_path: Path, *chosen: Section, budget: float = 3600.0) -> dict[str, Any]:
     """The sections in the file after a run."""
     path = tmp_path / "results.json"
     run_sections(chosen, {"sections": {}}, path, budget, os.environ)
@@ -136,13 +137,13 @@ def test_what_goes_wrong_is_recorded_and_the_rest_goes_on(tmp_path: Path) -> Non
 
 def test_a_section_ends_with_its_time_and_the_next_may_have_too_little(tmp_path: Path) -> None:
     sleep = "import subprocess, time; subprocess.Popen(['sleep', '98765']); emit('a', x=1); time.sleep(99)"
-    both = [section("slow", EMIT + sleep, EMIT + "emit('b', x=2)", least=1), section("late", "", least=60)]
-    found = run(tmp_path, *both, budget=8)
+    both = [section("slow", EMIT + sleep, EMIT + "emit('b', x=2)", least=1), section("late", "", least=99)]
+    found = run(tmp_path, *both, budget=40)
     assert found["slow"]["status"] == "stopped"
-    assert found["slow"]["reason"].endswith(": its 2 s were over")
+    assert found["slow"]["reason"].endswith(": its 10 s were over")
     assert found["slow"]["records"] == {"a": {"x": 1}, "b": {"x": 2}}
     assert found["late"]["status"] == "skipped"
-    assert "it needs 60 s" in found["late"]["reason"]
+    assert "it needs 99 s" in found["late"]["reason"]
     running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert "sleep 98765" not in running
 
