@@ -16,7 +16,7 @@ namespace rellax {
     GateBankBackwardKernel gate_bank_backward; \
     HistoryTopkKernel history_topk;            \
     HistoryTopkScratch history_topk_scratch;   \
-    HistoryPairsKernel history_topk_pairs;     \
+    HistoryRowsKernel history_topk_rows;       \
     HistorySketchKernel history_topk_sketch;   \
     extern const ItemTopkKernels item_topk;    \
     ConvertKernel convert;                     \
@@ -33,7 +33,7 @@ namespace {
 #define RELLAX_KERNELS(level)                                                                              \
     level::answer, level::cflora_forward, level::cflora_backward, level::cflora_outer,                     \
         level::gate_bank_forward, level::gate_bank_backward, level::history_topk,                          \
-        level::history_topk_scratch, level::history_topk_pairs, level::history_topk_sketch,                \
+        level::history_topk_scratch, level::history_topk_rows, level::history_topk_sketch,                \
         level::item_topk, level::convert, level::row_sums
 
 #ifdef RELLAX_X86

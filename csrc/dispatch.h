@@ -24,7 +24,7 @@ struct Level {
     GateBankBackwardKernel* gate_bank_backward;
     HistoryTopkKernel* history_topk;
     HistoryTopkScratch* history_topk_scratch;
-    HistoryPairsKernel* history_topk_pairs;
+    HistoryRowsKernel* history_topk_rows;
     HistorySketchKernel* history_topk_sketch;
     const ItemTopkKernels& item_topk;
     ConvertKernel* convert;

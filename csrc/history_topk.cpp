@@ -5,6 +5,8 @@
 #include <memory>
 #include <new>
 #include <numeric>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -21,10 +23,15 @@ constexpr int64_t kLeastWork = int64_t{1} << 22;
 constexpr int64_t kMostWork = int64_t{1} << 31;
 constexpr int64_t kLargeWork = int64_t{1} << 30;  // multiplications that large pages pay for
 constexpr int64_t kPackedBytes = int64_t{1} << 26;  // of all threads
-constexpr int64_t kTableBytes = int64_t{1} << 27;  // of the scores of all pairs, or of a sketch
-constexpr int64_t kPairCost = 2;
+constexpr int64_t kRowBytes = int64_t{1} << 26;     // of the scores of targets with all items
+constexpr int64_t kFewestRows = 16;                 // fewer at once would read the table too often
+constexpr int64_t kRowCost = 2;
+constexpr int64_t kRowQueries = 2048;               // in a piece of a target's
+constexpr int64_t kSketchBytes = int64_t{1} << 27;
 constexpr int64_t kSketchCost = 4;
 constexpr int64_t kAligned = 32;  // queries a piece of a user's has a multiple of: the panels of every level
+
+using Order = std::vector<uint32_t>;  // of queries
 
 struct Piece {
     int64_t first, last, work;
@@ -41,35 +48,35 @@ bool in_order(const HistoryTopk& task, int64_t a, int64_t b) {
 }
 
 // The queries by user and end; empty where they come so.
-std::vector<int64_t> order_of(const HistoryTopk& task) {
+Order order_of(const HistoryTopk& task) {
     int64_t query = 1;
     while (query < task.queries && (task.user == nullptr || in_order(task, query - 1, query))) ++query;
     if (query >= task.queries) return {};
-    std::vector<int64_t> order(task.queries);
-    std::iota(order.begin(), order.end(), int64_t{0});
-    std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+    Order order(task.queries);
+    std::iota(order.begin(), order.end(), uint32_t{0});
+    std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) {
         return std::tie(task.user[a], task.end[a], a) < std::tie(task.user[b], task.end[b], b);
     });
     return order;
 }
 
-// Calls run(user, end) for each query in order.
+// Calls run(query, user, end) for the query at each of the first `places`.
 template <class Run>
-void for_each_query(const HistoryTopk& task, Run run) {
-    if (task.user == nullptr) {
-        for (int64_t user = 0; user < task.users; ++user) {
-            for (int64_t end = 0; end < task.offsets[user + 1] - task.offsets[user]; ++end) run(user, end);
-        }
-    } else {
-        for (int64_t place = 0; place < task.queries; ++place) {
-            const int64_t query = task.order == nullptr ? place : task.order[place];
-            run(task.user[query], task.end[query]);
+void for_each_query(const HistoryTopk& task, int64_t places, Run run) {
+    int64_t user = 0;
+    for (int64_t place = 0; place < places; ++place) {
+        const int64_t query = task.order == nullptr ? place : task.order[place];
+        if (task.user != nullptr) {
+            run(query, task.user[query], task.end[query]);
+        } else {
+            while (task.offsets[user + 1] <= query) ++user;
+            run(query, user, query - task.offsets[user]);
         }
     }
 }
 
 // Whole users, or parts of those that are much work; the largest first, so that the last ones even out.
-Plan plan_of(const HistoryTopk& task) {
+Plan plan_of(const HistoryTopk& task, int64_t places) {
     Plan plan{{}, 0, 0};
     Piece piece{0, 0, 0};
     int64_t last_user = -1, of_user = 0, of_user_candidates = 0;
@@ -82,7 +89,7 @@ Plan plan_of(const HistoryTopk& task) {
         if (of_user < kFewHistoryQueries) plan.few_candidates += of_user_candidates;
         of_user = of_user_candidates = 0;
     };
-    for_each_query(task, [&](int64_t user, int64_t end) {
+    for_each_query(task, places, [&](int64_t, int64_t user, int64_t end) {
         if (user != last_user) {
             close_user();
             if (piece.work >= kLeastWork) close_piece();
@@ -103,26 +110,24 @@ Plan plan_of(const HistoryTopk& task) {
     return plan;
 }
 
-int64_t pairs_bytes(const HistoryTopk& task) { return task.count * task.count * static_cast<int64_t>(sizeof(float)); }
-
-// Making the score of a pair costs what two candidates cost more without it; measured at N = 4,000, fewer pay sooner.
-bool pairs_pay(const HistoryTopk& task, const Plan& plan) {
-    return pairs_bytes(task) <= kTableBytes && plan.candidates >= kPairCost * task.count * task.count;
-}
-
 int64_t sketch_bytes(const HistoryTopk& task) { return task.count * sketch_width(task.dim) * 2; }
 
 // Making a row costs two reads of it, and saves half of each later one: measured at N = 5,000 and 62,000.
 bool sketch_pays(const HistoryTopk& task, const Plan& plan) {
-    return sketch_bytes(task) <= kTableBytes && plan.few_candidates >= kSketchCost * task.count;
+    return sketch_bytes(task) <= kSketchBytes && plan.few_candidates >= kSketchCost * task.count;
 }
 
-// As many behaviours as the longest history has, or as the memory for packed ones lets all threads hold.
-int64_t packed_block(const HistoryTopk& task, int threads) {
+int64_t longest_history(const HistoryTopk& task) {
     int64_t longest = 0;
     for (int64_t user = 0; user < task.users; ++user) {
         longest = std::max(longest, task.offsets[user + 1] - task.offsets[user]);
     }
+    return longest;
+}
+
+// As many behaviours as the longest history has, or as the memory for packed ones lets all threads hold.
+int64_t packed_block(const HistoryTopk& task, int threads) {
+    const int64_t longest = longest_history(task);
     const int64_t affordable = kPackedBytes / threads / (static_cast<int64_t>(sizeof(float)) * 2 * (task.dim + 2));
     const int64_t blocks = std::min((longest + kHistoryBlock - 1) / kHistoryBlock, affordable / kHistoryBlock);
     return std::max<int64_t>(blocks, 1) * kHistoryBlock;
@@ -145,18 +150,86 @@ private:
 
 using Buffer = std::unique_ptr<Memory>;
 
-Buffer all_pairs(HistoryTopk& task, int threads) {
-    constexpr int64_t kRows = 64;
-    auto pairs = std::make_unique<Memory>(pairs_bytes(task));
-    float* const scores = static_cast<float*>(pairs->data());
-    const int64_t pieces = (task.count + kRows - 1) / kRows, scratch_bytes = level().history_topk_scratch(task);
-    parallel_for(pieces, threads, [&](int64_t piece) {
-        const Memory scratch(scratch_bytes);
-        const int64_t first = (pieces - 1 - piece) * kRows;  // the longest first
-        level().history_topk_pairs(task, first, std::min(first + kRows, task.count), scores, scratch.data());
+int64_t rows_at_once(const HistoryTopk& task) {
+    return kRowBytes / (task.count * static_cast<int64_t>(sizeof(float)));
+}
+
+// Targets that are compared with so many candidates that their scores with all items cost less, and the queries
+// target by target, those of all others first.
+struct Frequent {
+    std::vector<int64_t> targets;
+    std::vector<int64_t> starts;  // where the queries of each begin in `order`, and their end
+    Order order;
+};
+
+// Making a score costs what kRowCost candidates cost more without it.
+Frequent frequent_targets(const HistoryTopk& task) {
+    const int64_t least = kRowCost * task.count;
+    const bool possible = task.k <= kLargestHistoryK && rows_at_once(task) >= kFewestRows;
+    if (!possible || task.queries * longest_history(task) < least) return {};
+    const int64_t* const targets = task.target == nullptr ? task.items : task.target;
+    std::vector<int64_t> candidates(task.count);
+    for_each_query(task, task.queries, [&](int64_t query, int64_t, int64_t end) { candidates[targets[query]] += end; });
+    Frequent found;
+    std::vector<uint32_t> group(task.count);
+    for (int64_t item = 0; item < task.count; ++item) {
+        if (candidates[item] < least) continue;
+        found.targets.push_back(item);
+        group[item] = static_cast<uint32_t>(found.targets.size());
+    }
+    if (found.targets.empty()) return {};
+    std::vector<int64_t> next(found.targets.size() + 2);
+    for (int64_t query = 0; query < task.queries; ++query) ++next[group[targets[query]] + 1];
+    std::partial_sum(next.begin(), next.end(), next.begin());
+    found.starts.assign(next.begin() + 1, next.end());
+    found.order.resize(task.queries);
+    for_each_query(task, task.queries, [&](int64_t query, int64_t, int64_t) {
+        found.order[next[group[targets[query]]]++] = static_cast<uint32_t>(query);
     });
-    task.pairs = scores;
-    return pairs;
+    return found;
+}
+
+// Calls run(index, scratch) for each of `count` pieces of work, each thread with scratch memory of its own.
+template <class Run>
+void for_each_piece(int64_t count, int threads, int64_t scratch_bytes, bool large, Run run) {
+    const int64_t workers = std::clamp<int64_t>(count, 1, std::max(threads, 1));
+    std::atomic<int64_t> next{0};
+    parallel_for(workers, static_cast<int>(workers), [&](int64_t) {
+        const Memory scratch(scratch_bytes, large);
+        for (int64_t index; (index = next.fetch_add(1)) < count;) run(index, scratch.data());
+    });
+}
+
+void search_rows(const HistoryTopk& task, const Frequent& frequent, int threads) {
+    const auto all = static_cast<int64_t>(frequent.targets.size());
+    const int64_t at_once = std::min(rows_at_once(task), all);
+    const Memory rows(at_once * task.count * static_cast<int64_t>(sizeof(float)));
+    float* const scores = static_cast<float*>(rows.data());
+    const int64_t strips = (task.count + kHistoryRowItems - 1) / kHistoryRowItems;
+    const int64_t scratch_bytes = level().history_topk_scratch(task);
+    for (int64_t first = 0; first < all; first += at_once) {
+        const int64_t count = std::min(at_once, all - first);
+        for_each_piece(strips, threads, count * history_row_bytes(task.dim), true, [&](int64_t strip, void* scratch) {
+            const int64_t item = strip * kHistoryRowItems, last = std::min(item + kHistoryRowItems, task.count);
+            level().history_topk_rows(task, &frequent.targets[first], count, item, last, scores, scratch);
+        });
+        struct Part {
+            int64_t row, first, last;
+        };
+        std::vector<Part> parts;
+        for (int64_t row = 0; row < count; ++row) {
+            const int64_t last = frequent.starts[first + row + 1];
+            for (int64_t place = frequent.starts[first + row]; place < last; place += kRowQueries) {
+                parts.push_back({row, place, std::min(place + kRowQueries, last)});
+            }
+        }
+        for_each_piece(static_cast<int64_t>(parts.size()), threads, scratch_bytes, true, [&](int64_t index, void* scratch) {
+            HistoryTopk part = task;
+            part.order = frequent.order.data();
+            part.row = scores + parts[index].row * task.count;
+            level().history_topk(part, parts[index].first, parts[index].last, scratch);
+        });
+    }
 }
 
 Buffer sketch_of(HistoryTopk& task, int threads) {
@@ -176,33 +249,39 @@ Buffer sketch_of(HistoryTopk& task, int threads) {
     return sketch;
 }
 
+void advise_results(const HistoryTopk& task) {
+    advise_large_pages(task.positions, task.queries * task.k * static_cast<int64_t>(sizeof(int64_t)));
+    advise_large_pages(task.scores, task.queries * task.k * static_cast<int64_t>(sizeof(float)));
+}
+
 }  // namespace
 
 void history_topk(HistoryTopk task, int threads) {
     if (task.queries == 0) return;  // their arrays, empty, may be at null, which elsewhere asks for every behaviour
-    const std::vector<int64_t> order = order_of(task);
+    if (task.queries > kMostHistoryQueries) {
+        throw std::length_error("target: expected fewer than 2^32 queries, got " + std::to_string(task.queries));
+    }
+    Order order = order_of(task);
     task.order = order.empty() ? nullptr : order.data();
-    const Plan plan = plan_of(task);
-    const int workers = static_cast<int>(std::max<size_t>(std::min<size_t>(threads, plan.pieces.size()), 1));
-    task.block = packed_block(task, workers);
-    Buffer pairs, sketch;
-    if (pairs_pay(task, plan)) {
-        pairs = all_pairs(task, threads);
-    } else if (sketch_pays(task, plan)) {
-        sketch = sketch_of(task, threads);
+    task.block = kHistoryBlock;
+    int64_t places = task.queries;
+    Frequent frequent = frequent_targets(task);
+    if (!frequent.targets.empty()) {
+        order = {};
+        advise_results(task);
+        search_rows(task, frequent, threads);
+        places = frequent.starts[0];
+        task.order = frequent.order.data();
     }
-    const int64_t scratch_bytes = level().history_topk_scratch(task);
+    const Plan plan = plan_of(task, places);
     const bool large = plan.candidates * task.dim >= kLargeWork;
-    if (large) {
-        advise_large_pages(task.positions, task.queries * task.k * static_cast<int64_t>(sizeof(int64_t)));
-        advise_large_pages(task.scores, task.queries * task.k * static_cast<int64_t>(sizeof(float)));
-    }
-    std::atomic<size_t> next{0};
-    parallel_for(workers, workers, [&](int64_t) {
-        const Memory scratch(scratch_bytes, large);
-        for (size_t index; (index = next.fetch_add(1)) < plan.pieces.size();) {
-            level().history_topk(task, plan.pieces[index].first, plan.pieces[index].last, scratch.data());
-        }
+    if (large) advise_results(task);
+    const int64_t pieces = static_cast<int64_t>(plan.pieces.size());
+    task.block = packed_block(task, static_cast<int>(std::clamp<int64_t>(pieces, 1, std::max(threads, 1))));
+    Buffer sketch;
+    if (sketch_pays(task, plan)) sketch = sketch_of(task, threads);
+    for_each_piece(pieces, threads, level().history_topk_scratch(task), large, [&](int64_t index, void* scratch) {
+        level().history_topk(task, plan.pieces[index].first, plan.pieces[index].last, scratch);
     });
 }
 

@@ -25,9 +25,9 @@ struct HistoryTopk {
     float* scores;       // (Q, k); -inf past the last candidate; the first is NaN where any was not finite
 
     // What history_topk fills in for its kernels.
-    const int64_t* order = nullptr;  // (Q,) the queries by user and end, null where they come so
-    int64_t block = 0;               // behaviours of a user that are packed at once, a multiple of kHistoryBlock
-    const float* pairs = nullptr;    // (N, N) exact scores of all pairs of items, or null
+    const uint32_t* order = nullptr;  // the query at each place, by user and end; null: all of them, which come so
+    int64_t block = 0;                // behaviours of a user that are packed at once, a multiple of kHistoryBlock
+    const float* row = nullptr;       // (N,) exact scores of the queries' one target with all items, or null
     const void* sketch = nullptr;    // (N, sketch_width(dim)) bfloat16, rounded embeddings, or null; zero past dim
     float sketch_norm = 0.0f, sketch_residual = 0.0f;  // bounds of its rows
 };
@@ -39,20 +39,27 @@ struct HistorySketchBound {
 
 constexpr int64_t kHistoryBlock = 1024;
 constexpr int64_t kFewHistoryQueries = 8;  // of a user: below it packing the behaviours costs more than it saves
+constexpr int64_t kLargestHistoryK = 512;  // above it a heap goes over the exact scores of all candidates
+constexpr int64_t kMostHistoryQueries = (int64_t{1} << 32) - 1;
 
 // Places [first, last) of the order. `scratch` holds as many bytes as the other kernel says, aligned to 64.
 using HistoryTopkKernel = void(const HistoryTopk& task, int64_t first, int64_t last, void* scratch);
 using HistoryTopkScratch = int64_t(const HistoryTopk& task);
 
-// Rows [first, last) of `pairs` up to the diagonal, and the columns that mirror them; `scratch` is one of the above.
-using HistoryPairsKernel = void(const HistoryTopk& task, int64_t first, int64_t last, float* pairs, void* scratch);
+// Exact scores of some targets with the items [first, last), which begin a group of kHistoryRowItems: target t's are
+// rows[t * N + item]. `scratch` holds a history_row_bytes() for each target, aligned to 64.
+using HistoryRowsKernel = void(const HistoryTopk& task, const int64_t* targets, int64_t count, int64_t first,
+                               int64_t last, float* rows, void* scratch);
+
+constexpr int64_t kHistoryRowItems = 256;
+static constexpr int64_t history_row_bytes(int64_t dim) { return (dim + 15) / 16 * 16 * 4; }
 
 static constexpr int64_t sketch_width(int64_t dim) { return (dim + 31) / 32 * 32; }
 
 // Rows [first, last) of `sketch`.
 using HistorySketchKernel = HistorySketchBound(const HistoryTopk& task, int64_t first, int64_t last, void* sketch);
 
-// All queries, on at most `threads` threads; the result does not depend on their number.
+// All queries, kMostHistoryQueries at most, on at most `threads` threads; the result does not depend on their number.
 void history_topk(HistoryTopk task, int threads);
 
 }  // namespace rellax

@@ -276,8 +276,12 @@ REGIMES = {  # items, dim, lengths, random queries or None for every behaviour, 
     "product, several blocks": (700, 2049, [4200], 20, 5),
     "sketch": (100, 65, [129, 500, 1030, 140], 12, 30),
     "few queries without a sketch": (900, 65, [140, 1030], 5, 30),
-    "pairs": (40, 65, [129, 1030, 20], None, 30),
-    "pairs of one item": (1, 16, [40], None, 30),
+    "rows of all targets": (40, 65, [129, 1030, 20], None, 30),
+    "rows of some targets": (300, 65, [129, 20, 330], None, 30),
+    "row of one item": (1, 16, [40], None, 30),
+    "rows of queries in any order": (40, 65, [300, 0, 130], 300, 30),
+    "rows, largest k": (40, 7, [1030], None, 512),
+    "no rows, the next k": (40, 7, [1030], None, 513),
 }
 
 
@@ -304,6 +308,21 @@ def test_every_regime_gives_the_bits_of_a_brute_force(
             best = best_first(expected.numpy(), k)
             assert positions[q].tolist() == best.tolist()
             assert scores[q, : min(k, end)].equal(expected[best[: min(k, end)]])
+
+
+def test_rows_of_a_large_table_are_made_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RELLAX_BACKEND", "cpp")
+    count = 1 << 20  # of which 16 rows have room at once
+    embeddings = torch.randn(count, 2, generator=torch.Generator().manual_seed(0))
+    items, offsets = histories([9000, 4000], 20)
+    items *= 50_000
+    every = every_behaviour(items, offsets)
+    candidates_of = torch.zeros(count, dtype=torch.long).index_add(0, items, every["end"])
+    assert (candidates_of >= 2 * count).sum() > 16
+    chosen = torch.arange(0, len(items), 97)
+    expected = history_topk(embeddings, items, offsets, 3, **{name: of[chosen] for name, of in every.items()})
+    found = history_topk(embeddings, items, offsets, 3)
+    assert [a[chosen].equal(b) for a, b in zip(found, expected, strict=True)] == [True, True]
 
 
 @pytest.mark.parametrize("regime", REGIMES)

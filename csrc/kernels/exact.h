@@ -40,6 +40,13 @@ inline void widen(const T* row, int64_t dim, float* out) {
     }
 }
 
+// Else it would be loaded again for each product of a tile, and loads take longer than the arithmetic.
+inline void keep_in_register([[maybe_unused]] Floats& values) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(values));
+#endif
+}
+
 // Sums of kExactRows rows against some targets: lane l of a sum takes the elements l, l + kLanes, ...
 template <int kTargets>
 struct ExactSums {
@@ -48,9 +55,18 @@ struct ExactSums {
     // The next kLanes elements of each, from `d` of the rows on.
     template <class T>
     void add(const float* targets, int64_t stride, const T* const* rows, int64_t d) {
+        Floats held[kTargets][kVectors];
+        for (int target = 0; target < kTargets; ++target) {
+            for (int vector = 0; vector < kVectors; ++vector) {
+                held[target][vector] = load(targets + target * stride + vector * kWidth);
+                if (kTargets > 1) keep_in_register(held[target][vector]);
+            }
+        }
         for (int row = 0; row < kExactRows; ++row) {
-            for (int target = 0; target < kTargets; ++target) {
-                add_lanes(at[target][row], targets + target * stride, rows[row] + d);
+            for (int vector = 0; vector < kVectors; ++vector) {
+                Floats values = load(rows[row] + d + vector * kWidth);
+                if (kTargets > 1) keep_in_register(values);
+                for (int target = 0; target < kTargets; ++target) at[target][row][vector] += held[target][vector] * values;
             }
         }
     }

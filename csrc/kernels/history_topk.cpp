@@ -5,7 +5,7 @@
 //   product  many queries of a user: tiles of one product of their targets with the behaviours, from packed panels
 //   sketch   few queries of a user: one bfloat16 row of the table after the other
 //   direct   short histories, and few queries where there is no sketch: fp32 rows
-//   table    few items: the scores of all pairs, made beforehand
+//   row      targets that many candidates are compared with: the target's scores with all items, made beforehand
 // The first two are approximate: of each query, those candidates are kept that the error bound leaves a chance to be
 // among the best k, and exact scores of these decide.
 #include "history_topk.h"
@@ -19,8 +19,7 @@ namespace rellax::RELLAX_LEVEL {
 namespace {
 
 constexpr int64_t kStrip = 1024;     // candidates whose scores with a panel of targets are held at once
-constexpr int64_t kMostKept = 1024;  // candidates of a query that are kept from strip to strip
-constexpr int64_t kLargestK = kMostKept / 2;
+constexpr int64_t kMostKept = 2 * kLargestHistoryK;  // candidates of a query that are kept from strip to strip
 constexpr int64_t kMostRanked = 128;  // what ranking each against each pays for
 constexpr int64_t kFewMore = 4;       // candidates beyond k that cost less than to find a better bound
 constexpr int64_t kSlack = 16;        // a vector may be written past the last element
@@ -101,6 +100,11 @@ inline Bound worse(Bound a, Bound b) {
     return {worse(a.norm, b.norm), worse(a.residual, b.residual)};
 }
 
+inline void prefetch_bytes(const void* row, int64_t size) {
+    constexpr int64_t kLine = 64;
+    for (int64_t at = 0; at < size; at += kLine) __builtin_prefetch(static_cast<const char*>(row) + at, 0, 2);
+}
+
 // Rows of a sketch that share a pass over the target's.
 constexpr int kSketchRows = 8;
 
@@ -135,8 +139,8 @@ public:
     void run(int64_t first, int64_t last, int64_t later) {
         later_ = later;
         longest_ = end(last - 1);
-        const bool all = last - first < kFewHistoryQueries || task_.pairs != nullptr;
-        while (first < last && task_.k <= kLargestK) {
+        const bool all = last - first < kFewHistoryQueries || task_.row != nullptr;
+        while (first < last && task_.k <= kLargestHistoryK) {
             const int64_t count = smaller(kPanelRows, last - first);
             if (!all && end(first + count - 1) > kShortHistory) break;
             search_strips(first, count);
@@ -148,18 +152,16 @@ public:
 private:
     int64_t query(int64_t place) const { return task_.order == nullptr ? place : task_.order[place]; }
 
-    int64_t end(int64_t place) const { return task_.end == nullptr ? place - begin_ : task_.end[query(place)]; }
+    int64_t end(int64_t place) const { return task_.end == nullptr ? query(place) - begin_ : task_.end[query(place)]; }
 
-    int64_t target(int64_t place) const {
-        return task_.target == nullptr ? task_.items[place] : task_.target[query(place)];
-    }
+    int64_t target(int64_t place) const { return (task_.target == nullptr ? task_.items : task_.target)[query(place)]; }
 
     const T* embedding(int64_t item) const { return static_cast<const T*>(task_.embeddings) + item * task_.dim; }
 
     void search(int64_t first, int64_t count) {
         const int64_t longest = end(first + count - 1);
         for (int64_t row = 0; row < count; ++row) start_row(row);
-        if (task_.k <= kLargestK) {
+        if (task_.k <= kLargestHistoryK) {
             for (int64_t block = 0; block < longest; block += task_.block) {
                 load_candidates(block);
                 for (int64_t row = 0; row < count && longest > task_.k; row += kPanelRows) {
@@ -179,9 +181,10 @@ private:
         const int64_t longest = end(first + count - 1), stride = padded(task_.dim);
         for (int64_t row = 0; row < count; ++row) {
             start_row(row);
-            if (task_.pairs == nullptr) widen(embedding(target(first + row)), task_.dim, scratch_.wide_targets + row * stride);
+            if (task_.row != nullptr) continue;
+            widen(embedding(target(first + row)), task_.dim, scratch_.wide_targets + row * stride);
         }
-        if (task_.pairs == nullptr) prefetch_targets(first + count, smaller(kPanelRows, later_ - first - count));
+        if (task_.row == nullptr) prefetch_targets(first + count, smaller(kPanelRows, later_ - first - count));
         for (int64_t from = 0; from < longest; from += kStrip) fill_strip(first, count, from, smaller(longest, from + kStrip));
         for (int64_t row = 0; row < count; ++row) {
             Row& of = scratch_.rows[row];
@@ -196,16 +199,13 @@ private:
 
     void fill_strip(int64_t first, int64_t count, int64_t from, int64_t to) {
         const bool sketched = task_.sketch != nullptr && end(first + count - 1) > kShortHistory;
-        if (task_.pairs == nullptr && !sketched) direct_strip(first, count, from, to);
+        if (task_.row == nullptr && !sketched) direct_strip(first, count, from, to);
         for (int64_t row = 0; row < count; ++row) {
             Row& of = scratch_.rows[row];
             float* const scores = scratch_.strip + row * kStripStride;
             const int64_t last = smaller(to, end(first + row));
             if (last <= from) continue;
-            if (task_.pairs != nullptr) {
-                const float* const pairs = task_.pairs + target(first + row) * task_.count;
-                for (int64_t at = from; at < last; ++at) scores[at - from] = pairs[history_[at]];
-            }
+            for (int64_t at = from; task_.row != nullptr && at < last; ++at) scores[at - from] = task_.row[history_[at]];
             if (sketched) sketch_strip(first + row, of, scores, from, last);
             of.exact = !sketched;
             of.certified &= sketched || all_finite(scores, last - from);
@@ -288,11 +288,6 @@ private:
         for (int64_t row = 0; row < count; ++row) {
             prefetch_bytes(embedding(items[row]), task_.dim * static_cast<int64_t>(sizeof(T)));
         }
-    }
-
-    static void prefetch_bytes(const void* row, int64_t size) {
-        constexpr int64_t kLine = 64;
-        for (int64_t at = 0; at < size; at += kLine) __builtin_prefetch(static_cast<const char*>(row) + at, 0, 2);
     }
 
     // Rows side by side: their fp32 copies are rescored from, out of fewer pages than the table's rows lie in.
@@ -384,7 +379,7 @@ private:
     // Leaves the candidates that exact scores are needed of; false where that is all of them.
     bool settle(int64_t place, Row& row) {
         const int64_t count = end(place);
-        if (task_.k > kLargestK || !row.certified) return false;
+        if (task_.k > kLargestHistoryK || !row.certified) return false;
         if (count > task_.k) {
             if (row.kept.size > task_.k + kFewMore) tighten(row);
         } else if (!row.exact) {
@@ -396,10 +391,10 @@ private:
 
     // A panel of queries whose candidates are loaded: part by part, so that all of them find its rows in the cache.
     void finish_cached(int64_t first, int64_t count) {
-        if (task_.k <= kLargestK && end(first + count - 1) > 0) rescore_group(first, count);
+        if (task_.k <= kLargestHistoryK && end(first + count - 1) > 0) rescore_group(first, count);
         for (int64_t row = 0; row < count; ++row) {
             Row& of = scratch_.rows[row];
-            if (of.certified && task_.k <= kLargestK) {
+            if (of.certified && task_.k <= kLargestHistoryK) {
                 write_best(first + row, of.kept);
             } else {
                 search_all(first + row);
@@ -509,28 +504,36 @@ private:
     Bound worst_{};  // of the packed candidates
 };
 
-// The user of a place where every behaviour is a target.
-int64_t user_at(const HistoryTopk& task, int64_t place) {
-    int64_t low = 0, high = task.users;
+// Whose a query is: `from` or a later user, who is often not far.
+int64_t user_of(const HistoryTopk& task, int64_t query, int64_t from) {
+    if (task.user != nullptr) return task.user[query];
+    int64_t low = from, step = 1;
+    for (; low + step < task.users && task.offsets[low + step] <= query; step *= 2) low += step;
+    int64_t high = smaller(low + step, task.users);
     while (high - low > 1) {
         const int64_t middle = (low + high) / 2;
-        (task.offsets[middle] <= place ? low : high) = middle;
+        (task.offsets[middle] <= query ? low : high) = middle;
     }
     return low;
 }
 
+constexpr int64_t kAsked = 2048;  // bytes of the next user's history; the processor asks for those that follow
+
 template <class T>
 void run(const HistoryTopk& task, int64_t first, int64_t last, const Scratch& scratch) {
-    const auto user_of = [&](int64_t place) {
-        return task.user == nullptr ? user_at(task, place) : task.user[task.order == nullptr ? place : task.order[place]];
-    };
-    while (first < last) {
-        const int64_t user = user_of(first);
+    const auto query = [&](int64_t place) { return task.order == nullptr ? place : task.order[place]; };
+    for (int64_t user = user_of(task, query(first), 0); first < last;) {
+        const auto same_user = [&](int64_t query) {
+            return task.user == nullptr ? query < task.offsets[user + 1] : task.user[query] == user;
+        };
         int64_t next = first + 1;
-        if (task.user == nullptr) next = smaller(task.offsets[user + 1], last);
-        while (task.user != nullptr && next < last && user_of(next) == user) ++next;
+        if (task.user == nullptr && task.order == nullptr) next = smaller(task.offsets[user + 1], last);
+        while (next < last && same_user(query(next))) ++next;
+        const int64_t next_user = next < last ? user_of(task, query(next), user) : 0;
+        if (task.row != nullptr && next < last) prefetch_bytes(task.items + task.offsets[next_user], kAsked);
         UserSearch<T>(task, scratch, user).run(first, next, last);
         first = next;
+        user = next_user;
     }
 }
 
@@ -552,24 +555,29 @@ Bound make_sketch(const HistoryTopk& task, int64_t first, int64_t last, BFloat16
     return worst;
 }
 
-// Rows [first, last) of the scores of all pairs as far as the diagonal, and their mirror images.
+// Some rows of items after the other, while they are in the cache against all targets.
 template <class T>
-void make_pairs(const HistoryTopk& task, int64_t first, int64_t last, float* pairs, float* wide) {
+void make_rows(const HistoryTopk& task, const int64_t* targets, int64_t count, int64_t first, int64_t last,
+               float* rows, float* wide) {
     const T* const table = static_cast<const T*>(task.embeddings);
-    for (int64_t other = 0; other < last; other += kExactTargets) {
-        for (int64_t i = 0; i < kExactTargets; ++i) {
-            widen(table + smaller(other + i, last - 1) * task.dim, task.dim, wide + i * padded(task.dim));
-        }
-        for (int64_t item = other < first ? first : other; item < last; item += kExactRows) {
-            const T* rows[kExactRows];
+    const int64_t stride = padded(task.dim);
+    for (int64_t target = 0; target < count; ++target) {
+        widen(table + targets[target] * task.dim, task.dim, wide + target * stride);
+    }
+    for (int64_t item = first; item < last; item += kExactRows) {
+        const T* items[kExactRows];
+        for (int64_t i = 0; i < kExactRows; ++i) items[i] = table + smaller(item + i, last - 1) * task.dim;
+        const int64_t found = smaller(kExactRows, last - item);
+        for (int64_t target = 0; target < count;) {
             float scores[kExactTargets * kExactRows];
-            for (int64_t i = 0; i < kExactRows; ++i) rows[i] = table + smaller(item + i, last - 1) * task.dim;
-            exact_scores<kExactTargets>(wide, rows, task.dim, scores, kExactRows);
-            for (int64_t i = 0; i < smaller(kExactTargets, last - other); ++i) {
-                for (int64_t j = 0; j < smaller(kExactRows, last - item); ++j) {
-                    pairs[(item + j) * task.count + other + i] = scores[i * kExactRows + j];
-                    pairs[(other + i) * task.count + item + j] = scores[i * kExactRows + j];
-                }
+            const int64_t together = target + kExactTargets <= count ? kExactTargets : 1;
+            if (together == 1) {
+                exact_scores(wide + target * stride, items, task.dim, scores);
+            } else {
+                exact_scores<kExactTargets>(wide + target * stride, items, task.dim, scores, kExactRows);
+            }
+            for (int64_t i = 0; i < together; ++i, ++target) {
+                __builtin_memcpy(rows + target * task.count + item, scores + i * kExactRows, found * sizeof(float));
             }
         }
     }
@@ -584,9 +592,10 @@ void history_topk(const HistoryTopk& task, int64_t first, int64_t last, void* me
     with_type(task.dtype, [&](auto type) { run<decltype(type)>(task, first, last, scratch); });
 }
 
-void history_topk_pairs(const HistoryTopk& task, int64_t first, int64_t last, float* pairs, void* memory) {
+void history_topk_rows(const HistoryTopk& task, const int64_t* targets, int64_t count, int64_t first, int64_t last,
+                       float* rows, void* memory) {
     float* const wide = static_cast<float*>(memory);
-    with_type(task.dtype, [&](auto type) { make_pairs<decltype(type)>(task, first, last, pairs, wide); });
+    with_type(task.dtype, [&](auto type) { make_rows<decltype(type)>(task, targets, count, first, last, rows, wide); });
 }
 
 HistorySketchBound history_topk_sketch(const HistoryTopk& task, int64_t first, int64_t last, void* sketch) {

@@ -366,7 +366,8 @@ void histories(int threads) {
         for (const int64_t dim : {1, 7, 33, 64, 129}) {
             for (const int64_t k : {1, 3, 30}) {
                 run_history(dtype, 50, dim, {7, 0, 12, 1}, k, true, 0, threads);      // from rows
-                run_history(dtype, 9, dim, {7, 0, 12, 1, 66}, k, true, 0, threads);   // scores of all pairs of items
+                run_history(dtype, 9, dim, {7, 0, 12, 1, 66}, k, true, 0, threads);   // rows of all targets
+                run_history(dtype, 21, dim, {9, 66, 0, 11}, k, false, 30, threads);   // rows of some
                 run_history(dtype, 300, dim, {150, 0, 180}, k, false, 60, threads);   // products of packed rows
                 run_history(dtype, 30, dim, {150, 180, 131}, k, false, 9, threads);   // sketches
                 run_history(dtype, 900, dim, {150, 180, 131}, k, false, 6, threads);  // far rows, as they are
@@ -383,6 +384,14 @@ void histories(int threads) {
     }
     run_history(Dtype::float32, 1, 1, {}, 1, true, 0, threads);
     run_history(Dtype::float32, 3, 4, {0, 0}, 2, false, 5, threads);
+    try {
+        HistoryTopk task{};
+        task.queries = kMostHistoryQueries + 1;
+        history_topk(task, threads);
+    } catch (const std::length_error&) {
+        return;
+    }
+    expect(false, "history_topk: more queries than an order has room for");
 }
 
 void run_items(Dtype dtype, int64_t items, int64_t dim, int64_t k, bool every, int64_t queries, int threads) {
