@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
-#include <new>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -133,21 +132,6 @@ int64_t packed_block(const HistoryTopk& task, int threads) {
     return std::max<int64_t>(blocks, 1) * kHistoryBlock;
 }
 
-// Memory without a constructor's pass over it; in large pages where it is used for long enough to pay for them.
-class Memory {
-public:
-    explicit Memory(int64_t bytes, bool large = true) : data_(::operator new(bytes, kAlignment)) {
-        if (large) advise_large_pages(data_, bytes);
-    }
-    ~Memory() { ::operator delete(data_, kAlignment); }
-    Memory(const Memory&) = delete;
-    void* data() const { return data_; }
-
-private:
-    static constexpr std::align_val_t kAlignment{64};
-    void* data_;
-};
-
 using Buffer = std::unique_ptr<Memory>;
 
 int64_t rows_at_once(const HistoryTopk& task) {
@@ -203,13 +187,14 @@ void for_each_piece(int64_t count, int threads, int64_t scratch_bytes, bool larg
 void search_rows(const HistoryTopk& task, const Frequent& frequent, int threads) {
     const auto all = static_cast<int64_t>(frequent.targets.size());
     const int64_t at_once = std::min(rows_at_once(task), all);
-    const Memory rows(at_once * task.count * static_cast<int64_t>(sizeof(float)));
+    const bool large = all * task.count * task.dim >= kLargeWork;
+    const Memory rows(at_once * task.count * static_cast<int64_t>(sizeof(float)), large);
     float* const scores = static_cast<float*>(rows.data());
     const int64_t strips = (task.count + kHistoryRowItems - 1) / kHistoryRowItems;
     const int64_t scratch_bytes = level().history_topk_scratch(task);
     for (int64_t first = 0; first < all; first += at_once) {
         const int64_t count = std::min(at_once, all - first);
-        for_each_piece(strips, threads, count * history_row_bytes(task.dim), true, [&](int64_t strip, void* scratch) {
+        for_each_piece(strips, threads, count * history_row_bytes(task.dim), large, [&](int64_t strip, void* scratch) {
             const int64_t item = strip * kHistoryRowItems, last = std::min(item + kHistoryRowItems, task.count);
             level().history_topk_rows(task, &frequent.targets[first], count, item, last, scores, scratch);
         });
@@ -223,7 +208,8 @@ void search_rows(const HistoryTopk& task, const Frequent& frequent, int threads)
                 parts.push_back({row, place, std::min(place + kRowQueries, last)});
             }
         }
-        for_each_piece(static_cast<int64_t>(parts.size()), threads, scratch_bytes, true, [&](int64_t index, void* scratch) {
+        const auto pieces = static_cast<int64_t>(parts.size());
+        for_each_piece(pieces, threads, scratch_bytes, large, [&](int64_t index, void* scratch) {
             HistoryTopk part = task;
             part.order = frequent.order.data();
             part.row = scores + parts[index].row * task.count;
@@ -271,6 +257,8 @@ void history_topk(HistoryTopk task, int threads) {
         advise_results(task);
         search_rows(task, frequent, threads);
         places = frequent.starts[0];
+        frequent.order.resize(places);
+        frequent.order.shrink_to_fit();
         task.order = frequent.order.data();
     }
     const Plan plan = plan_of(task, places);

@@ -32,12 +32,12 @@ public:
 
     // The rows from `row` on, a multiple of kPanelRows.
     PackedRows from(int64_t row) {
-        return {static_cast<char*>(panels_.get()) + row / panel_rows_ * panel_bytes_, norm_.data() + row,
+        return {static_cast<char*>(panels_.data()) + row / panel_rows_ * panel_bytes_, norm_.data() + row,
                 error_.data() + row};
     }
 
 private:
-    Pages panels_;
+    Memory panels_;
     std::vector<float> norm_, error_;
     int64_t panel_bytes_, panel_rows_;
 };
@@ -64,7 +64,7 @@ struct ItemTopkSearch::State {
           size(asked.queries),
           capacity(std::max(2 * asked.k, asked.k + 64)),
           candidates(asked.queries * capacity * sizeof(Candidate)),
-          lists{capacity, floor.data(), size.data(), static_cast<Candidate*>(candidates.get())} {}
+          lists{capacity, floor.data(), size.data(), static_cast<Candidate*>(candidates.data())} {}
 
     Packing packing(int64_t rows) const { return {rows, kernels.panel_bytes(task.dim), kernels.panel_rows}; }
 
@@ -159,7 +159,7 @@ struct ItemTopkSearch::State {
     std::vector<float> floor;
     std::vector<int32_t> size;
     const int64_t capacity;
-    const Pages candidates;
+    const Memory candidates;
     const Shortlists lists;
     int64_t next = 0;
 };

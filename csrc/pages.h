@@ -5,7 +5,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <new>
 
 namespace rellax {
@@ -22,24 +21,39 @@ inline void advise_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] i
 #endif
 }
 
-// Memory of its own in such pages, without a constructor's pass over it.
-class Pages {
+// Memory without a constructor's pass over it. Where it is used for long enough to pay for them, it is a mapping of its
+// own in large pages: asked for within the heap they would stay there, resident, when it is freed.
+class Memory {
 public:
-    explicit Pages(int64_t bytes) {
-        const int64_t size = (bytes > 0 ? (bytes + kLargePage - 1) / kLargePage : 1) * kLargePage;
-        memory_.reset(operator new(size, kAlignment));
-        advise_large_pages(memory_.get(), size);
+    explicit Memory(int64_t bytes, bool large = true) {
+        if (large && bytes >= kLargePage) {
+            mapped_ = (bytes + kLargePage - 1) / kLargePage * kLargePage + kLargePage;
+            begin_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+            if (begin_ == MAP_FAILED) throw std::bad_alloc();
+            const uintptr_t begin = reinterpret_cast<uintptr_t>(begin_);
+            data_ = reinterpret_cast<void*>((begin + kLargePage - 1) / kLargePage * kLargePage);
+            advise_large_pages(data_, mapped_ - kLargePage);
+        } else {
+            data_ = begin_ = operator new(bytes, kAlignment);
+        }
     }
+    ~Memory() {
+        if (mapped_ > 0) {
+            munmap(begin_, mapped_);
+        } else {
+            operator delete(begin_, kAlignment);
+        }
+    }
+    Memory(const Memory&) = delete;
+    Memory& operator=(const Memory&) = delete;
 
-    void* get() const { return memory_.get(); }
+    void* data() const { return data_; }
 
 private:
-    static constexpr std::align_val_t kAlignment{kLargePage};
-    struct Free {
-        void operator()(void* memory) const { operator delete(memory, kAlignment); }
-    };
-
-    std::unique_ptr<void, Free> memory_;
+    static constexpr std::align_val_t kAlignment{64};
+    int64_t mapped_ = 0;  // bytes; 0: from the heap
+    void* begin_;
+    void* data_;
 };
 
 }  // namespace rellax
