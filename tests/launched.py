@@ -44,7 +44,7 @@ def launch(jobs: list[dict[str, Any]], *, processes: int | None = None) -> subpr
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=600,
     )
 
 

@@ -333,4 +333,4 @@ assert not torch.cuda.is_initialized()
 
 
 def test_works_without_triton_network_and_gpu() -> None:
-    subprocess.run([sys.executable, "-c", BARE], cwd=ROOT, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", BARE], cwd=ROOT, check=True, timeout=600)

@@ -47,7 +47,7 @@ def _rank(rank: int, port: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     faulthandler.dump_traceback_later(90)  # where it waits, before gloo gives up
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS, timeout=timedelta(seconds=100))
+    dist.init_process_group("gloo", rank=rank, world_size=RANKS, timeout=timedelta(seconds=600))
     share = tiny.batch(_whole_batch()[2 * rank : 2 * rank + 2])
     for wrap, kind in itertools.product(WRAPS, CHECKPOINTS):
         model = _model(kind)
@@ -198,7 +198,7 @@ def test_accelerate_launch(workspace: Workspace, tmp_path: Path) -> None:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-5000:]

@@ -338,7 +338,7 @@ def test_threads_have_gates_of_their_own(kind: str) -> None:
         return loss.detach(), embed.grad
 
     alone = [step(seed) for seed in (3, 4)]
-    both = threading.Barrier(2, timeout=60)
+    both = threading.Barrier(2, timeout=300)
 
     def wait(*_: Any) -> None:
         both.wait()

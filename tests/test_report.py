@@ -417,7 +417,7 @@ def browse(page: str, folder: Path) -> tuple[dict[str, dict[str, object]], list[
         [BROWSER, *options, "--dump-dom", f"file://{frame}"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=True,
     )
     result = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)

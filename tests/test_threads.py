@@ -133,7 +133,7 @@ class Searches(torch.utils.data.Dataset[Tensor]):
 def test_workers_that_a_data_loader_forks_after_the_first_call() -> None:
     expected = [nearest(seed)[-1] for seed in range(6)]
     loader = torch.utils.data.DataLoader(
-        Searches(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
+        Searches(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=300
     )
     for got, alone in zip(loader, expected, strict=True):
         assert torch.equal(got, alone)
