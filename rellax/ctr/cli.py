@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rellax.ctr.config import DemoConfig, StudyConfig, TrainConfig
 from rellax.ctr.options import DEMO_HELP, PROMPT_FIELDS, STUDY_HELP, TRAIN_HELP, make_parser
+from rellax.ctr.stopping import Terminated, stoppable
 from rellax.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns 0; 1 where `doctor` found a fault; 2 for bad input, a disk that is full or locked, or a package
-    that is missing; 130 after Ctrl-C.
+    that is missing; 130 after Ctrl-C, 143 after SIGTERM.
     """
     options = make_parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
@@ -40,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _set_threads(options.threads)
         _check_run_name(options)
         _check_seeds(options)
-        return _COMMANDS[options.command](options) or 0
+        with stoppable():
+            return _COMMANDS[options.command](options) or 0
     except InputError as error:
         print(f"rellax: error: {error}", file=sys.stderr)
         return 2
@@ -58,10 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"rellax: error: {error}; nothing was left half-written", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         then = "goes on from where it was" if options.command in _RESUMED else "begins anew"
         print(f"\nrellax: stopped; the same command {then}", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stop, Terminated) else 130
 
 
 def _prepare(options: argparse.Namespace) -> None:

@@ -26,6 +26,7 @@ from rellax.ctr.methods import METHODS
 from rellax.ctr.prepare import prepare
 from rellax.ctr.retrieval import retrieve
 from rellax.ctr.sources import read_ml_100k
+from rellax.ctr.stopping import Terminated, stoppable
 from rellax.ctr.train import train
 from rellax.errors import InputError, one_line
 
@@ -105,21 +106,27 @@ def _finished(
     threads = max(1, torch.get_num_threads() // jobs)
     spawn = multiprocessing.get_context("spawn")  # a process that has used CUDA cannot be forked
     with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (threads,)) as pool:
-        while waiting or running:
-            unfinished = {step.title for step in (*waiting, *running.values())}
-            ready = [step for step in waiting if unfinished.isdisjoint(step.after)]
-            for step in ready[: jobs - len(running)]:
-                waiting.remove(step)
-                begins(step)
-                running[pool.submit(_timed, step.run)] = step
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), *future.result()
+        try:
+            while waiting or running:
+                unfinished = {step.title for step in (*waiting, *running.values())}
+                ready = [step for step in waiting if unfinished.isdisjoint(step.after)]
+                for step in ready[: jobs - len(running)]:
+                    waiting.remove(step)
+                    begins(step)
+                    running[pool.submit(_timed, step.run)] = step
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(future), *future.result()
+        except Terminated:  # Ctrl-C comes to all processes, this one would wait for the others' steps
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def _timed(run: Callable[[], Any]) -> tuple[float, float]:
     started = monotonic()
     try:
-        run()
+        with stoppable():
+            run()
     finally:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # what this process keeps for itself, those beside it cannot have

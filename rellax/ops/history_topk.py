@@ -126,6 +126,7 @@ def history_topk(
         InputError: a shape, dtype or device does not fit, or only some of target, user and end are given.
             On a CPU also: an index is out of range, offsets do not rise from 0 to M, or, outside of
             torch.compile, a score is not finite.
+        ValueError: 2^32 queries or more, on a CPU.
     """
     _check_history(embeddings, items, offsets, k)
     if target is not None and user is not None and end is not None:
