@@ -125,8 +125,7 @@ int64_t longest_history(const HistoryTopk& task) {
 }
 
 // As many behaviours as the longest history has, or as the memory for packed ones lets all threads hold.
-int64_t packed_block(const HistoryTopk& task, int threads) {
-    const int64_t longest = longest_history(task);
+int64_t packed_block(const HistoryTopk& task, int64_t longest, int threads) {
     const int64_t affordable = kPackedBytes / threads / (static_cast<int64_t>(sizeof(float)) * 2 * (task.dim + 2));
     const int64_t blocks = std::min((longest + kHistoryBlock - 1) / kHistoryBlock, affordable / kHistoryBlock);
     return std::max<int64_t>(blocks, 1) * kHistoryBlock;
@@ -147,10 +146,10 @@ struct Frequent {
 };
 
 // Making a score costs what kRowCost candidates cost more without it.
-Frequent frequent_targets(const HistoryTopk& task) {
+Frequent frequent_targets(const HistoryTopk& task, int64_t longest) {
     const int64_t least = kRowCost * task.count;
     const bool possible = task.k <= kLargestHistoryK && rows_at_once(task) >= kFewestRows;
-    if (!possible || task.queries * longest_history(task) < least) return {};
+    if (!possible || task.queries * longest < least) return {};
     const int64_t* const targets = task.target == nullptr ? task.items : task.target;
     std::vector<int64_t> candidates(task.count);
     for_each_query(task, task.queries, [&](int64_t query, int64_t, int64_t end) { candidates[targets[query]] += end; });
@@ -176,9 +175,9 @@ Frequent frequent_targets(const HistoryTopk& task) {
 // Calls run(index, scratch) for each of `count` pieces of work, each thread with scratch memory of its own.
 template <class Run>
 void for_each_piece(int64_t count, int threads, int64_t scratch_bytes, bool large, Run run) {
-    const int64_t workers = std::clamp<int64_t>(count, 1, std::max(threads, 1));
+    const int workers = threads_for(count, 1, threads);
     std::atomic<int64_t> next{0};
-    parallel_for(workers, static_cast<int>(workers), [&](int64_t) {
+    parallel_for(workers, workers, [&](int64_t) {
         const Memory scratch(scratch_bytes, large);
         for (int64_t index; (index = next.fetch_add(1)) < count;) run(index, scratch.data());
     });
@@ -190,12 +189,13 @@ void search_rows(const HistoryTopk& task, const Frequent& frequent, int threads)
     const bool large = all * task.count * task.dim >= kLargeWork;
     const Memory rows(at_once * task.count * static_cast<int64_t>(sizeof(float)), large);
     float* const scores = static_cast<float*>(rows.data());
-    const int64_t strips = (task.count + kHistoryRowItems - 1) / kHistoryRowItems;
+    constexpr int64_t kItems = 256;
+    const int64_t strips = (task.count + kItems - 1) / kItems;
     const int64_t scratch_bytes = level().history_topk_scratch(task);
     for (int64_t first = 0; first < all; first += at_once) {
         const int64_t count = std::min(at_once, all - first);
         for_each_piece(strips, threads, count * history_row_bytes(task.dim), large, [&](int64_t strip, void* scratch) {
-            const int64_t item = strip * kHistoryRowItems, last = std::min(item + kHistoryRowItems, task.count);
+            const int64_t item = strip * kItems, last = std::min(item + kItems, task.count);
             level().history_topk_rows(task, &frequent.targets[first], count, item, last, scores, scratch);
         });
         struct Part {
@@ -251,7 +251,8 @@ void history_topk(HistoryTopk task, int threads) {
     task.order = order.empty() ? nullptr : order.data();
     task.block = kHistoryBlock;
     int64_t places = task.queries;
-    Frequent frequent = frequent_targets(task);
+    const int64_t longest = longest_history(task);
+    Frequent frequent = frequent_targets(task, longest);
     if (!frequent.targets.empty()) {
         order = {};
         advise_results(task);
@@ -265,7 +266,7 @@ void history_topk(HistoryTopk task, int threads) {
     const bool large = plan.candidates * task.dim >= kLargeWork;
     if (large) advise_results(task);
     const int64_t pieces = static_cast<int64_t>(plan.pieces.size());
-    task.block = packed_block(task, static_cast<int>(std::clamp<int64_t>(pieces, 1, std::max(threads, 1))));
+    task.block = packed_block(task, longest, threads_for(pieces, 1, threads));
     Buffer sketch;
     if (sketch_pays(task, plan)) sketch = sketch_of(task, threads);
     for_each_piece(pieces, threads, level().history_topk_scratch(task), large, [&](int64_t index, void* scratch) {

@@ -46,12 +46,11 @@ constexpr int64_t kMostHistoryQueries = (int64_t{1} << 32) - 1;
 using HistoryTopkKernel = void(const HistoryTopk& task, int64_t first, int64_t last, void* scratch);
 using HistoryTopkScratch = int64_t(const HistoryTopk& task);
 
-// Exact scores of some targets with the items [first, last), which begin a group of kHistoryRowItems: target t's are
-// rows[t * N + item]. `scratch` holds a history_row_bytes() for each target, aligned to 64.
+// Exact scores of some targets with the items [first, last): target t's are rows[t * N + item]. `scratch` holds
+// history_row_bytes() for each target, aligned to 64.
 using HistoryRowsKernel = void(const HistoryTopk& task, const int64_t* targets, int64_t count, int64_t first,
                                int64_t last, float* rows, void* scratch);
 
-constexpr int64_t kHistoryRowItems = 256;
 static constexpr int64_t history_row_bytes(int64_t dim) { return (dim + 15) / 16 * 16 * 4; }
 
 static constexpr int64_t sketch_width(int64_t dim) { return (dim + 31) / 32 * 32; }

@@ -27,6 +27,7 @@ constexpr int64_t kStripStride = kStrip + kSlack;
 constexpr int64_t kKeptStride = kMostKept + kStrip + kSlack;
 constexpr int64_t kGroupQueries = 8 * kPanelRows;  // queries that share the packing of a part of a long history
 constexpr int64_t kCachedBytes = 1 << 19;          // rows that stay in a core's cache while a panel is rescored
+constexpr int64_t kAskedBytes = 2048;  // of the next user's history; the processor asks for those that follow
 constexpr int64_t kShortHistory = 128;  // up to here exact scores of all cost less than approximate ones first
 constexpr float kLargestScore = 0x1p120f;          // within it no sum on the way to a score overflows
 static_assert(kStrip % kPanelRows == 0 && kHistoryBlock % kStrip == 0 && kPanelRows % kTileRows == 0);
@@ -517,8 +518,6 @@ int64_t user_of(const HistoryTopk& task, int64_t query, int64_t from) {
     return low;
 }
 
-constexpr int64_t kAsked = 2048;  // bytes of the next user's history; the processor asks for those that follow
-
 template <class T>
 void run(const HistoryTopk& task, int64_t first, int64_t last, const Scratch& scratch) {
     const auto query = [&](int64_t place) { return task.order == nullptr ? place : task.order[place]; };
@@ -530,7 +529,7 @@ void run(const HistoryTopk& task, int64_t first, int64_t last, const Scratch& sc
         if (task.user == nullptr && task.order == nullptr) next = smaller(task.offsets[user + 1], last);
         while (next < last && same_user(query(next))) ++next;
         const int64_t next_user = next < last ? user_of(task, query(next), user) : 0;
-        if (task.row != nullptr && next < last) prefetch_bytes(task.items + task.offsets[next_user], kAsked);
+        if (task.row != nullptr && next < last) prefetch_bytes(task.items + task.offsets[next_user], kAskedBytes);
         UserSearch<T>(task, scratch, user).run(first, next, last);
         first = next;
         user = next_user;
