@@ -26,6 +26,7 @@ constexpr int64_t kRowBytes = int64_t{1} << 26;     // of the scores of targets 
 constexpr int64_t kFewestRows = 16;                 // fewer at once would read the table too often
 constexpr int64_t kRowCost = 2;
 constexpr int64_t kRowQueries = 2048;               // in a piece of a target's
+constexpr int64_t kOrdered = int64_t{1} << 23;      // queries of frequent targets that are sorted by target at once
 constexpr int64_t kSketchBytes = int64_t{1} << 27;
 constexpr int64_t kSketchCost = 4;
 constexpr int64_t kAligned = 32;  // queries a piece of a user's has a multiple of: the panels of every level
@@ -41,6 +42,10 @@ struct Plan {
     int64_t candidates;      // of all queries
     int64_t few_candidates;  // of the queries whose users have fewer than kFewHistoryQueries
 };
+
+int64_t target_of(const HistoryTopk& task, int64_t query) {
+    return (task.target == nullptr ? task.items : task.target)[query];
+}
 
 bool in_order(const HistoryTopk& task, int64_t a, int64_t b) {
     return std::tie(task.user[a], task.end[a]) <= std::tie(task.user[b], task.end[b]);
@@ -137,12 +142,11 @@ int64_t rows_at_once(const HistoryTopk& task) {
     return kRowBytes / (task.count * static_cast<int64_t>(sizeof(float)));
 }
 
-// Targets that are compared with so many candidates that their scores with all items cost less, and the queries
-// target by target, those of all others first.
+// Targets that are compared with so many candidates that their scores with all items cost less.
 struct Frequent {
     std::vector<int64_t> targets;
-    std::vector<int64_t> starts;  // where the queries of each begin in `order`, and their end
-    Order order;
+    std::vector<uint32_t> group;  // of each item: which of `targets` it is, or their number
+    std::vector<int64_t> starts;  // how many queries groups before each have
 };
 
 // Making a score costs what kRowCost candidates cost more without it.
@@ -150,26 +154,41 @@ Frequent frequent_targets(const HistoryTopk& task, int64_t longest) {
     const int64_t least = kRowCost * task.count;
     const bool possible = task.k <= kLargestHistoryK && rows_at_once(task) >= kFewestRows;
     if (!possible || task.queries * longest < least) return {};
-    const int64_t* const targets = task.target == nullptr ? task.items : task.target;
-    std::vector<int64_t> candidates(task.count);
-    for_each_query(task, task.queries, [&](int64_t query, int64_t, int64_t end) { candidates[targets[query]] += end; });
-    Frequent found;
-    std::vector<uint32_t> group(task.count);
-    for (int64_t item = 0; item < task.count; ++item) {
-        if (candidates[item] < least) continue;
-        found.targets.push_back(item);
-        group[item] = static_cast<uint32_t>(found.targets.size());
-    }
-    if (found.targets.empty()) return {};
-    std::vector<int64_t> next(found.targets.size() + 2);
-    for (int64_t query = 0; query < task.queries; ++query) ++next[group[targets[query]] + 1];
-    std::partial_sum(next.begin(), next.end(), next.begin());
-    found.starts.assign(next.begin() + 1, next.end());
-    found.order.resize(task.queries);
-    for_each_query(task, task.queries, [&](int64_t query, int64_t, int64_t) {
-        found.order[next[group[targets[query]]]++] = static_cast<uint32_t>(query);
+    struct Use {
+        int64_t candidates, queries;
+    };
+    std::vector<Use> uses(task.count);
+    for_each_query(task, task.queries, [&](int64_t query, int64_t, int64_t end) {
+        Use& use = uses[target_of(task, query)];
+        use.candidates += end;
+        ++use.queries;
     });
+    Frequent found{{}, std::vector<uint32_t>(task.count), {0}};
+    for (int64_t item = 0; item < task.count; ++item) {
+        if (uses[item].candidates < least) continue;
+        found.group[item] = static_cast<uint32_t>(found.targets.size());
+        found.targets.push_back(item);
+        found.starts.push_back(found.starts.back() + uses[item].queries);
+    }
+    const auto others = static_cast<uint32_t>(found.targets.size());
+    for (int64_t item = 0; item < task.count; ++item) {
+        if (uses[item].candidates < least) found.group[item] = others;
+    }
+    found.starts.push_back(task.queries);
     return found;
+}
+
+// The queries of some groups of targets, one after the other.
+Order order_of_groups(const HistoryTopk& task, const Frequent& frequent, int64_t first, int64_t last) {
+    std::vector<int64_t> next(frequent.starts.begin() + first, frequent.starts.begin() + last);
+    const int64_t before = frequent.starts[first];
+    Order order(frequent.starts[last] - before);
+    for (int64_t place = 0; place < task.queries; ++place) {
+        const uint32_t query = task.order == nullptr ? static_cast<uint32_t>(place) : task.order[place];
+        const int64_t group = frequent.group[target_of(task, query)];
+        if (first <= group && group < last) order[next[group - first]++ - before] = query;
+    }
+    return order;
 }
 
 // Calls run(index, scratch) for each of `count` pieces of work, each thread with scratch memory of its own.
@@ -183,38 +202,78 @@ void for_each_piece(int64_t count, int threads, int64_t scratch_bytes, bool larg
     });
 }
 
-void search_rows(const HistoryTopk& task, const Frequent& frequent, int threads) {
+// The items of all behaviours in as few bytes as they need.
+Buffer narrow_columns(const HistoryTopk& task, int threads) {
+    constexpr int64_t kPart = int64_t{1} << 16;
+    const int64_t behaviours = task.offsets[task.users];
+    const bool narrow = task.count <= kNarrowItems;
+    auto columns = std::make_unique<Memory>(behaviours * (narrow ? sizeof(uint16_t) : sizeof(uint32_t)));
+    parallel_for((behaviours + kPart - 1) / kPart, threads, [&](int64_t part) {
+        const int64_t first = part * kPart, last = std::min(first + kPart, behaviours);
+        if (narrow) {
+            std::copy(task.items + first, task.items + last, static_cast<uint16_t*>(columns->data()) + first);
+        } else {
+            std::copy(task.items + first, task.items + last, static_cast<uint32_t*>(columns->data()) + first);
+        }
+    });
+    return columns;
+}
+
+std::vector<int64_t> users_of_steps(const HistoryTopk& task) {
+    std::vector<int64_t> users;
+    int64_t user = 0;
+    for (int64_t behaviour = 0; behaviour < task.offsets[task.users]; behaviour += kUserStep) {
+        while (task.offsets[user + 1] <= behaviour) ++user;
+        users.push_back(user);
+    }
+    return users;
+}
+
+// Exact scores of `count` targets from `first` on with all items into `rows`, then their queries, which are `order`.
+void search_rows(HistoryTopk task, const Frequent& frequent, int64_t first, int64_t count, const Order& order,
+                 int64_t before, float* rows, bool large, int threads) {
+    constexpr int64_t kItems = 256;
+    const int64_t strips = (task.count + kItems - 1) / kItems;
+    for_each_piece(strips, threads, count * history_row_bytes(task.dim), large, [&](int64_t strip, void* scratch) {
+        const int64_t item = strip * kItems, last = std::min(item + kItems, task.count);
+        level().history_topk_rows(task, &frequent.targets[first], count, item, last, rows, scratch);
+    });
+    struct Part {
+        int64_t row, first, last;
+    };
+    std::vector<Part> parts;
+    for (int64_t row = 0; row < count; ++row) {
+        const int64_t last = frequent.starts[first + row + 1];
+        for (int64_t place = frequent.starts[first + row]; place < last; place += kRowQueries) {
+            parts.push_back({row, place - before, std::min(place + kRowQueries, last) - before});
+        }
+    }
+    task.order = order.data();
+    const auto pieces = static_cast<int64_t>(parts.size());
+    for_each_piece(pieces, threads, level().history_topk_scratch(task), large, [&](int64_t index, void* scratch) {
+        HistoryTopk part = task;
+        part.row = rows + parts[index].row * task.count;
+        level().history_topk(part, parts[index].first, parts[index].last, scratch);
+    });
+}
+
+void search_frequent(HistoryTopk task, const Frequent& frequent, int threads) {
     const auto all = static_cast<int64_t>(frequent.targets.size());
     const int64_t at_once = std::min(rows_at_once(task), all);
     const bool large = all * task.count * task.dim >= kLargeWork;
     const Memory rows(at_once * task.count * static_cast<int64_t>(sizeof(float)), large);
-    float* const scores = static_cast<float*>(rows.data());
-    constexpr int64_t kItems = 256;
-    const int64_t strips = (task.count + kItems - 1) / kItems;
-    const int64_t scratch_bytes = level().history_topk_scratch(task);
-    for (int64_t first = 0; first < all; first += at_once) {
-        const int64_t count = std::min(at_once, all - first);
-        for_each_piece(strips, threads, count * history_row_bytes(task.dim), large, [&](int64_t strip, void* scratch) {
-            const int64_t item = strip * kItems, last = std::min(item + kItems, task.count);
-            level().history_topk_rows(task, &frequent.targets[first], count, item, last, scores, scratch);
-        });
-        struct Part {
-            int64_t row, first, last;
-        };
-        std::vector<Part> parts;
-        for (int64_t row = 0; row < count; ++row) {
-            const int64_t last = frequent.starts[first + row + 1];
-            for (int64_t place = frequent.starts[first + row]; place < last; place += kRowQueries) {
-                parts.push_back({row, place, std::min(place + kRowQueries, last)});
-            }
+    const Buffer columns = narrow_columns(task, threads);
+    const std::vector<int64_t> users = users_of_steps(task);
+    task.columns = columns->data();
+    task.user_at = users.data();
+    const std::vector<int64_t>& starts = frequent.starts;
+    for (int64_t first = 0, last = 0; first < all; first = last) {
+        while (last < all && (last == first || starts[last + 1] - starts[first] <= kOrdered)) ++last;
+        const Order order = order_of_groups(task, frequent, first, last);
+        for (int64_t row = first; row < last; row += at_once) {
+            const int64_t count = std::min(at_once, last - row);
+            search_rows(task, frequent, row, count, order, starts[first], static_cast<float*>(rows.data()), large, threads);
         }
-        const auto pieces = static_cast<int64_t>(parts.size());
-        for_each_piece(pieces, threads, scratch_bytes, large, [&](int64_t index, void* scratch) {
-            HistoryTopk part = task;
-            part.order = frequent.order.data();
-            part.row = scores + parts[index].row * task.count;
-            level().history_topk(part, parts[index].first, parts[index].last, scratch);
-        });
     }
 }
 
@@ -252,15 +311,14 @@ void history_topk(HistoryTopk task, int threads) {
     task.block = kHistoryBlock;
     int64_t places = task.queries;
     const int64_t longest = longest_history(task);
-    Frequent frequent = frequent_targets(task, longest);
+    const Frequent frequent = frequent_targets(task, longest);
     if (!frequent.targets.empty()) {
-        order = {};
         advise_results(task);
-        search_rows(task, frequent, threads);
-        places = frequent.starts[0];
-        frequent.order.resize(places);
-        frequent.order.shrink_to_fit();
-        task.order = frequent.order.data();
+        search_frequent(task, frequent, threads);
+        const auto others = static_cast<int64_t>(frequent.targets.size());
+        order = order_of_groups(task, frequent, others, others + 1);
+        task.order = order.data();
+        places = static_cast<int64_t>(order.size());
     }
     const Plan plan = plan_of(task, places);
     const bool large = plan.candidates * task.dim >= kLargeWork;

@@ -28,7 +28,9 @@ struct HistoryTopk {
     const uint32_t* order = nullptr;  // the query at each place, by user and end; null: all of them, which come so
     int64_t block = 0;                // behaviours of a user that are packed at once, a multiple of kHistoryBlock
     const float* row = nullptr;       // (N,) exact scores of the queries' one target with all items, or null
-    const void* sketch = nullptr;    // (N, sketch_width(dim)) bfloat16, rounded embeddings, or null; zero past dim
+    const void* columns = nullptr;    // beside it: (M,) `items` as uint16 if N <= kNarrowItems, else as uint32,
+    const int64_t* user_at = nullptr; // and without `user` that of each kUserStep-th behaviour
+    const void* sketch = nullptr;     // (N, sketch_width(dim)) bfloat16, rounded embeddings, or null; zero past dim
     float sketch_norm = 0.0f, sketch_residual = 0.0f;  // bounds of its rows
 };
 
@@ -38,7 +40,9 @@ struct HistorySketchBound {
 };
 
 constexpr int64_t kHistoryBlock = 1024;
-constexpr int64_t kFewHistoryQueries = 8;  // of a user: below it packing the behaviours costs more than it saves
+constexpr int64_t kFewHistoryQueries = 8;  // of a user: below it rows of a sketch may pay
+constexpr int64_t kNarrowItems = int64_t{1} << 16;
+constexpr int64_t kUserStep = 256;
 constexpr int64_t kLargestHistoryK = 512;  // above it a heap goes over the exact scores of all candidates
 constexpr int64_t kMostHistoryQueries = (int64_t{1} << 32) - 1;
 

@@ -268,12 +268,14 @@ EMBEDDINGS = {
 }
 REGIMES = {  # items, dim, lengths, random queries or None for every behaviour, k
     "short histories": (900, 70, [0, 1, 31, 32, 33, 127, 128], None, 30),
-    "product": (900, 513, [129, 31, 257, 301], None, 30),
-    "product, k past histories": (900, 33, [129, 150], None, 200),
+    "product": (900, 513, [129, 31, 257, 301], None, 3),
+    "product, some with fewer than k": (900, 33, [450, 430], 300, 5),
     "product, several strips": (900, 7, [1100, 2070], 300, 30),
-    "product, largest k": (900, 7, [1100], 40, 512),
+    "product, largest k": (9000, 7, [9000], 220, 512),
     "heap": (900, 7, [1100], 40, 513),
-    "product, several blocks": (700, 2049, [4200], 20, 5),
+    "product, several blocks": (7000, 2049, [4200], 90, 5),
+    "not worth packing, k past histories": (900, 33, [129, 150], None, 200),
+    "not worth packing, several strips": (900, 65, [1100, 2070], 30, 30),
     "sketch": (100, 65, [129, 500, 1030, 140], 12, 30),
     "few queries without a sketch": (900, 65, [140, 1030], 5, 30),
     "rows of all targets": (40, 65, [129, 1030, 20], None, 30),
@@ -300,7 +302,7 @@ def test_every_regime_gives_the_bits_of_a_brute_force(
         asked = {} if queries is None else random_queries(offsets, count, queries)
         positions, scores = history_topk(embeddings, items, offsets, k, **asked)
         asked = asked or every_behaviour(items, offsets)
-        checked = range(0, len(positions), max(len(positions) // 60, 1))
+        checked = range(0, len(positions), max(len(positions) // 30, 1))
         for q in checked:
             target, user, end = (int(asked[name][q]) for name in asked)
             rows = embeddings[items[offsets[user] : offsets[user] + end]]
@@ -323,6 +325,16 @@ def test_rows_of_a_large_table_are_made_some_at_a_time(monkeypatch: pytest.Monke
     expected = history_topk(embeddings, items, offsets, 3, **{name: of[chosen] for name, of in every.items()})
     found = history_topk(embeddings, items, offsets, 3)
     assert [a[chosen].equal(b) for a, b in zip(found, expected, strict=True)] == [True, True]
+
+
+def test_many_queries_of_frequent_targets_are_sorted_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RELLAX_BACKEND", "cpp")
+    embeddings = unit_rows(7, 3)
+    items, offsets = histories([400] * 25_000, 7)  # 10 M queries, 8.4 M have room at once
+    positions, scores = history_topk(embeddings, items, offsets, 2)
+    asked = {name: of[::4_999] for name, of in every_behaviour(items, offsets).items()}
+    expected = history_topk(embeddings, items, offsets, 2, **asked)
+    assert [a[::4_999].equal(b) for a, b in zip((positions, scores), expected, strict=True)] == [True, True]
 
 
 @pytest.mark.parametrize("regime", REGIMES)

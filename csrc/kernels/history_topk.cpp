@@ -4,7 +4,7 @@
 // Scores of a panel of queries with a strip of candidates come from one of four sources:
 //   product  many queries of a user: tiles of one product of their targets with the behaviours, from packed panels
 //   sketch   few queries of a user: one bfloat16 row of the table after the other
-//   direct   short histories, and few queries where there is no sketch: fp32 rows
+//   direct   what is not worth packing: fp32 rows
 //   row      targets that many candidates are compared with: the target's scores with all items, made beforehand
 // The first two are approximate: of each query, those candidates are kept that the error bound leaves a chance to be
 // among the best k, and exact scores of these decide.
@@ -27,8 +27,11 @@ constexpr int64_t kStripStride = kStrip + kSlack;
 constexpr int64_t kKeptStride = kMostKept + kStrip + kSlack;
 constexpr int64_t kGroupQueries = 8 * kPanelRows;  // queries that share the packing of a part of a long history
 constexpr int64_t kCachedBytes = 1 << 19;          // rows that stay in a core's cache while a panel is rescored
-constexpr int64_t kAskedBytes = 2048;  // of the next user's history; the processor asks for those that follow
-constexpr int64_t kShortHistory = 128;  // up to here exact scores of all cost less than approximate ones first
+constexpr int64_t kMostAsked = 4096;    // bytes of the next query's history; the processor asks for those that follow
+constexpr int64_t kShortSketch = 128;   // candidates up to which exact scores of all cost less than a sketch's first
+// What a product costs beside its scores, in exact scores less approximate ones: to rescore a query, for each of its k
+// results, and to pack a behaviour.
+constexpr int64_t kRescoringCost = 8, kPackingCost = 26;
 constexpr float kLargestScore = 0x1p120f;          // within it no sum on the way to a score overflows
 static_assert(kStrip % kPanelRows == 0 && kHistoryBlock % kStrip == 0 && kPanelRows % kTileRows == 0);
 
@@ -101,9 +104,14 @@ inline Bound worse(Bound a, Bound b) {
     return {worse(a.norm, b.norm), worse(a.residual, b.residual)};
 }
 
-inline void prefetch_bytes(const void* row, int64_t size) {
+// Asks for memory that is read, or written, soon. Functions that do nothing else have to be inlined: GCC takes them for
+// ones without effects, and drops calls of them.
+template <int kWrite = 0>
+[[gnu::always_inline]] inline void prefetch_bytes(const void* row, int64_t size) {
     constexpr int64_t kLine = 64;
-    for (int64_t at = 0; at < size; at += kLine) __builtin_prefetch(static_cast<const char*>(row) + at, 0, 2);
+    const char* const begin = static_cast<const char*>(row);
+    const char* const first = begin - reinterpret_cast<uintptr_t>(begin) % kLine;
+    for (const char* line = first; line < begin + size; line += kLine) __builtin_prefetch(line, kWrite, kWrite ? 3 : 2);
 }
 
 // Rows of a sketch that share a pass over the target's.
@@ -125,6 +133,13 @@ inline void sketch_scores(const BFloat16* target, const BFloat16* const* rows, i
     }
 }
 
+// Calls use() with the task's columns.
+template <class Use>
+[[gnu::always_inline]] inline void with_columns(const HistoryTopk& task, const Use& use) {
+    if (task.count <= kNarrowItems) return use(static_cast<const uint16_t*>(task.columns));
+    use(static_cast<const uint32_t*>(task.columns));
+}
+
 // The queries of one user, by rising ends.
 template <class T>
 class UserSearch {
@@ -140,10 +155,11 @@ public:
     void run(int64_t first, int64_t last, int64_t later) {
         later_ = later;
         longest_ = end(last - 1);
-        const bool all = last - first < kFewHistoryQueries || task_.row != nullptr;
+        few_ = last - first < kFewHistoryQueries;
+        const bool packed = packing_pays(first, last);
         while (first < last && task_.k <= kLargestHistoryK) {
             const int64_t count = smaller(kPanelRows, last - first);
-            if (!all && end(first + count - 1) > kShortHistory) break;
+            if (packed && end(first + count - 1) > kRescoringCost * task_.k) break;
             search_strips(first, count);
             first += count;
         }
@@ -158,6 +174,15 @@ private:
     int64_t target(int64_t place) const { return (task_.target == nullptr ? task_.items : task_.target)[query(place)]; }
 
     const T* embedding(int64_t item) const { return static_cast<const T*>(task_.embeddings) + item * task_.dim; }
+
+    bool packing_pays(int64_t first, int64_t last) const {
+        int64_t saved = -kPackingCost * longest_;
+        for (int64_t place = first; place < last && task_.row == nullptr && !few_; ++place) {
+            const int64_t more = end(place) - kRescoringCost * task_.k;
+            if (more > 0) saved += more;
+        }
+        return saved > 0;
+    }
 
     void search(int64_t first, int64_t count) {
         const int64_t longest = end(first + count - 1);
@@ -199,19 +224,28 @@ private:
     }
 
     void fill_strip(int64_t first, int64_t count, int64_t from, int64_t to) {
-        const bool sketched = task_.sketch != nullptr && end(first + count - 1) > kShortHistory;
+        const bool sketched = few_ && task_.sketch != nullptr && end(first + count - 1) > kShortSketch;
         if (task_.row == nullptr && !sketched) direct_strip(first, count, from, to);
         for (int64_t row = 0; row < count; ++row) {
             Row& of = scratch_.rows[row];
             float* const scores = scratch_.strip + row * kStripStride;
             const int64_t last = smaller(to, end(first + row));
             if (last <= from) continue;
-            for (int64_t at = from; task_.row != nullptr && at < last; ++at) scores[at - from] = task_.row[history_[at]];
+            if (task_.row != nullptr) look_up(from, last, scores);
             if (sketched) sketch_strip(first + row, of, scores, from, last);
             of.exact = !sketched;
             of.certified &= sketched || all_finite(scores, last - from);
             select(of, end(first + row), scores, from, to);
         }
+    }
+
+    void look_up(int64_t from, int64_t to, float* scores) const {
+        const float* const row = task_.row;
+        with_columns(task_, [&](auto columns) {
+            const auto* const at = columns + begin_ + from;
+#pragma GCC unroll 8
+            for (int64_t i = 0; i < to - from; ++i) scores[i] = row[at[i]];
+        });
     }
 
     // Some rows of candidates after the other, while they are in the cache against all targets.
@@ -278,14 +312,14 @@ private:
         }
     }
 
-    void prefetch_targets(int64_t first, int64_t count) const {
+    [[gnu::always_inline]] inline void prefetch_targets(int64_t first, int64_t count) const {
         for (int64_t place = first; place < first + count; ++place) {
             prefetch_bytes(embedding(target(place)), task_.dim * static_cast<int64_t>(sizeof(T)));
         }
     }
 
     // Asks for rows that are read soon: each lies somewhere else in memory.
-    void prefetch(const int64_t* items, int64_t count) const {
+    [[gnu::always_inline]] inline void prefetch(const int64_t* items, int64_t count) const {
         for (int64_t row = 0; row < count; ++row) {
             prefetch_bytes(embedding(items[row]), task_.dim * static_cast<int64_t>(sizeof(T)));
         }
@@ -501,6 +535,7 @@ private:
     const int64_t begin_, length_;
     const int64_t* const history_;
     int64_t longest_ = 0, later_ = 0;
+    bool few_ = false;
     int64_t loaded_from_ = -1, loaded_to_ = -1;
     Bound worst_{};  // of the packed candidates
 };
@@ -508,6 +543,7 @@ private:
 // Whose a query is: `from` or a later user, who is often not far.
 int64_t user_of(const HistoryTopk& task, int64_t query, int64_t from) {
     if (task.user != nullptr) return task.user[query];
+    if (task.user_at != nullptr) from = task.user_at[query / kUserStep];
     int64_t low = from, step = 1;
     for (; low + step < task.users && task.offsets[low + step] <= query; step *= 2) low += step;
     int64_t high = smaller(low + step, task.users);
@@ -516,6 +552,16 @@ int64_t user_of(const HistoryTopk& task, int64_t query, int64_t from) {
         (task.offsets[middle] <= query ? low : high) = middle;
     }
     return low;
+}
+
+// Asks for what the look-ups of a frequent target's query read and write.
+[[gnu::always_inline]] inline void ask_for(const HistoryTopk& task, int64_t query, int64_t user) {
+    const int64_t begin = task.offsets[user], end = task.end == nullptr ? query - begin : task.end[query];
+    with_columns(task, [&](auto columns) {
+        prefetch_bytes(columns + begin, smaller(end * static_cast<int64_t>(sizeof *columns), kMostAsked));
+    });
+    prefetch_bytes<1>(task.positions + query * task.k, task.k * static_cast<int64_t>(sizeof(int64_t)));
+    prefetch_bytes<1>(task.scores + query * task.k, task.k * static_cast<int64_t>(sizeof(float)));
 }
 
 template <class T>
@@ -529,7 +575,7 @@ void run(const HistoryTopk& task, int64_t first, int64_t last, const Scratch& sc
         if (task.user == nullptr && task.order == nullptr) next = smaller(task.offsets[user + 1], last);
         while (next < last && same_user(query(next))) ++next;
         const int64_t next_user = next < last ? user_of(task, query(next), user) : 0;
-        if (task.row != nullptr && next < last) prefetch_bytes(task.items + task.offsets[next_user], kAskedBytes);
+        if (task.row != nullptr && next < last) ask_for(task, query(next), next_user);
         UserSearch<T>(task, scratch, user).run(first, next, last);
         first = next;
         user = next_user;

@@ -368,7 +368,7 @@ void histories(int threads) {
                 run_history(dtype, 50, dim, {7, 0, 12, 1}, k, true, 0, threads);      // from rows
                 run_history(dtype, 9, dim, {7, 0, 12, 1, 66}, k, true, 0, threads);   // rows of all targets
                 run_history(dtype, 21, dim, {9, 66, 0, 11}, k, false, 30, threads);   // rows of some
-                run_history(dtype, 300, dim, {150, 0, 180}, k, false, 60, threads);   // products of packed rows
+                run_history(dtype, 900, dim, {150, 0, 180}, k, false, 450, threads);  // products of packed rows
                 run_history(dtype, 30, dim, {150, 180, 131}, k, false, 9, threads);   // sketches
                 run_history(dtype, 900, dim, {150, 180, 131}, k, false, 6, threads);  // far rows, as they are
             }
@@ -380,7 +380,7 @@ void histories(int threads) {
             run_history(dtype, 5000, 2, {1500, 300}, k, false, 5, threads);
         }
         run_history(dtype, 30, 600, {220, 31}, 30, true, 0, threads);
-        run_history(dtype, 300, 1400, {1100, 1090, 1200}, 5, false, 90, threads);  // rows that take several blocks
+        run_history(dtype, 3000, 1400, {1100, 1090, 1200}, 5, false, 300, threads);  // rows that take several blocks
     }
     run_history(Dtype::float32, 1, 1, {}, 1, true, 0, threads);
     run_history(Dtype::float32, 3, 4, {0, 0}, 2, false, 5, threads);
