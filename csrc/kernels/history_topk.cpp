@@ -215,7 +215,10 @@ private:
         for (int64_t row = 0; row < count; ++row) {
             Row& of = scratch_.rows[row];
             if (settle(first + row, of)) {
-                if (!of.exact) rescore(of, longest, scratch_.wide_targets + row * stride, RowOf{*this});
+                if (!of.exact) {
+                    for (int64_t at = 0; at < of.kept.size; ++at) prefetch(history_ + of.kept.positions[at], 1);
+                    rescore(of, longest, scratch_.wide_targets + row * stride, RowOf{*this});
+                }
                 write_best(first + row, of.kept);
             } else {
                 search_all(first + row);
