@@ -163,16 +163,14 @@ Frequent frequent_targets(const HistoryTopk& task, int64_t longest) {
         use.candidates += end;
         ++use.queries;
     });
-    Frequent found{{}, std::vector<uint32_t>(task.count), {0}};
+    const auto enough = [&](const Use& use) { return use.candidates >= least; };
+    const auto others = static_cast<uint32_t>(std::count_if(uses.begin(), uses.end(), enough));
+    Frequent found{{}, std::vector<uint32_t>(task.count, others), {0}};
     for (int64_t item = 0; item < task.count; ++item) {
-        if (uses[item].candidates < least) continue;
+        if (!enough(uses[item])) continue;
         found.group[item] = static_cast<uint32_t>(found.targets.size());
         found.targets.push_back(item);
         found.starts.push_back(found.starts.back() + uses[item].queries);
-    }
-    const auto others = static_cast<uint32_t>(found.targets.size());
-    for (int64_t item = 0; item < task.count; ++item) {
-        if (uses[item].candidates < least) found.group[item] = others;
     }
     found.starts.push_back(task.queries);
     return found;
@@ -206,11 +204,10 @@ void for_each_piece(int64_t count, int threads, int64_t scratch_bytes, bool larg
 Buffer narrow_columns(const HistoryTopk& task, int threads) {
     constexpr int64_t kPart = int64_t{1} << 16;
     const int64_t behaviours = task.offsets[task.users];
-    const bool narrow = task.count <= kNarrowItems;
-    auto columns = std::make_unique<Memory>(behaviours * (narrow ? sizeof(uint16_t) : sizeof(uint32_t)));
+    auto columns = std::make_unique<Memory>(behaviours * column_bytes(task.count));
     parallel_for((behaviours + kPart - 1) / kPart, threads, [&](int64_t part) {
         const int64_t first = part * kPart, last = std::min(first + kPart, behaviours);
-        if (narrow) {
+        if (column_bytes(task.count) == 2) {
             std::copy(task.items + first, task.items + last, static_cast<uint16_t*>(columns->data()) + first);
         } else {
             std::copy(task.items + first, task.items + last, static_cast<uint32_t*>(columns->data()) + first);
@@ -229,9 +226,10 @@ std::vector<int64_t> users_of_steps(const HistoryTopk& task) {
     return users;
 }
 
-// Exact scores of `count` targets from `first` on with all items into `rows`, then their queries, which are `order`.
-void search_rows(HistoryTopk task, const Frequent& frequent, int64_t first, int64_t count, const Order& order,
-                 int64_t before, float* rows, bool large, int threads) {
+// Exact scores of `count` targets from `first` on with all items into `rows`, then their queries. The task's order leaves
+// out as many queries as there are `before` it.
+void search_rows(const HistoryTopk& task, const Frequent& frequent, int64_t first, int64_t count, int64_t before,
+                 float* rows, bool large, int threads) {
     constexpr int64_t kItems = 256;
     const int64_t strips = (task.count + kItems - 1) / kItems;
     for_each_piece(strips, threads, count * history_row_bytes(task.dim), large, [&](int64_t strip, void* scratch) {
@@ -248,7 +246,6 @@ void search_rows(HistoryTopk task, const Frequent& frequent, int64_t first, int6
             parts.push_back({row, place - before, std::min(place + kRowQueries, last) - before});
         }
     }
-    task.order = order.data();
     const auto pieces = static_cast<int64_t>(parts.size());
     for_each_piece(pieces, threads, level().history_topk_scratch(task), large, [&](int64_t index, void* scratch) {
         HistoryTopk part = task;
@@ -270,9 +267,11 @@ void search_frequent(HistoryTopk task, const Frequent& frequent, int threads) {
     for (int64_t first = 0, last = 0; first < all; first = last) {
         while (last < all && (last == first || starts[last + 1] - starts[first] <= kOrdered)) ++last;
         const Order order = order_of_groups(task, frequent, first, last);
+        HistoryTopk part = task;
+        part.order = order.data();
         for (int64_t row = first; row < last; row += at_once) {
             const int64_t count = std::min(at_once, last - row);
-            search_rows(task, frequent, row, count, order, starts[first], static_cast<float*>(rows.data()), large, threads);
+            search_rows(part, frequent, row, count, starts[first], static_cast<float*>(rows.data()), large, threads);
         }
     }
 }

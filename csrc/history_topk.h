@@ -28,7 +28,7 @@ struct HistoryTopk {
     const uint32_t* order = nullptr;  // the query at each place, by user and end; null: all of them, which come so
     int64_t block = 0;                // behaviours of a user that are packed at once, a multiple of kHistoryBlock
     const float* row = nullptr;       // (N,) exact scores of the queries' one target with all items, or null
-    const void* columns = nullptr;    // beside it: (M,) `items` as uint16 if N <= kNarrowItems, else as uint32,
+    const void* columns = nullptr;    // beside it: (M,) `items` in column_bytes(N) each, unsigned,
     const int64_t* user_at = nullptr; // and without `user` that of each kUserStep-th behaviour
     const void* sketch = nullptr;     // (N, sketch_width(dim)) bfloat16, rounded embeddings, or null; zero past dim
     float sketch_norm = 0.0f, sketch_residual = 0.0f;  // bounds of its rows
@@ -41,7 +41,6 @@ struct HistorySketchBound {
 
 constexpr int64_t kHistoryBlock = 1024;
 constexpr int64_t kFewHistoryQueries = 8;  // of a user: below it rows of a sketch may pay
-constexpr int64_t kNarrowItems = int64_t{1} << 16;
 constexpr int64_t kUserStep = 256;
 constexpr int64_t kLargestHistoryK = 512;  // above it a heap goes over the exact scores of all candidates
 constexpr int64_t kMostHistoryQueries = (int64_t{1} << 32) - 1;
@@ -56,6 +55,8 @@ using HistoryRowsKernel = void(const HistoryTopk& task, const int64_t* targets, 
                                int64_t last, float* rows, void* scratch);
 
 static constexpr int64_t history_row_bytes(int64_t dim) { return (dim + 15) / 16 * 16 * 4; }
+
+static constexpr int64_t column_bytes(int64_t count) { return count <= int64_t{1} << 16 ? 2 : 4; }
 
 static constexpr int64_t sketch_width(int64_t dim) { return (dim + 31) / 32 * 32; }
 

@@ -273,7 +273,7 @@ REGIMES = {  # items, dim, lengths, random queries or None for every behaviour, 
     "product, several strips": (900, 7, [1100, 2070], 300, 30),
     "product, largest k": (9000, 7, [9000], 220, 512),
     "heap": (900, 7, [1100], 40, 513),
-    "product, several blocks": (7000, 2049, [4200], 90, 5),
+    "product, several blocks": (2000, 4097, [1200], 60, 5),
     "not worth packing, k past histories": (900, 33, [129, 150], None, 200),
     "not worth packing, several strips": (900, 65, [1100, 2070], 30, 30),
     "sketch": (100, 65, [129, 500, 1030, 140], 12, 30),
@@ -302,7 +302,7 @@ def test_every_regime_gives_the_bits_of_a_brute_force(
         asked = {} if queries is None else random_queries(offsets, count, queries)
         positions, scores = history_topk(embeddings, items, offsets, k, **asked)
         asked = asked or every_behaviour(items, offsets)
-        checked = range(0, len(positions), max(len(positions) // 30, 1))
+        checked = range(0, len(positions), max(len(positions) // 60, 1))
         for q in checked:
             target, user, end = (int(asked[name][q]) for name in asked)
             rows = embeddings[items[offsets[user] : offsets[user] + end]]

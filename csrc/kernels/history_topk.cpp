@@ -136,7 +136,7 @@ inline void sketch_scores(const BFloat16* target, const BFloat16* const* rows, i
 // Calls use() with the task's columns.
 template <class Use>
 [[gnu::always_inline]] inline void with_columns(const HistoryTopk& task, const Use& use) {
-    if (task.count <= kNarrowItems) return use(static_cast<const uint16_t*>(task.columns));
+    if (column_bytes(task.count) == 2) return use(static_cast<const uint16_t*>(task.columns));
     use(static_cast<const uint32_t*>(task.columns));
 }
 
@@ -176,8 +176,9 @@ private:
     const T* embedding(int64_t item) const { return static_cast<const T*>(task_.embeddings) + item * task_.dim; }
 
     bool packing_pays(int64_t first, int64_t last) const {
+        if (few_ || task_.row != nullptr) return false;
         int64_t saved = -kPackingCost * longest_;
-        for (int64_t place = first; place < last && task_.row == nullptr && !few_; ++place) {
+        for (int64_t place = first; place < last; ++place) {
             const int64_t more = end(place) - kRescoringCost * task_.k;
             if (more > 0) saved += more;
         }
