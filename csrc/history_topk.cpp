@@ -28,7 +28,7 @@ constexpr int64_t kRowCost = 2;
 constexpr int64_t kRowQueries = 2048;               // in a piece of a target's
 constexpr int64_t kOrdered = int64_t{1} << 23;      // queries of frequent targets that are sorted by target at once
 constexpr int64_t kSketchBytes = int64_t{1} << 27;
-constexpr int64_t kSketchCost = 4;
+constexpr int64_t kSketchCost = 6;
 constexpr int64_t kAligned = 32;  // queries a piece of a user's has a multiple of: the panels of every level
 
 using Order = std::vector<uint32_t>;  // of queries
@@ -114,11 +114,11 @@ Plan plan_of(const HistoryTopk& task, int64_t places) {
     return plan;
 }
 
-int64_t sketch_bytes(const HistoryTopk& task) { return task.count * sketch_width(task.dim) * 2; }
-
-// Making a row costs two reads of it, and saves half of each later one: measured at N = 5,000 and 62,000.
+// Making a row costs what six candidates save where the table lies in memory (N = 62,000), and more where the cache holds
+// it (5,000). A large k would leave more candidates than are kept.
 bool sketch_pays(const HistoryTopk& task, const Plan& plan) {
-    return sketch_bytes(task) <= kSketchBytes && plan.few_candidates >= kSketchCost * task.count;
+    const bool possible = task.k <= kLargestHistoryK / 2 && task.count * sketch_bytes(task.dim) <= kSketchBytes;
+    return possible && plan.few_candidates >= kSketchCost * task.count;
 }
 
 int64_t longest_history(const HistoryTopk& task) {
@@ -278,18 +278,19 @@ void search_frequent(HistoryTopk task, const Frequent& frequent, int threads) {
 
 Buffer sketch_of(HistoryTopk& task, int threads) {
     constexpr int64_t kRows = 512;
-    auto sketch = std::make_unique<Memory>(sketch_bytes(task));
+    auto sketch = std::make_unique<Memory>(task.count * sketch_bytes(task.dim));
+    int8_t* const rows = static_cast<int8_t*>(sketch->data());
     const int64_t pieces = (task.count + kRows - 1) / kRows;
     std::vector<HistorySketchBound> bounds(pieces);
     parallel_for(pieces, threads, [&](int64_t piece) {
         const int64_t first = piece * kRows, last = std::min(first + kRows, task.count);
-        bounds[piece] = level().history_topk_sketch(task, first, last, sketch->data());
+        bounds[piece] = level().history_topk_sketch(task, first, last, rows);
     });
     for (const HistorySketchBound& bound : bounds) {
         task.sketch_norm = std::max(task.sketch_norm, bound.norm);
         task.sketch_residual = std::max(task.sketch_residual, bound.residual);
     }
-    task.sketch = sketch->data();
+    task.sketch = rows;
     return sketch;
 }
 

@@ -30,7 +30,7 @@ struct HistoryTopk {
     const float* row = nullptr;       // (N,) exact scores of the queries' one target with all items, or null
     const void* columns = nullptr;    // beside it: (M,) `items` in column_bytes(N) each, unsigned,
     const int64_t* user_at = nullptr; // and without `user` that of each kUserStep-th behaviour
-    const void* sketch = nullptr;     // (N, sketch_width(dim)) bfloat16, rounded embeddings, or null; zero past dim
+    const int8_t* sketch = nullptr;   // (N, sketch_bytes(dim)), rows of sketch.h, or null
     float sketch_norm = 0.0f, sketch_residual = 0.0f;  // bounds of its rows
 };
 
@@ -40,7 +40,7 @@ struct HistorySketchBound {
 };
 
 constexpr int64_t kHistoryBlock = 1024;
-constexpr int64_t kFewHistoryQueries = 8;  // of a user: below it rows of a sketch may pay
+constexpr int64_t kFewHistoryQueries = 4;  // of a user: below it rows of a sketch may pay
 constexpr int64_t kUserStep = 256;
 constexpr int64_t kLargestHistoryK = 512;  // above it a heap goes over the exact scores of all candidates
 constexpr int64_t kMostHistoryQueries = (int64_t{1} << 32) - 1;
@@ -58,10 +58,17 @@ static constexpr int64_t history_row_bytes(int64_t dim) { return (dim + 15) / 16
 
 static constexpr int64_t column_bytes(int64_t count) { return count <= int64_t{1} << 16 ? 2 : 4; }
 
-static constexpr int64_t sketch_width(int64_t dim) { return (dim + 31) / 32 * 32; }
+constexpr int64_t kSketchBlock = 64;  // components of a row of a sketch that share a scale
+
+static constexpr int64_t sketch_blocks(int64_t dim) { return (dim + kSketchBlock - 1) / kSketchBlock; }
+
+static constexpr int64_t sketch_width(int64_t dim) { return sketch_blocks(dim) * kSketchBlock; }
+
+// Of a row: its components and then a float for each block and one more, in whole lines of the cache.
+static constexpr int64_t sketch_bytes(int64_t dim) { return sketch_width(dim) + (sketch_blocks(dim) * 4 + 67) / 64 * 64; }
 
 // Rows [first, last) of `sketch`.
-using HistorySketchKernel = HistorySketchBound(const HistoryTopk& task, int64_t first, int64_t last, void* sketch);
+using HistorySketchKernel = HistorySketchBound(const HistoryTopk& task, int64_t first, int64_t last, int8_t* sketch);
 
 // All queries, kMostHistoryQueries at most, on at most `threads` threads; the result does not depend on their number.
 void history_topk(HistoryTopk task, int threads);

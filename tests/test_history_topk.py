@@ -276,7 +276,9 @@ REGIMES = {  # items, dim, lengths, random queries or None for every behaviour, 
     "product, several blocks": (2000, 4097, [1200], 60, 5),
     "not worth packing, k past histories": (900, 33, [129, 150], None, 200),
     "not worth packing, several strips": (900, 65, [1100, 2070], 30, 30),
-    "sketch": (100, 65, [129, 500, 1030, 140], 12, 30),
+    "sketch": (700, 65, [129, *[1100] * 20], 24, 30),
+    "sketch, largest k": (700, 65, [1100] * 20, 24, 256),
+    "no sketch, the next k": (700, 65, [1100] * 20, 24, 257),
     "few queries without a sketch": (900, 65, [140, 1030], 5, 30),
     "rows of all targets": (40, 65, [129, 1030, 20], None, 30),
     "rows of some targets": (300, 65, [129, 20, 330], None, 30),
@@ -310,6 +312,18 @@ def test_every_regime_gives_the_bits_of_a_brute_force(
             best = best_first(expected.numpy(), k)
             assert positions[q].tolist() == best.tolist()
             assert scores[q, : min(k, end)].equal(expected[best[: min(k, end)]])
+
+
+def test_a_sketch_of_huge_rows_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RELLAX_BACKEND", "cpp")
+    rows = unit_rows(720, 65)
+    large, small = rows[:700] * 2.0**60, rows[700:] * 2.0**-80
+    items, offsets = histories([600] * 20, 700)
+    queries = {"target": torch.arange(700, 720), "user": torch.arange(20), "end": torch.full((20,), 600)}
+    positions, scores = history_topk(torch.cat([large, small]), items, offsets, 30, **queries)
+    expected, expected_scores = history_topk(rows, items, offsets, 30, **queries)
+    assert positions.equal(expected)
+    assert scores.equal(expected_scores * 2.0**-20)
 
 
 def test_rows_of_a_large_table_are_made_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

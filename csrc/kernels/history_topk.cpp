@@ -3,7 +3,7 @@
 //
 // Scores of a panel of queries with a strip of candidates come from one of four sources:
 //   product  many queries of a user: tiles of one product of their targets with the behaviours, from packed panels
-//   sketch   few queries of a user: one bfloat16 row of the table after the other
+//   sketch   few queries of a user: one row of the table, in 8 bits a component, after the other
 //   direct   what is not worth packing: fp32 rows
 //   row      targets that many candidates are compared with: the target's scores with all items, made beforehand
 // The first two are approximate: of each query, those candidates are kept that the error bound leaves a chance to be
@@ -14,6 +14,7 @@
 #include "heap.h"
 #include "select.h"
 #include "similarity.h"
+#include "sketch.h"
 
 namespace rellax::RELLAX_LEVEL {
 namespace {
@@ -28,6 +29,7 @@ constexpr int64_t kKeptStride = kMostKept + kStrip + kSlack;
 constexpr int64_t kGroupQueries = 8 * kPanelRows;  // queries that share the packing of a part of a long history
 constexpr int64_t kCachedBytes = 1 << 19;          // rows that stay in a core's cache while a panel is rescored
 constexpr int64_t kMostAsked = 4096;    // bytes of the next query's history; the processor asks for those that follow
+constexpr int64_t kSketchAhead = 16;    // rows of a sketch that are asked for ahead
 constexpr int64_t kShortSketch = 128;   // candidates up to which exact scores of all cost less than a sketch's first
 // What a product costs beside its scores, in exact scores less approximate ones: to rescore a query, for each of its k
 // results, and to pack a behaviour.
@@ -70,9 +72,12 @@ struct Scratch {
     float* wide_targets;  // one panel's
     Packed* targets;
     Bound* target_bounds;
+    int16_t* sketch_query;  // sketch_width(task.dim)
     float* strip;        // kPanelRows x kStrip
     float* kept_scores;  // kGroupQueries x (kMostKept + kStrip)
     int32_t* kept_positions;
+    float* exact;        // those of a sketch's kept candidates that are known
+    int32_t* chosen;     // which are to be
     Row* rows;
     int32_t* ranks;
     float* ranked_scores;
@@ -87,9 +92,12 @@ struct Scratch {
         wide_targets = arena.take<float>(kPanelRows * padded(task.dim));
         targets = arena.take<Packed>(panel_size(task.dim));
         target_bounds = arena.take<Bound>(kPanelRows);
+        sketch_query = arena.take<int16_t>(sketch_width(task.dim));
         strip = arena.take<float>(kPanelRows * kStripStride);
         kept_scores = arena.take<float>(kGroupQueries * kKeptStride);
         kept_positions = arena.take<int32_t>(kGroupQueries * kKeptStride);
+        exact = arena.take<float>(kMostKept + kSlack);
+        chosen = arena.take<int32_t>(kMostKept + kSlack);
         rows = arena.take<Row>(kGroupQueries);
         ranks = arena.take<int32_t>(kMostRanked + kSlack);
         ranked_scores = arena.take<float>(kMostRanked);
@@ -112,25 +120,6 @@ template <int kWrite = 0>
     const char* const begin = static_cast<const char*>(row);
     const char* const first = begin - reinterpret_cast<uintptr_t>(begin) % kLine;
     for (const char* line = first; line < begin + size; line += kLine) __builtin_prefetch(line, kWrite, kWrite ? 3 : 2);
-}
-
-// Rows of a sketch that share a pass over the target's.
-constexpr int kSketchRows = 8;
-
-// Approximate scores of a row of the sketch with kSketchRows others.
-inline void sketch_scores(const BFloat16* target, const BFloat16* const* rows, int64_t dim, float* scores) {
-    Floats totals[2][4] = {};
-    for (int64_t d = 0; d < dim; d += 2 * kWidth) {
-        const Words values = load_operand(target + d);
-        for (int row = 0; row < kSketchRows; ++row) {
-            Floats& total = totals[row / 4][row % 4];
-            total = multiply_add(values, load_operand(rows[row] + d), total);
-        }
-    }
-    for (int half = 0; half < 2; ++half) {
-        const Four four = sums(totals[half]);
-        __builtin_memcpy(scores + 4 * half, &four, sizeof four);
-    }
 }
 
 // Calls use() with the task's columns.
@@ -176,7 +165,7 @@ private:
     const T* embedding(int64_t item) const { return static_cast<const T*>(task_.embeddings) + item * task_.dim; }
 
     bool packing_pays(int64_t first, int64_t last) const {
-        if (few_ || task_.row != nullptr) return false;
+        if (task_.row != nullptr) return false;
         int64_t saved = -kPackingCost * longest_;
         for (int64_t place = first; place < last; ++place) {
             const int64_t more = end(place) - kRescoringCost * task_.k;
@@ -216,10 +205,7 @@ private:
         for (int64_t row = 0; row < count; ++row) {
             Row& of = scratch_.rows[row];
             if (settle(first + row, of)) {
-                if (!of.exact) {
-                    for (int64_t at = 0; at < of.kept.size; ++at) prefetch(history_ + of.kept.positions[at], 1);
-                    rescore(of, longest, scratch_.wide_targets + row * stride, RowOf{*this});
-                }
+                if (!of.exact) refine(of, scratch_.wide_targets + row * stride);
                 write_best(first + row, of.kept);
             } else {
                 search_all(first + row);
@@ -236,7 +222,7 @@ private:
             const int64_t last = smaller(to, end(first + row));
             if (last <= from) continue;
             if (task_.row != nullptr) look_up(from, last, scores);
-            if (sketched) sketch_strip(first + row, of, scores, from, last);
+            if (sketched) sketch_strip(scratch_.wide_targets + row * padded(task_.dim), of, scores, from, last);
             of.exact = !sketched;
             of.certified &= sketched || all_finite(scores, last - from);
             select(of, end(first + row), scores, from, to);
@@ -276,23 +262,54 @@ private:
         }
     }
 
-    void sketch_strip(int64_t place, Row& row, float* scores, int64_t from, int64_t to) {
+    void sketch_strip(const float* target, Row& row, float* scores, int64_t from, int64_t to) {
+        const SketchQuery query = sketch_query(target, task_.dim, task_.sketch_residual, scratch_.sketch_query);
         worst_ = {task_.sketch_norm, task_.sketch_residual};
-        bound_error(worst_, row);
-        const BFloat16* const query = sketch_row(target(place));
+        bound_error(query.bound, row);
         for (int64_t at = from; at < to; at += kSketchRows) {
-            const BFloat16* rows[kSketchRows];
+            const int8_t *rows[kSketchRows], *later[kSketchRows];
             for (int64_t i = 0; i < kSketchRows; ++i) {
                 rows[i] = sketch_row(history_[smaller(at + i, to - 1)]);
-                const int64_t ahead = at + 2 * kSketchRows + i;
-                if (ahead < to) prefetch_bytes(sketch_row(history_[ahead]), 2 * sketch_width(task_.dim));
+                later[i] = sketch_row(history_[smaller(at + i + kSketchAhead, to - 1)]);
             }
-            sketch_scores(query, rows, task_.dim, scores + (at - from));
+            sketch_scores(query, rows, later, task_.dim, scores + (at - from));
         }
     }
 
-    const BFloat16* sketch_row(int64_t item) const {
-        return static_cast<const BFloat16*>(task_.sketch) + item * sketch_width(task_.dim);
+    const int8_t* sketch_row(int64_t item) const { return task_.sketch + item * sketch_bytes(task_.dim); }
+
+    // Exact scores in place of a sketch's: first of k good candidates, whose k-th best leaves fewer of the others to score.
+    void refine(Row& row, const float* target) const {
+        constexpr int kSteps = 10;  // more than elsewhere: a row costs more than a step
+        Kept& kept = row.kept;
+        float* const exact = scratch_.exact;
+        for (int64_t i = 0; i < kept.size; ++i) exact[i] = -__builtin_inff();
+        pad_scores(exact, kept.size);
+        score_between(row.lower, __builtin_inff(), kept, target, exact);
+        const float kth = bisect_kth(exact, kept.size, task_.k, -__builtin_inff(), kSteps);
+        score_between(kth - row.error, row.lower, kept, target, exact);
+        for (int64_t i = 0; i < kept.size; ++i) kept.scores[i] = exact[i];
+        kept.tighten(-__builtin_inff());
+    }
+
+    // Exact scores of those candidates whose approximate ones are at least `low`, and less than `high`.
+    void score_between(float low, float high, const Kept& kept, const float* target, float* exact) const {
+        int32_t* const chosen = scratch_.chosen;
+        int64_t count = 0;
+        for (int64_t i = 0; i < kept.size; ++i) {
+            chosen[count] = static_cast<int32_t>(i);
+            count += low <= kept.scores[i] && kept.scores[i] < high;
+        }
+        for (int64_t i = 0; i < count; ++i) prefetch(history_ + kept.positions[chosen[i]], 1);
+        for (int64_t from = 0; from < count; from += kExactRows) {
+            const T* rows[kExactRows];
+            float scores[kExactRows];
+            for (int64_t i = 0; i < kExactRows; ++i) {
+                rows[i] = embedding(history_[kept.positions[chosen[smaller(from + i, count - 1)]]]);
+            }
+            exact_scores(target, rows, task_.dim, scores);
+            for (int64_t i = 0; i < smaller(kExactRows, count - from); ++i) exact[chosen[from + i]] = scores[i];
+        }
     }
 
     void start_row(int64_t row) {
@@ -422,7 +439,10 @@ private:
         if (count > task_.k) {
             if (row.kept.size > task_.k + kFewMore) tighten(row);
         } else if (!row.exact) {
-            for (int64_t position = 0; position < count; ++position) row.kept.positions[position] = position;
+            for (int64_t position = 0; position < count; ++position) {
+                row.kept.scores[position] = 0.0f;
+                row.kept.positions[position] = position;
+            }
             row.kept.size = count;
         }
         return row.certified;
@@ -586,24 +606,6 @@ void run(const HistoryTopk& task, int64_t first, int64_t last, const Scratch& sc
     }
 }
 
-// Items [first, last) of the sketch; returns their bound.
-template <class T>
-Bound make_sketch(const HistoryTopk& task, int64_t first, int64_t last, BFloat16* sketch) {
-    Bound worst{0.0f, 0.0f};
-    for (int64_t item = first; item < last; ++item) {
-        const T* const row = static_cast<const T*>(task.embeddings) + item * task.dim;
-        BFloat16* const packed = sketch + item * sketch_width(task.dim);
-        Squares squares;
-        for (int64_t d = 0; d < sketch_width(task.dim); d += kWidth) {
-            const Floats exact = load_most(row + d, task.dim - d);
-            store(packed + d, exact);
-            squares.add(exact, load(packed + d));
-        }
-        worst = worse(worst, squares.bound(task.dim));
-    }
-    return worst;
-}
-
 // Some rows of items after the other, while they are in the cache against all targets.
 template <class T>
 void make_rows(const HistoryTopk& task, const int64_t* targets, int64_t count, int64_t first, int64_t last,
@@ -647,11 +649,16 @@ void history_topk_rows(const HistoryTopk& task, const int64_t* targets, int64_t 
     with_type(task.dtype, [&](auto type) { make_rows<decltype(type)>(task, targets, count, first, last, rows, wide); });
 }
 
-HistorySketchBound history_topk_sketch(const HistoryTopk& task, int64_t first, int64_t last, void* sketch) {
-    BFloat16* const rows = static_cast<BFloat16*>(sketch);
-    Bound bound{};
-    with_type(task.dtype, [&](auto type) { bound = make_sketch<decltype(type)>(task, first, last, rows); });
-    return {bound.norm, bound.residual};
+HistorySketchBound history_topk_sketch(const HistoryTopk& task, int64_t first, int64_t last, int8_t* sketch) {
+    Bound worst{0.0f, 0.0f};
+    with_type(task.dtype, [&](auto type) {
+        const auto* const table = static_cast<const decltype(type)*>(task.embeddings);
+        for (int64_t item = first; item < last; ++item) {
+            int8_t* const row = sketch + item * sketch_bytes(task.dim);
+            worst = worse(worst, make_sketch(table + item * task.dim, task.dim, row));
+        }
+    });
+    return {worst.norm, worst.residual};
 }
 
 }  // namespace rellax::RELLAX_LEVEL

@@ -64,6 +64,19 @@ inline bool all_finite(const float* scores, int64_t count) {
     return any == 0;
 }
 
+inline float largest_in(Floats values) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)values);
+#else
+    float lanes[kWidth];
+    store(lanes, values);
+    for (int half = kWidth / 2; half > 0; half /= 2) {
+        for (int lane = 0; lane < half; ++lane) lanes[lane] = lanes[lane + half] > lanes[lane] ? lanes[lane + half] : lanes[lane];
+    }
+    return lanes[0];
+#endif
+}
+
 struct Range {
     float low, high;
 };
@@ -76,28 +89,14 @@ inline Range range_of(const float* scores, int64_t count) {
         low = (values < low) & (values >= -__FLT_MAX__) ? values : low;
         high = larger(values, high);
     }
-#if defined(__AVX512F__)
-    return {_mm512_reduce_min_ps((__m512)low), _mm512_reduce_max_ps((__m512)high)};
-#else
-    float lows[kWidth], highs[kWidth];
-    store(lows, low);
-    store(highs, high);
-    for (int half = kWidth / 2; half > 0; half /= 2) {
-        for (int lane = 0; lane < half; ++lane) {
-            lows[lane] = lows[lane + half] < lows[lane] ? lows[lane + half] : lows[lane];
-            highs[lane] = highs[lane + half] > highs[lane] ? highs[lane + half] : highs[lane];
-        }
-    }
-    return {lows[0], highs[0]};
-#endif
+    return {-largest_in(-low), largest_in(high)};
 }
 
 // A value that at least k of the padded scores reach, close below the k-th best of them, given one such or -inf.
-inline float bisect_kth(const float* scores, int64_t count, int64_t k, float known = -__builtin_inff()) {
-    constexpr int kSteps = 6;
+inline float bisect_kth(const float* scores, int64_t count, int64_t k, float known = -__builtin_inff(), int steps = 6) {
     Range range = range_of(scores, count);
     if (known > range.low) range.low = known;
-    for (int step = 0; step < kSteps; ++step) {
+    for (int step = 0; step < steps; ++step) {
         const float middle = range.low + 0.5f * (range.high - range.low);
         const bool reached = count_at_least(scores, count, middle) >= k;
         range = reached ? Range{middle, range.high} : Range{range.low, middle};

@@ -369,7 +369,7 @@ void histories(int threads) {
                 run_history(dtype, 9, dim, {7, 0, 12, 1, 66}, k, true, 0, threads);   // rows of all targets
                 run_history(dtype, 21, dim, {9, 66, 0, 11}, k, false, 30, threads);   // rows of some
                 run_history(dtype, 900, dim, {150, 0, 180}, k, false, 450, threads);  // products of packed rows
-                run_history(dtype, 30, dim, {150, 180, 131}, k, false, 9, threads);   // sketches
+                run_history(dtype, 90, dim, std::vector<int64_t>(12, 170), k, false, 12, threads);  // sketches
                 run_history(dtype, 900, dim, {150, 180, 131}, k, false, 6, threads);  // far rows, as they are
             }
         }
