@@ -260,9 +260,9 @@ void search_frequent(HistoryTopk task, const Frequent& frequent, int threads) {
     const bool large = all * task.count * task.dim >= kLargeWork;
     const Memory rows(at_once * task.count * static_cast<int64_t>(sizeof(float)), large);
     const Buffer columns = narrow_columns(task, threads);
-    const std::vector<int64_t> users = users_of_steps(task);
     task.columns = columns->data();
-    task.user_at = users.data();
+    const std::vector<int64_t> users = task.user == nullptr ? users_of_steps(task) : std::vector<int64_t>();
+    if (!users.empty()) task.user_at = users.data();
     const std::vector<int64_t>& starts = frequent.starts;
     for (int64_t first = 0, last = 0; first < all; first = last) {
         while (last < all && (last == first || starts[last + 1] - starts[first] <= kOrdered)) ++last;

@@ -29,7 +29,7 @@ struct HistoryTopk {
     int64_t block = 0;                // behaviours of a user that are packed at once, a multiple of kHistoryBlock
     const float* row = nullptr;       // (N,) exact scores of the queries' one target with all items, or null
     const void* columns = nullptr;    // beside it: (M,) `items` in column_bytes(N) each, unsigned,
-    const int64_t* user_at = nullptr; // and without `user` that of each kUserStep-th behaviour
+    const int64_t* user_at = nullptr; // and without `user` that of each kUserStep-th behaviour; or null
     const int8_t* sketch = nullptr;   // (N, sketch_bytes(dim)), rows of sketch.h, or null
     float sketch_norm = 0.0f, sketch_residual = 0.0f;  // bounds of its rows
 };

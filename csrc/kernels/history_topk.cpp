@@ -133,9 +133,11 @@ template <class Use>
 template <class T>
 class UserSearch {
 public:
-    UserSearch(const HistoryTopk& task, const Scratch& scratch, int64_t user)
+    // `finite`: whether all of the task's row is; false where it has none.
+    UserSearch(const HistoryTopk& task, const Scratch& scratch, int64_t user, bool finite)
         : task_(task),
           scratch_(scratch),
+          finite_(finite),
           begin_(task.offsets[user]),
           length_(task.offsets[user + 1] - begin_),
           history_(task.items + begin_) {}
@@ -206,7 +208,7 @@ private:
             Row& of = scratch_.rows[row];
             if (settle(first + row, of)) {
                 if (!of.exact) refine(of, scratch_.wide_targets + row * stride);
-                write_best(first + row, of.kept);
+                write_best(first + row, of);
             } else {
                 search_all(first + row);
             }
@@ -224,7 +226,7 @@ private:
             if (task_.row != nullptr) look_up(from, last, scores);
             if (sketched) sketch_strip(scratch_.wide_targets + row * padded(task_.dim), of, scores, from, last);
             of.exact = !sketched;
-            of.certified &= sketched || all_finite(scores, last - from);
+            of.certified &= sketched || finite_ || all_finite(scores, last - from);
             select(of, end(first + row), scores, from, to);
         }
     }
@@ -437,7 +439,8 @@ private:
         const int64_t count = end(place);
         if (task_.k > kLargestHistoryK || !row.certified) return false;
         if (count > task_.k) {
-            if (row.kept.size > task_.k + kFewMore) tighten(row);
+            const int64_t enough = task_.k + kFewMore;
+            if (row.kept.size > (row.exact ? whole_vectors(enough) : enough)) tighten(row);
         } else if (!row.exact) {
             for (int64_t position = 0; position < count; ++position) {
                 row.kept.scores[position] = 0.0f;
@@ -454,7 +457,7 @@ private:
         for (int64_t row = 0; row < count; ++row) {
             Row& of = scratch_.rows[row];
             if (of.certified && task_.k <= kLargestHistoryK) {
-                write_best(first + row, of.kept);
+                write_best(first + row, of);
             } else {
                 search_all(first + row);
             }
@@ -507,14 +510,15 @@ private:
         if (!settle(place, row)) return search_all(place);
         widen(embedding(target(place)), task_.dim, scratch_.wide_targets);
         rescore(row, end(place), scratch_.wide_targets, RowOf{*this});
-        write_best(place, row.kept);
+        write_best(place, row);
     }
 
-    void write_best(int64_t place, const Kept& kept) const {
+    void write_best(int64_t place, const Row& row) const {
+        const Kept& kept = row.kept;
         const int64_t output = query(place) * task_.k;
         float* const scores = task_.scores + output;
         int64_t* const positions = task_.positions + output;
-        if (kept.size > kMostRanked || !all_finite(kept.scores, kept.size)) {
+        if (kept.size > kMostRanked || !(row.exact || all_finite(kept.scores, kept.size))) {
             Best best(task_.k, scores, positions);
             for (int64_t i = kept.size - 1; i >= 0; --i) best.offer(kept.scores[i], kept.positions[i]);
             return best.finish();
@@ -556,6 +560,7 @@ private:
 
     const HistoryTopk& task_;
     const Scratch& scratch_;
+    const bool finite_;
     const int64_t begin_, length_;
     const int64_t* const history_;
     int64_t longest_ = 0, later_ = 0;
@@ -591,6 +596,7 @@ int64_t user_of(const HistoryTopk& task, int64_t query, int64_t from) {
 template <class T>
 void run(const HistoryTopk& task, int64_t first, int64_t last, const Scratch& scratch) {
     const auto query = [&](int64_t place) { return task.order == nullptr ? place : task.order[place]; };
+    const bool finite = task.row != nullptr && all_finite(task.row, task.count);
     for (int64_t user = user_of(task, query(first), 0); first < last;) {
         const auto same_user = [&](int64_t query) {
             return task.user == nullptr ? query < task.offsets[user + 1] : task.user[query] == user;
@@ -600,7 +606,12 @@ void run(const HistoryTopk& task, int64_t first, int64_t last, const Scratch& sc
         while (next < last && same_user(query(next))) ++next;
         const int64_t next_user = next < last ? user_of(task, query(next), user) : 0;
         if (task.row != nullptr && next < last) ask_for(task, query(next), next_user);
-        UserSearch<T>(task, scratch, user).run(first, next, last);
+        if (task.user_at != nullptr) {
+            const auto step = [&](int64_t later) { return task.user_at + query(smaller(next + later, last - 1)) / kUserStep; };
+            __builtin_prefetch(step(6));
+            __builtin_prefetch(task.offsets + *step(3));
+        }
+        UserSearch<T>(task, scratch, user, finite).run(first, next, last);
         first = next;
         user = next_user;
     }
