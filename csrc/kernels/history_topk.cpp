@@ -29,6 +29,7 @@ constexpr int64_t kKeptStride = kMostKept + kStrip + kSlack;
 constexpr int64_t kGroupQueries = 8 * kPanelRows;  // queries that share the packing of a part of a long history
 constexpr int64_t kCachedBytes = 1 << 19;          // rows that stay in a core's cache while a panel is rescored
 constexpr int64_t kMostAsked = 4096;    // bytes of the next query's history; the processor asks for those that follow
+constexpr int64_t kUsersAhead = 3;      // look-ups between a query and the one whose user is asked for
 constexpr int64_t kSketchAhead = 16;    // rows of a sketch that are asked for ahead
 constexpr int64_t kShortSketch = 128;   // candidates up to which exact scores of all cost less than a sketch's first
 // What a product costs beside its scores, in exact scores less approximate ones: to rescore a query, for each of its k
@@ -280,7 +281,7 @@ private:
 
     const int8_t* sketch_row(int64_t item) const { return task_.sketch + item * sketch_bytes(task_.dim); }
 
-    // Exact scores in place of a sketch's: first of k good candidates, whose k-th best leaves fewer of the others to score.
+    // Exact scores in place of a sketch's: first of k good candidates, whose k-th best leaves fewer of the others.
     void refine(Row& row, const float* target) const {
         constexpr int kSteps = 10;  // more than elsewhere: a row costs more than a step
         Kept& kept = row.kept;
@@ -607,9 +608,11 @@ void run(const HistoryTopk& task, int64_t first, int64_t last, const Scratch& sc
         const int64_t next_user = next < last ? user_of(task, query(next), user) : 0;
         if (task.row != nullptr && next < last) ask_for(task, query(next), next_user);
         if (task.user_at != nullptr) {
-            const auto step = [&](int64_t later) { return task.user_at + query(smaller(next + later, last - 1)) / kUserStep; };
-            __builtin_prefetch(step(6));
-            __builtin_prefetch(task.offsets + *step(3));
+            const auto user_at = [&](int64_t later) {
+                return task.user_at + query(smaller(next + later, last - 1)) / kUserStep;
+            };
+            __builtin_prefetch(user_at(2 * kUsersAhead));
+            __builtin_prefetch(task.offsets + *user_at(kUsersAhead));
         }
         UserSearch<T>(task, scratch, user, finite).run(first, next, last);
         first = next;

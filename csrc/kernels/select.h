@@ -71,7 +71,9 @@ inline float largest_in(Floats values) {
     float lanes[kWidth];
     store(lanes, values);
     for (int half = kWidth / 2; half > 0; half /= 2) {
-        for (int lane = 0; lane < half; ++lane) lanes[lane] = lanes[lane + half] > lanes[lane] ? lanes[lane + half] : lanes[lane];
+        for (int lane = 0; lane < half; ++lane) {
+            lanes[lane] = lanes[lane + half] > lanes[lane] ? lanes[lane + half] : lanes[lane];
+        }
     }
     return lanes[0];
 #endif

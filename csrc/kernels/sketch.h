@@ -9,8 +9,8 @@
 //     sketch_scores(query, rows, later_rows, dim, scores);    of kSketchRows rows
 //     |scores[i] - exact| <= score_error(query.bound, worst, dim)
 //
-// where `worst` is at least the bound of each row. The score of a row with less of a residual is lowered, so that all have
-// the same upper bounds, score and error, and no more is known than that of how far below the exact score may be.
+// where `worst` is at least the bound of each row. The score of a row with less of a residual is lowered by the
+// difference that this makes, so that score + error is the least upper bound for it too.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +38,7 @@ using Shorts = int16_t __attribute__((vector_size(kPairs * sizeof(int16_t))));
 struct SketchQuery {
     const int16_t* values;
     float scale;
-    float worst_residual, norm;  // what is at least its norm times a residual is the most that this takes from a score
+    float worst_residual;  // of the rows
     Bound bound;
 };
 
@@ -82,7 +82,7 @@ inline Integers nearest(Floats values) {
     return (Integers)(values + kRound) - (Integers)(Floats{} + kRound);
 }
 
-// Which `steps` steps are as long as the largest of some values: 0 where that has no digits to speak of, or is infinite.
+// Of which `steps` are as long as the largest of some values; 0 where that is next to nothing, or infinite.
 struct Step {
     float size, inverse;
 
@@ -96,8 +96,8 @@ struct Step {
 
 inline Floats magnitude(Floats values) { return (Floats)((Words)values & 0x7fffffffu); }
 
-// `values` has sketch_bytes(dim), with zeros for what is past dim in the last block, then the scales of all blocks and the
-// residual of the row.
+// `values` has sketch_bytes(dim): zeros for what is past dim in the last block, then the scales of all blocks and the
+// row's residual.
 template <class T>
 inline Bound make_sketch(const T* row, int64_t dim, int8_t* values) {
     constexpr int kParts = kSketchBlock / kWidth;
@@ -138,15 +138,14 @@ inline SketchQuery sketch_query(const float* row, int64_t dim, float worst_resid
         __builtin_memcpy(values + d, &narrow, sizeof narrow);
         squares.add(exact, __builtin_convertvector(steps, Floats) * step.size);
     }
-    const Bound bound = squares.bound(dim);
-    return {values, step.size, worst_residual, bound.norm, bound};
+    return {values, step.size, worst_residual, squares.bound(dim)};
 }
 
 // Asks for a row, block by block as another one is read.
 inline void ask_for_block(const int8_t* row, int64_t block) { __builtin_prefetch(row + block * kSketchBlock, 0, 2); }
 
-// Lanes of a score but for the query's scale. The blocks are read from both ends in turn: in a row that is read in order the
-// processor asks for what lies behind it as well, in vain, and takes twice the time where rows come from memory.
+// Lanes of a score but for the query's scale. The blocks are read from both ends in turn: where they are read in order
+// the processor asks for what lies behind the row as well, in vain, and rows from memory take twice the time.
 inline Floats sketch_lanes(const int16_t* query, const int8_t* row, const int8_t* later, int64_t dim) {
     const int64_t blocks = sketch_blocks(dim);
     const float* const scales = reinterpret_cast<const float*>(row + blocks * kSketchBlock);
@@ -181,7 +180,7 @@ inline float sketch_residual(const int8_t* row, int64_t dim) {
             lanes[i] = sketch_lanes(query.values, rows[row + i], later[row + i], dim);
             less[i] = query.worst_residual - sketch_residual(rows[row + i], dim);
         }
-        const Four four = sums(lanes) * query.scale - less * query.norm;
+        const Four four = sums(lanes) * query.scale - less * query.bound.norm;
         __builtin_memcpy(scores + row, &four, sizeof four);
     }
 }
