@@ -23,6 +23,7 @@ constexpr int64_t kMostWork = int64_t{1} << 31;
 constexpr int64_t kLargeWork = int64_t{1} << 30;  // multiplications that large pages pay for
 constexpr int64_t kPackedBytes = int64_t{1} << 26;  // of all threads
 constexpr int64_t kRowBytes = int64_t{1} << 26;     // of the scores of targets with all items
+constexpr int64_t kRowSlack = 64;                   // bytes past the last, which is read in whole vectors
 constexpr int64_t kFewestRows = 16;                 // fewer at once would read the table too often
 constexpr int64_t kRowCost = 2;
 constexpr int64_t kRowQueries = 2048;               // in a piece of a target's
@@ -258,7 +259,7 @@ void search_frequent(HistoryTopk task, const Frequent& frequent, int threads) {
     const auto all = static_cast<int64_t>(frequent.targets.size());
     const int64_t at_once = std::min(rows_at_once(task), all);
     const bool large = all * task.count * task.dim >= kLargeWork;
-    const Memory rows(at_once * task.count * static_cast<int64_t>(sizeof(float)), large);
+    const Memory rows(at_once * task.count * static_cast<int64_t>(sizeof(float)) + kRowSlack, large);
     const Buffer columns = narrow_columns(task, threads);
     task.columns = columns->data();
     const std::vector<int64_t> users = task.user == nullptr ? users_of_steps(task) : std::vector<int64_t>();

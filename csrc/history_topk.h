@@ -27,7 +27,8 @@ struct HistoryTopk {
     // What history_topk fills in for its kernels.
     const uint32_t* order = nullptr;  // the query at each place, by user and end; null: all of them, which come so
     int64_t block = 0;                // behaviours of a user that are packed at once, a multiple of kHistoryBlock
-    const float* row = nullptr;       // (N,) exact scores of the queries' one target with all items, or null
+    const float* row = nullptr;       // (N,) exact scores of the queries' one target with all items, or null;
+                                      // a vector past the last is readable
     const void* columns = nullptr;    // beside it: (M,) `items` in column_bytes(N) each, unsigned,
     const int64_t* user_at = nullptr; // and without `user` that of each kUserStep-th behaviour; or null
     const int8_t* sketch = nullptr;   // (N, sketch_bytes(dim)), rows of sketch.h, or null
