@@ -41,9 +41,9 @@ struct Normal {
 // Φ(-y) exp(y²/2) is smooth for all y >= 0 in t = (y - K) / (y + K), as J. L. Schonfelder, Math. Comp. 32 (1978), uses
 // it for erfc. The polynomial, for K = 3, is a minimax fit of Φ: error 3e-9, where the rounding of fp32 brings 6e-8.
 inline Normal normal(Floats x) {
-    const Floats magnitude = (Floats)((Words)x & 0x7fffffffu);
-    const Floats y = magnitude < 12.0f ? magnitude : 12.0f;
-    const Floats bell = magnitude < 12.0f ? exp2(-0.72134752f * y * y) : Floats{};  // Φ(-12) < 1e-32, x has no bound
+    const Floats distance = magnitude(x);
+    const Floats y = distance < 12.0f ? distance : 12.0f;
+    const Floats bell = distance < 12.0f ? exp2(-0.72134752f * y * y) : Floats{};  // Φ(-12) < 1e-32, x has no bound
     const Floats inverse = 1.0f / (y + 3.0f), t = (y - 3.0f) * inverse;
     Floats tail = 0.00198272001f * t + 0.00677748317f;
     tail = tail * t - 0.0113714778f;

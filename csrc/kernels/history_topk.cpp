@@ -304,15 +304,8 @@ private:
             count += low <= kept.scores[i] && kept.scores[i] < high;
         }
         for (int64_t i = 0; i < count; ++i) prefetch(history_ + kept.positions[chosen[i]], 1);
-        for (int64_t from = 0; from < count; from += kExactRows) {
-            const T* rows[kExactRows];
-            float scores[kExactRows];
-            for (int64_t i = 0; i < kExactRows; ++i) {
-                rows[i] = embedding(history_[kept.positions[chosen[smaller(from + i, count - 1)]]]);
-            }
-            exact_scores(target, rows, task_.dim, scores);
-            for (int64_t i = 0; i < smaller(kExactRows, count - from); ++i) exact[chosen[from + i]] = scores[i];
-        }
+        const auto row_at = [&](int64_t i) { return embedding(history_[kept.positions[chosen[i]]]); };
+        score_each(target, count, row_at, [&](int64_t i, float score) { exact[chosen[i]] = score; });
     }
 
     void start_row(int64_t row) {
@@ -489,15 +482,24 @@ private:
     template <class RowAt>
     void rescore(Row& row, int64_t to, const float* target, RowAt row_at) const {
         const int32_t* const positions = row.kept.positions;
-        int64_t from = row.rescored, last = from;
+        const int64_t from = row.rescored;
+        int64_t last = from;
         while (last < row.kept.size && positions[last] < to) ++last;
         row.rescored = last;
-        for (; from < last; from += kExactRows) {
+        float* const scores = row.kept.scores + from;
+        const auto row_of = [&](int64_t i) { return row_at(positions[from + i]); };
+        score_each(target, last - from, row_of, [&](int64_t i, float score) { scores[i] = score; });
+    }
+
+    // Calls use(i, exact score) for row_at(i), i < count; some rows share a pass over the target's.
+    template <class RowAt, class Use>
+    void score_each(const float* target, int64_t count, const RowAt& row_at, const Use& use) const {
+        for (int64_t from = 0; from < count; from += kExactRows) {
             decltype(row_at(0)) rows[kExactRows];
-            float exact[kExactRows];
-            for (int64_t i = 0; i < kExactRows; ++i) rows[i] = row_at(positions[smaller(from + i, last - 1)]);
-            exact_scores(target, rows, task_.dim, exact);
-            for (int64_t i = 0; i < smaller(kExactRows, last - from); ++i) row.kept.scores[from + i] = exact[i];
+            float scores[kExactRows];
+            for (int64_t i = 0; i < kExactRows; ++i) rows[i] = row_at(smaller(from + i, count - 1));
+            exact_scores(target, rows, task_.dim, scores);
+            for (int64_t i = 0; i < smaller(kExactRows, count - from); ++i) use(from + i, scores[i]);
         }
     }
 
@@ -547,15 +549,8 @@ private:
         float* const target_row = scratch_.wide_targets;
         widen(embedding(target(place)), task_.dim, target_row);
         Best best(task_.k, task_.scores + output, task_.positions + output);
-        for (int64_t last = count; last > 0; last -= kExactRows) {
-            const T* rows[kExactRows];
-            float exact[kExactRows];
-            for (int64_t row = 0; row < kExactRows; ++row) {
-                rows[row] = embedding(history_[last - 1 - smaller(row, last - 1)]);
-            }
-            exact_scores(target_row, rows, task_.dim, exact);
-            for (int64_t row = 0; row < smaller(kExactRows, last); ++row) best.offer(exact[row], last - 1 - row);
-        }
+        const auto row_at = [&](int64_t i) { return embedding(history_[count - 1 - i]); };
+        score_each(target_row, count, row_at, [&](int64_t i, float score) { best.offer(score, count - 1 - i); });
         best.finish();
     }
 

@@ -94,8 +94,6 @@ struct Step {
     }
 };
 
-inline Floats magnitude(Floats values) { return (Floats)((Words)values & 0x7fffffffu); }
-
 // `values` has sketch_bytes(dim): zeros for what is past dim in the last block, then the scales of all blocks and the
 // row's residual.
 template <class T>

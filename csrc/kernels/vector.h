@@ -154,6 +154,8 @@ inline typename Operand<T>::Vector load_operand(const T* source) {
     return vector;
 }
 
+inline Floats magnitude(Floats values) { return (Floats)((Words)values & 0x7fffffffu); }
+
 inline Floats multiply_add(Floats a, Floats b, Floats sum) { return sum + a * b; }
 
 inline Floats multiply_add(Words a, Words b, Floats sum) {
