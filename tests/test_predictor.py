@@ -121,6 +121,9 @@ def test_behaviours_in_a_request_are_added_to_what_is_known(predictor: Predictor
     assert predictor.predict([whole]) == pytest.approx([changed], abs=ROUNDING)
     early = row | {"history": [newer], "time": 10**9}
     assert predictor.predict([early]) == pytest.approx([known], abs=ROUNDING)
+    # Numbers of NumPy's are numbers, as those of a data frame's rows.
+    numpys = newer | {"rating": np.int64(1), "time": np.int64(10**9)}
+    assert predictor.predict([row | {"history": [numpys]}]) == pytest.approx([changed], abs=ROUNDING)
     # Items that the data do not know cannot be read by anything, and do not count.
     strange = row | {"history": [{"item_id": "none such", "rating": 1, "time": 10**9}]}
     assert predictor.predict([strange]) == pytest.approx([known], abs=ROUNDING)
@@ -173,6 +176,10 @@ def test_what_is_not_told_of_a_new_user_is_what_most_have(predictor: Predictor, 
         (
             {"item_id": "4", "history": [{"item_id": 2, "rating": 1}]},
             r"history\[0\]: expected a value of time, found none",
+        ),
+        (
+            {"item_id": "4", "history": [{"item_id": 2, "rating": np.True_, "time": 1}]},
+            r"history\[0\]: expected a rating of the data, 1, 2, 3, 4, 5, found np.True_",
         ),
         (
             {"item_id": "4", "history": [{"item_id": 2, "rating": 1, "time": 1}], "user": {"shoe": 44}},

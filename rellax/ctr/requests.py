@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -171,7 +172,7 @@ class Requests:
         value = behaviour.get("rating")
         if value is None:
             value = self._dataset.meta["unrated"]
-        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+        number = isinstance(value, Real) and not isinstance(value, bool) and abs(value) < 1e30
         if not number or float(np.float32(value)) not in self._ratings:
             known = ", ".join(f"{rating:g}" for rating in sorted(self._ratings))
             raise InputError(f"expected a rating of the data, {known}, found {value!r}")
