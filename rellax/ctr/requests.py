@@ -157,8 +157,10 @@ class Requests:
         data = self._dataset
         known = data.behaviour_items[rows], data.behaviour_ratings[rows], data.behaviour_times[rows]
         items, ratings, times = (np.concatenate(pair) for pair in zip(known, new, strict=True))
-        if not data.meta["timed"]:
-            return items, ratings
+        if not data.meta["timed"]:  # an item counts once, where it comes last
+            _, from_the_end = np.unique(items[::-1], return_index=True)
+            kept = np.sort(len(items) - 1 - from_the_end)
+            return items[kept], ratings[kept]
         is_new = np.arange(len(items)) >= rows.stop - rows.start
         order = np.lexsort((is_new, items, times))
         again = np.zeros(len(items), dtype=bool)
