@@ -239,6 +239,11 @@ def test_names_of_own_data(run: Path, tmp_path: Path) -> None:
     one, two = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("a", "b"))
     assert one.column_names == ["what", "note", "who", "probability"]
     assert one["probability"].to_pylist() == two["probability"].to_pylist()
+    predict(run, tmp_path / "a.csv", tmp_path / "c.csv", columns=tmp_path / "map.json", progress=False)
+    like_what_was_read = pa.csv.ParseOptions(delimiter=";")
+    assert pa.csv.read_csv(tmp_path / "c.csv", parse_options=like_what_was_read).equals(
+        one.set_column(0, "what", pa.array([4, 17])).set_column(2, "who", pa.array([3, 5]))
+    )
 
     history = [[{"item_id": "2", "rating": 5.0, "time": 3}], None]
     brought = pa.table(

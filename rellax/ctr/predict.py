@@ -59,7 +59,7 @@ def predict(
         run: folder of `rellax train`.
         table: .parquet, .csv, or .jsonl (a JSON object a line); "-" is standard input, JSON lines.
         out: .parquet or .csv for a table; .jsonl, or "-" for standard output, for JSON lines.
-        columns: column map of own data, where rows have its names.
+        columns: column map of own data, where rows have its names, and CSV files its delimiter.
         errors: what becomes of a row that cannot be answered. "stop" ends with an error that names it; lines
             before it are answered. "answer" gives it, in place of a probability, a text `error`.
         data, device, batch_size, calibrated: as for `Predictor`.
@@ -97,10 +97,10 @@ class _Table:
     """A .parquet or .csv file, some rows at a time."""
 
     def __init__(self, path: Path, names: Mapping[str, str], delimiter: str, errors: str) -> None:
-        self.path, self.errors = path, errors
+        self.path, self.delimiter, self.errors = path, delimiter, errors
         self.rows: int | None = None  # a CSV file does not say how many it has
         with self._readable():
-            self.schema = self._open_csv(delimiter) if path.suffix == ".csv" else self._open_parquet()
+            self.schema = self._open_csv() if path.suffix == ".csv" else self._open_parquet()
             found = self.schema.names  # decoded here
         if len(set(found)) < len(found):
             raise InputError(f"{path}: expected each column once, found {', '.join(found)}")
@@ -129,11 +129,10 @@ class _Table:
         predictor, count = load(), 0
         types = {COLUMN: pa.float64(), ERROR: pa.string()}
         schema = pa.schema(fields + [pa.field(name, types[name]) for name in self.added])
-        writer = pyarrow.csv.CSVWriter if out.suffix == ".csv" else pq.ParquetWriter
         with (
             tqdm(total=self.rows, desc="predict", unit="row", disable=not progress) as bar,
             atomic_file(out) as part,
-            writer(part, schema) as file,
+            self._writer(part, schema) as file,
         ):
             for batch in itertools.chain([first], batches):
                 answers = self._answers(batch, predictor, count, bar)
@@ -143,6 +142,12 @@ class _Table:
                 file.write_table(pa.Table.from_arrays(columns, schema=schema))
                 count += batch.num_rows
         return count
+
+    def _writer(self, path: Path, schema: pa.Schema) -> pa.csv.CSVWriter | pq.ParquetWriter:
+        """In CSV with the delimiter of the column map, which goes for what is written from it as well."""
+        if path.suffix != ".csv":
+            return pq.ParquetWriter(path, schema)
+        return pa.csv.CSVWriter(path, schema, write_options=pa.csv.WriteOptions(delimiter=self.delimiter))
 
     def _is_brought(self, name: str) -> bool:
         """Whether a column of that name is what rows bring; any other column `user` is passed through."""
@@ -186,11 +191,11 @@ class _Table:
         self._reader: Iterator[pa.RecordBatch] = file.iter_batches(_ROWS)
         return file.schema_arrow
 
-    def _open_csv(self, delimiter: str) -> pa.Schema:
+    def _open_csv(self) -> pa.Schema:
         """All columns as text, so that what is passed through stays as it is."""
         options: dict[str, Any] = {
             "read_options": pa.csv.ReadOptions(block_size=_BYTES),
-            "parse_options": pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+            "parse_options": pa.csv.ParseOptions(delimiter=self.delimiter, newlines_in_values=True),
         }
         with pa.csv.open_csv(self.path, **options) as file:
             types = dict.fromkeys(file.schema.names, pa.string())
