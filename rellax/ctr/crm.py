@@ -133,7 +133,7 @@ def make_crm(
     Raises:
         InputError: as `train_crm`, or `folder` holds something else.
     """
-    claimed = is_claimed(folder, asdict(config), redo=redo)
+    claimed = is_claimed(folder, asdict(config), command="crm", redo=redo)
     dataset = Dataset.load(data)
     if claimed:
         if has_inputs(folder, _hashes(dataset)):

@@ -58,7 +58,7 @@ def embed(
         InputError: no data folder, model or CRM there, or `folder` holds something else.
     """
     check_count("dim", config["dim"])
-    claimed = runs.is_claimed(folder, config, redo=redo)
+    claimed = runs.is_claimed(folder, config, command="embed", redo=redo)
     where = resolve_device(device if cluster is None else "auto")
     read_json(Path(config["data"]) / "dataset.json", maker="rellax prepare")
     ids, texts = _items(config["data"])

@@ -63,7 +63,7 @@ def retrieve(
         InputError: a folder is missing, the embeddings are of other items, or `folder` holds something else.
     """
     check_count("k", config["k"])
-    claimed = runs.is_claimed(folder, config, redo=redo)
+    claimed = runs.is_claimed(folder, config, command="retrieve", redo=redo)
     if cluster is None:
         resolve_device(device)
     data, embeddings = Path(config["data"]).resolve(), Path(config["embeddings"]).resolve()

@@ -32,22 +32,35 @@ _PACKAGES = (
     "pyarrow",
     "scikit-learn",
 )
+_KINDS = {  # names that the configurations of all runs of a command have had, and those of nothing else
+    "crm": {"model", "embedding_dim", "hidden"},
+    "embed": {"data", "model", "dim"},
+    "retrieve": {"data", "embeddings", "k"},
+    "train": {"data", "stage", "prompts"},
+}
 _EXECUTION = ("micro_batch_size", "gradient_checkpointing", "compile", "packing", "checkpoint_every")
 
 
 def is_claimed(
-    folder: str | Path, config: dict[str, Any], *, redo: bool | None = None, advice: str | None = None
+    folder: str | Path,
+    config: dict[str, Any],
+    *,
+    command: str | None = None,
+    redo: bool = False,
+    advice: str | None = None,
 ) -> bool:
     """Whether a folder holds a run of `config`; False where it holds none, or that is to be done anew.
 
     How a finished run was executed may differ.
 
     Args:
-        redo: whether the command was told to begin anew; None where it has no such option.
+        command: "crm", "embed", "retrieve" or "train", which can begin anew; None is one that cannot.
+        redo: whether it was told to.
         advice: what to do where the folder holds another run; None is to choose another folder.
 
     Raises:
-        InputError: it holds a run of another configuration, or something else.
+        InputError: it holds a run of another configuration, or something else; to begin anew, anything but a
+            run of `command`.
     """
     folder = Path(folder)
     path = folder / "config.json"
@@ -55,13 +68,18 @@ def is_claimed(
         if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise InputError(f"{folder}: expected a new folder, or that of an earlier run, found other files")
         return False
-    if redo:
-        return False
     found, wanted = read_json(path), json.loads(json.dumps(config))
+    if command is not None and redo:
+        if not isinstance(found, dict) or not _KINDS[command] <= found.keys():
+            raise InputError(
+                f"{folder}: expected a run of `rellax {command}` to begin anew, found another kind"
+            )
+        return False
     if (folder / "metrics.json").exists():
         found, wanted = without_execution(found), without_execution(wanted)
     if differs := ", and ".join(_differences(found, wanted)):
-        advice = advice or "choose another folder" + ("" if redo is None else ", or begin anew with --redo")
+        or_anew = "" if command is None else ", or begin anew with --redo"
+        advice = advice or f"choose another folder{or_anew}"
         raise InputError(f"{folder}: holds a run with {differs}; {advice}")
     return True
 

@@ -84,9 +84,7 @@ def train(
     accelerator = parallel.start(resolve_device(device))
     inputs = parallel.from_main(accelerator, lambda: input_hashes(config, progress=progress))
     request = config.to_json() | {"inputs": inputs}
-    runs.is_claimed(folder, request, redo=redo)
-    if redo and (folder / "config.json").exists() and "stage" not in read_json(folder / "config.json"):
-        raise InputError(f"{folder}: expected a run of `rellax train` to begin anew, found another kind")
+    runs.is_claimed(folder, request, command="train", redo=redo)
     with runs.locked(folder) if accelerator.is_main_process else contextlib.nullcontext():
         accelerator.wait_for_everyone()
         if redo or not (folder / "metrics.json").exists():
