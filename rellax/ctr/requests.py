@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -174,8 +173,8 @@ class Requests:
         value = behaviour.get("rating")
         if value is None:
             value = self._dataset.meta["unrated"]
-        number = isinstance(value, Real) and not isinstance(value, bool) and abs(value) < 1e30
-        if not number or float(np.float32(value)) not in self._ratings:
+        is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+        if not is_number or not abs(value) < 1e30 or float(np.float32(value)) not in self._ratings:
             known = ", ".join(f"{rating:g}" for rating in sorted(self._ratings))
             raise InputError(f"expected a rating of the data, {known}, found {value!r}")
         return float(value)
