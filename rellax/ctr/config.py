@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,6 +177,7 @@ class TrainConfig:
         return {**dataclasses.asdict(self), "target_modules": list(self.target_modules)}
 
     def _check_values(self) -> None:
+        _check_finite(self)
         for name, allowed in CHOICES.items():
             _check_choice(name, getattr(self, name), allowed)
         for name in ("k", "max_tokens", "epochs", "batch_size", "micro_batch_size", "checkpoint_every", "r"):
@@ -253,6 +255,7 @@ class Comparison:
     recent_share: float = 0.0
 
     def __post_init__(self) -> None:
+        _check_finite(self)
         _check_choice("similarity", self.similarity, SIMILARITIES)
         _check_fraction("recent_share", self.recent_share)
 
@@ -387,6 +390,13 @@ def inherited(config: TrainConfig) -> TrainConfig:
 
 def _resolved(folder: str | None) -> Path | None:
     return None if folder is None else Path(folder).resolve()
+
+
+def _check_finite(config: Any) -> None:
+    """NaN is not below any bound that a field may have."""
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{name}: expected a finite number, got {value!r}")
 
 
 def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
