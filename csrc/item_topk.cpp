@@ -101,7 +101,7 @@ struct ItemTopkSearch::State {
 
     void match_blocks(int64_t i, int64_t j) {
         const PackedRows all = queries.from(0);
-        match({all, block(i), all, block(j), 0, i != j, lists});
+        match({all, block(i), all, block(j), 0, true, lists});
     }
 
     void match_columns(int64_t step) {

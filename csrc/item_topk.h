@@ -58,7 +58,7 @@ struct ItemTopkBlock {
     PackedRows items;
     RowRange columns;
     int64_t first_item;  // the item of items' row 0
-    bool mutual;         // each product is for the list of the item, too: items and queries are the same rows
+    bool mutual;         // items and queries are the same rows: each product is made once and is for both lists
     Shortlists lists;
 };
 

@@ -73,7 +73,8 @@ public:
         candidates_[size_++] = {score - error, score + error, static_cast<uint32_t>(item)};
         if (size_ < capacity_) return;
         narrow();
-        if (2 * size_ > capacity_ + task_.k) settle();
+        const int64_t room = capacity_ - size_, most = capacity_ - task_.k;
+        if (8 * room < 3 * most) settle();
     }
 
     // Drops what is sure not to be among the k best.
@@ -134,6 +135,10 @@ private:
             }
             if (count == 0) return;
             for (int rest = count; rest < kExactRows; ++rest) rows[rest] = rows[0];
+            for (int64_t next = first; next < smaller(last, first + kExactRows); ++next) {
+                const T* const row = embeddings + candidates_[next].item * task_.dim;
+                prefetch_bytes(row, task_.dim * static_cast<int64_t>(sizeof(T)));
+            }
             float scores[kExactRows];
             exact_scores(target, rows, task_.dim, scores);
             for (int i = 0; i < count; ++i) unknown[i]->lower = unknown[i]->upper = scores[i];
@@ -162,7 +167,7 @@ inline Reach reach_of(const PackedRows& rows, int64_t first, int64_t count) {
     return {range_of((const float*)&norm, kWidth).high, range_of((const float*)&error, kWidth).high};
 }
 
-// Products of a panel of queries with some items, and what they are to the lists.
+// Products of queries with some items, and what they are to the lists.
 template <class T>
 class Strip {
 public:
@@ -172,74 +177,41 @@ public:
         : task_(task),
           block_(block),
           column_(column),
-          columns_(block.columns.last - column < kColumns ? block.columns.last - column : kColumns),
+          columns_(smaller(block.columns.last - column, kColumns)),
           items_(reach_of(block.items, column, columns_)),
-          scratch_(scratch) {
-        for (float& enough : enough_for_item_) enough = __builtin_inff();
-    }
+          scratch_(scratch) {}
 
-    // Scores the panel's queries, from `row` on.
-    void score(int64_t row) {
-        const int64_t size = panel_size(task_.dim);
-        const Packed* const queries = static_cast<const Packed*>(block_.queries.panels) + row / kPanelRows * size;
-        const Packed* panel = static_cast<const Packed*>(block_.items.panels) + column_ / kPanelRows * size;
-        for (int64_t j = 0; j < columns_; j += kPanelRows, panel += size) {
-            for (int i = 0; i < kPanelRows; i += kTileRows) {
-                score_tile(tile_queries(queries, i), panel, task_.dim, scores_ + i * kColumns + j, kColumns);
+    // A panel of queries, from `row` on, with the items from `column` on.
+    void match(int64_t row, int64_t column) {
+        find_what_is_enough(row);
+        const int64_t rows = smaller(block_.rows.last - row, kPanelRows);
+        for (int64_t j = column - column_; j < columns_; j += kPanelRows) {
+            const bool mutual = block_.mutual && column_ + j != row;
+            for (int64_t i = 0; i < rows; i += kTileRows) {
+                alignas(64) float scores[kTileRows * kPanelRows];
+                score_tile(tile_queries(queries(row), i), items(j), task_.dim, scores, kPanelRows);
+                offer(row + i, smaller(rows - i, kTileRows), j, scores, mutual);
             }
         }
     }
 
-    // Offers the scores to the lists that they may be of use for. Bounds that hold for a whole strip find those; each
-    // is then looked at by its own.
-    void offer(int64_t row) {
-        const Reach queries = reach_of(block_.queries, row, kPanelRows);
-        for (int64_t j = 0; block_.mutual && j < columns_; j += kWidth) {
-            const Floats norm = load(block_.items.norm + column_ + j), error = load(block_.items.error + column_ + j);
-            const Floats floor = load(block_.lists.floor + column_ + j);
-            store(enough_for_item_ + j, floor - (queries.error * norm + queries.norm * error));
-        }
-        const int64_t last = row + kPanelRows < block_.rows.last ? row + kPanelRows : block_.rows.last;
-        for (float* scores = scores_; row < last; ++row, scores += kColumns) {
-            const float error = block_.queries.norm[row] * items_.error + block_.queries.error[row] * items_.norm;
-            if (block_.lists.size[row] == 0) raise_floor(row, scores, error);
-            const Floats enough = Floats{} + (block_.lists.floor[row] - error);
-            for (int64_t j = 0; j < columns_; j += kPanelRows) {
-                uint32_t useful = 0;
-                for (int part = 0; part < kPanelRows; part += kWidth) {
-                    const Floats values = load(scores + j + part);
-                    const Floats enough_for_item = load(enough_for_item_ + j + part);
-                    useful |= (at_least(values, enough) | at_least(values, enough_for_item)) << part;
-                }
-                for (; useful != 0; useful &= useful - 1) find(row, j + __builtin_ctz(useful), scores);
+    // A start for the empty lists of a panel of queries: there are k items with these scores or better.
+    void raise_floors(int64_t row) {
+        const int64_t k = task_.k + task_.exclude_self, last = smaller(block_.rows.last, row + kPanelRows);
+        const int64_t columns = smaller(columns_, kStart);
+        if (columns < k) return;
+        for (int64_t first = row; first < last; first += kTileRows) {
+            alignas(64) float scores[kTileRows * kStart];
+            for (int64_t j = 0; j < columns; j += kPanelRows) {
+                score_tile(tile_queries(queries(row), first - row), items(j), task_.dim, scores + j, kStart);
+            }
+            for (int64_t i = 0; i < smaller(last - first, kTileRows); ++i) {
+                float* const of_row = scores + i * kStart;
+                pad_scores(of_row, columns);
+                const float floor = kth_lower_bound(of_row, columns, k) - error(first + i);
+                if (floor > block_.lists.floor[first + i]) block_.lists.floor[first + i] = floor;
             }
         }
-        hand_over();
-    }
-
-private:
-    // A start for an empty list: there are k items with these scores or better.
-    void raise_floor(int64_t row, float* scores, float error) {
-        const int64_t k = task_.k + task_.exclude_self;
-        if (columns_ < k) return;
-        pad_scores(scores, columns_);
-        const float floor = kth_lower_bound(scores, columns_, k) - error;
-        if (floor > block_.lists.floor[row]) block_.lists.floor[row] = floor;
-    }
-
-    void find(int64_t row, int64_t j, const float* scores) {
-        const int64_t column = column_ + j, item = block_.first_item + column;
-        const float error = block_.queries.error[row] * block_.items.norm[column] +
-                            block_.queries.norm[row] * block_.items.error[column];
-        find(row, scores[j], error, item);
-        if (block_.mutual) find(item, scores[j], error, row);
-    }
-
-    void find(int64_t row, float score, float error, int64_t item) {
-        if (!(score + error >= block_.lists.floor[row])) return;
-        if (task_.exclude_self && item == item_of(task_, row)) return;
-        found_[count_++] = {score, error, static_cast<uint32_t>(row), static_cast<uint32_t>(item)};
-        if (count_ == kFound) hand_over();
     }
 
     // The lists are far from the core: what was found goes to them in bulk, so that they can be fetched ahead.
@@ -257,12 +229,72 @@ private:
         count_ = 0;
     }
 
+private:
+    const Packed* panel(const PackedRows& rows, int64_t row) const {
+        return static_cast<const Packed*>(rows.panels) + row / kPanelRows * panel_size(task_.dim);
+    }
+    const Packed* queries(int64_t row) const { return panel(block_.queries, row); }
+    const Packed* items(int64_t j) const { return panel(block_.items, column_ + j); }
+
+    // How far a score of the query may be off, whatever the item.
+    float error(int64_t row) const {
+        return block_.queries.norm[row] * items_.error + block_.queries.error[row] * items_.norm;
+    }
+
+    // Scores from which on a product may be of use: for a query's list, and for an item's, whatever the other side is.
+    void find_what_is_enough(int64_t row) {
+        for (int64_t i = 0; i < kPanelRows; ++i) enough_[i] = block_.lists.floor[row + i] - error(row + i);
+        const Reach queries = reach_of(block_.queries, row, kPanelRows);
+        for (int64_t j = 0; block_.mutual && j < columns_; j += kWidth) {
+            const Floats norm = load(block_.items.norm + column_ + j), error = load(block_.items.error + column_ + j);
+            const Floats floor = load(block_.lists.floor + column_ + j);
+            store(enough_for_item_ + j, floor - (queries.error * norm + queries.norm * error));
+        }
+    }
+
+    // Offers a tile's scores to the lists that they may be of use for.
+    void offer(int64_t row, int64_t rows, int64_t j, const float* scores, bool mutual) {
+        Floats enough_for_item[kPanelVectors];
+        for (int part = 0; part < kPanelVectors; ++part) {
+            enough_for_item[part] = mutual ? load(enough_for_item_ + j + part * kWidth) : Floats{} + __builtin_inff();
+        }
+        for (int64_t i = 0; i < rows; ++i, scores += kPanelRows) {
+            const Floats enough = Floats{} + enough_[row % kPanelRows + i];
+            uint32_t useful = 0;
+            for (int part = 0; part < kPanelVectors; ++part) {
+                const Floats values = load(scores + part * kWidth);
+                useful |= (at_least(values, enough) | at_least(values, enough_for_item[part])) << part * kWidth;
+            }
+            for (; useful != 0; useful &= useful - 1) {
+                const int at = __builtin_ctz(useful);
+                find(row + i, column_ + j + at, scores[at], mutual);
+            }
+        }
+    }
+
+    // Notes a product for those of its two lists that it may be of use for; the processor could not guess which.
+    void find(int64_t row, int64_t column, float score, bool mutual) {
+        const int64_t item = block_.first_item + column;
+        const float error = block_.queries.error[row] * block_.items.norm[column] +
+                            block_.queries.norm[row] * block_.items.error[column];
+        const bool other = !task_.exclude_self || item != item_of(task_, row);
+        note(row, score, error, item, other);
+        note(mutual ? item : row, score, error, row, mutual & other);
+        if (count_ > kFound - 2) hand_over();
+    }
+
+    void note(int64_t row, float score, float error, int64_t item, bool allowed) {
+        found_[count_] = {score, error, static_cast<uint32_t>(row), static_cast<uint32_t>(item)};
+        count_ += allowed & (score + error >= block_.lists.floor[row]);
+    }
+
     // A product that may be of use for the list of query `row`.
     struct Found {
         float score, error;
         uint32_t row, item;
     };
     static constexpr int64_t kFound = 512, kAhead = 32;
+    static constexpr int64_t kStart = 256;  // items that a list's first floor is of
 
     const ItemTopk& task_;
     const ItemTopkBlock& block_;
@@ -271,18 +303,21 @@ private:
     float* const scratch_;
     Found found_[kFound];
     int64_t count_ = 0;
-    float enough_for_item_[kColumns];
-    alignas(64) float scores_[kPanelRows * kColumns];
+    float enough_[kPanelRows], enough_for_item_[kColumns];
 };
 
 template <class T>
 void match_rows(const ItemTopk& task, const ItemTopkBlock& block, float* scratch) {
+    const bool with_itself = block.mutual && block.rows.first == block.columns.first;
     for (int64_t column = block.columns.first; column < block.columns.last; column += Strip<T>::kColumns) {
         Strip<T> strip(task, block, column, scratch);
         for (int64_t row = block.rows.first; row < block.rows.last; row += kPanelRows) {
-            strip.score(row);
-            strip.offer(row);
+            if (block.lists.floor[row] == -__builtin_inff()) strip.raise_floors(row);
         }
+        for (int64_t row = block.rows.first; row < block.rows.last; row += kPanelRows) {
+            strip.match(row, with_itself && row > column ? row : column);
+        }
+        strip.hand_over();
     }
 }
 
