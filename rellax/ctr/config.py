@@ -339,22 +339,28 @@ def recent_behaviours(share: float, k: int) -> int:
 
 
 def read_config(run: str | Path) -> TrainConfig:
-    """The configuration of a finished training run.
+    """The configuration of a finished training run; what an earlier version did not know is as by default.
 
     Raises:
-        InputError: there is none, one of another kind of run, or the run is not finished.
+        InputError: there is none, one of another kind of run or of a later version, or the run is not
+            finished.
     """
     path = Path(run) / "config.json"
     values = read_json(path, maker="rellax train")
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
-    if not isinstance(values, dict) or not values.keys() >= names:
+    if not isinstance(values, dict) or not values.keys() >= {"data", "model", "stage", "prompts"}:
         raise InputError(f"{path}: expected the configuration of `rellax train`, found another")
+    values.pop("inputs", None)
+    if unknown := values.keys() - {field.name for field in dataclasses.fields(TrainConfig)}:
+        raise InputError(
+            f"{path}: expected a run of this version of rellax or an earlier one, "
+            f"found the unknown {', '.join(sorted(unknown))}"
+        )
     if not (Path(run) / "metrics.json").exists():
         raise InputError(
             f"{run}: expected a finished run, found one that was stopped; its command finishes it"
         )
-    values = {name: values[name] for name in names}
-    return TrainConfig(**values | {"target_modules": tuple(values["target_modules"])})
+    modules = values.get("target_modules", TrainConfig.target_modules)
+    return TrainConfig(**values | {"target_modules": tuple(modules)})
 
 
 INHERITED = ("r", "alpha", "dropout", "target_modules")
