@@ -493,6 +493,38 @@ def test_redo_clears_no_run_of_another_kind(workspace: Workspace, tmp_path: Path
     assert len(list((tmp_path / "crm").iterdir())) == len(list(workspace.crm.iterdir()))
 
 
+def test_no_run_is_cleared_for_one_that_starts_from_it(
+    stage_1: Path, workspace: Workspace, tmp_path: Path
+) -> None:
+    run, link = shutil.copytree(stage_1, tmp_path / "run"), tmp_path / "link"
+    link.symlink_to(run)
+    config = workspace.config(stage="2", start=str(link), **GATED)
+    with pytest.raises(InputError, match=r"start: expected another folder than the run's own, got .*link"):
+        train(config, run, progress=False, redo=True)
+    assert read_config(run) == workspace.config()
+    assert adapter(run).keys() == adapter(stage_1).keys()
+
+
+def test_a_kill_while_a_run_is_cleared(
+    stage_1: Path, workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, remove = shutil.copytree(stage_1, tmp_path / "run"), shutil.rmtree
+
+    def killed(path: Path, **options: Any) -> None:
+        if path == run / "adapter":
+            raise KeyboardInterrupt
+        remove(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(workspace.config(), run, progress=False, redo=True)
+    with pytest.raises(InputError, match="expected a finished run, found one that was stopped"):
+        read_config(run)
+    train(workspace.config(), run, progress=False, redo=True)
+    assert_same_run(stage_1, run)
+
+
 def test_one_process_at_a_time_trains_in_a_folder(workspace: Workspace, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with (

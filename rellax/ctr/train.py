@@ -36,10 +36,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _FILES = (
-    "config.json",
+    "metrics.json",
     "environment.json",
     "log.jsonl",
-    "metrics.json",
     "predictions.parquet",
     "curves.png",
     calibration.FILE,
@@ -75,12 +74,14 @@ def train(
         progress: show a bar.
 
     Raises:
-        InputError: `folder` holds a run of another configuration, or another process trains there, or
-            something `config` names does not fit.
+        InputError: `folder` is that of `config.start`, holds a run of another configuration, or another
+            process trains there, or something `config` names does not fit.
     """
     if tensorboard:
         runs.check_tensorboard()
     folder, config = Path(folder), inherited(config)
+    if config.start is not None and Path(config.start).resolve() == folder.resolve():
+        raise InputError(f"start: expected another folder than the run's own, got {config.start}")
     accelerator = parallel.start(resolve_device(device))
     inputs = parallel.from_main(accelerator, lambda: input_hashes(config, progress=progress))
     request = config.to_json() | {"inputs": inputs}
@@ -350,7 +351,9 @@ class _Trainer:
 
 
 def _clear(folder: Path) -> None:
+    """Remove a run: metrics.json first and config.json last, so that a kill leaves an unfinished run."""
     for name in _FILES:
         (folder / name).unlink(missing_ok=True)
     for name in _FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / "config.json").unlink(missing_ok=True)
