@@ -110,7 +110,7 @@ def test_flash_attention_is_called_for_all_segments_at_once(
         window = 1000 if left == -1 else left + 1  # a token sees itself and `left` tokens before it
         return block_mask_attention(*rows, options["scale"], window).squeeze(0)
 
-    monkeypatch.setattr(attention, "varlen_attn", varlen)
+    monkeypatch.setattr(attention, "_varlen_attn", varlen)
     monkeypatch.setattr(attention, "_takes_flash", lambda x: True)
     inputs = heads(4, 2, 2)
     ends = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)

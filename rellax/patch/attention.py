@@ -6,7 +6,8 @@ flash attention that torch carries; on a CPU each segment is a call of its own, 
 and in bfloat16 the backward pass is one of this module's, of plain products: torch's takes twice as long for
 prompts of a few hundred tokens. A batch that is not packed goes to transformers' SDPA.
 
-What is imported of transformers here loads its models' code: only a call does that, no import of rellax.
+What is imported of transformers here loads its models' code, and torch's flash attention loads its compiler:
+only a call does that, no import of rellax.
 """
 
 from __future__ import annotations
@@ -20,25 +21,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch before 2.10
-    _FLASH = False
-else:
-    _FLASH = "enable_gqa" in inspect.signature(varlen_attn).parameters
-
 NAME = "rellax_sdpa"
 _QUERIES = 192
 """So many queries of each head take part in a product: their scores stay in the cache."""
+_varlen_attn: Any = None
+"""torch's flash attention, found by `register`: a compiler that traces a call must not meet the import."""
 
 
 def register() -> None:
     """Let transformers find this attention by its name."""
+    global _varlen_attn
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, segment_sdpa)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+    _varlen_attn = _find_varlen_attn()
 
 
 def adopt(config: Any) -> None:
@@ -87,7 +85,7 @@ def segment_sdpa(
         )
     if _takes_flash(query) and query.shape[-1] <= 256 and max_length_q is not None and not dropout:
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-        out = varlen_attn(
+        out = _varlen_attn(
             q,
             k,
             v,
@@ -219,5 +217,14 @@ def _band(query: Tensor, sliding_window: int | None) -> Tensor | None:
     return ones.tril().triu(1 - sliding_window)
 
 
+def _find_varlen_attn() -> Any:
+    """torch's flash attention over segments; None where this version's heads cannot share keys."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # torch before 2.10
+        return None
+    return varlen_attn if "enable_gqa" in inspect.signature(varlen_attn).parameters else None
+
+
 def _takes_flash(x: Tensor) -> bool:
-    return _FLASH and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    return _varlen_attn is not None and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
