@@ -190,6 +190,23 @@ def test_missing_parts_name_their_command(work: Path, page: str, tmp_path: Path)
     assert "outputs.safetensors" not in found["gates"]  # the recorded folder is still there
 
 
+@pytest.mark.parametrize("change", ["untrained", "anew", "no record"])
+def test_predictions_of_another_model_are_not_a_runs(work: Path, tmp_path: Path, change: str) -> None:
+    copy = shutil.copytree(work, tmp_path / "work")
+    run = copy / GATED_RUN
+    if change == "untrained":  # as `rellax evaluate --zero-shot` writes them
+        shutil.rmtree(run / "test")
+        shutil.copytree(copy / "zero" / "test", run / "test")
+    elif change == "anew":
+        with (run / "adapter" / "adapter.safetensors").open("ab") as file:
+            file.write(b" ")
+    else:
+        (run / "test" / "config.json").unlink()
+    found = gather(copy, [GATED_RUN, "zero", "crm"], split="test", baseline=None, seed=0)
+    assert [run.name for run in found.unscored] == [GATED_RUN]
+    assert [run.name for run, _ in found.scored] == ["zero", "crm"]
+
+
 def test_runs_on_different_samples(work: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(work, tmp_path / "work")
     path = copy / "zero" / "test" / "predictions.parquet"

@@ -178,6 +178,8 @@ def _read(work: Path, name: str, split: str, dataset: Dataset) -> Run:
     if kind == "crm":
         scores = _predictions(folder, dataset, split)
         config = {"data": str(dataset.folder)} | config
+    elif kind == "train" and not _is_of_adapter(_json(part / "config.json"), folder):
+        scores = None  # of the run before it was done anew, or of the untrained model
     else:
         scores = _predictions(part, dataset, split)
     return Run(
@@ -199,11 +201,9 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _calibration(folder: Path, work: Path) -> Calibration | None:
     """The calibration of a run; none where it is of an adapter or a CRM that is no longer there."""
-    path, adapter = folder / calibration.FILE, folder / "adapter" / TENSOR_FILE
+    path = folder / calibration.FILE
     found = _json(path)
-    if not found:
-        return None
-    if "adapter" in found and (not adapter.exists() or sha256_file(adapter) != found["adapter"]):
+    if not found or ("adapter" in found and not _is_of_adapter(found, folder)):
         return None
     read = calibration.calibration_of(found, path)
     if read.crm is not None:
@@ -211,6 +211,12 @@ def _calibration(folder: Path, work: Path) -> Calibration | None:
         if not weights.is_file() or sha256_file(weights) != found.get("crm_sha256"):
             return None
     return read
+
+
+def _is_of_adapter(found: dict[str, Any], folder: Path) -> bool:
+    """Whether a record names the adapter of the run in `folder`."""
+    adapter = folder / "adapter" / TENSOR_FILE
+    return adapter.exists() and found.get("adapter") == sha256_file(adapter)
 
 
 def _predictions(folder: Path, dataset: Dataset, split: str) -> Scores | None:
