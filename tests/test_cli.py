@@ -16,6 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from raw_data import random_interactions, write_ml_100k
 from workspace import ITEMS, PER_USER, USERS, Workspace, make_model
 
@@ -71,12 +72,13 @@ def test_the_whole_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main(["crm", *work]) == 0
     assert cli.main(["embed", "--dim", "5", *model, *work]) == 0
     assert cli.main(["retrieve", "--k", "3", *work]) == 0
-    assert cli.main(["evaluate", "zero", "--zero-shot", "--prompts", "recent", *SMALL, *model, *work]) == 0
+    zero = ["evaluate", "zero", "--zero-shot", "--prompts", "recent", "--batch-size", "3"]
+    assert cli.main([*zero, *SMALL, *model, *work]) == 0
     assert cli.main(["train", "rella", *TRAINED, *model, *work]) == 0
     stage_2 = ["--stage", "2", "--from", "rella", "--interaction", "full", "--soft-prompt"]
     assert cli.main(["train", "rellax", *stage_2, *TRAINED, *model, *work]) == 0
     capsys.readouterr()
-    assert cli.main(["evaluate", "rellax", "--samples", "10", *work]) == 0
+    assert cli.main(["evaluate", "rellax", "--samples", "10", "--batch-size", "4", *work]) == 0
     shown = capsys.readouterr().out
     (tmp_path / "new.csv").write_text("user_id,item_id\n3,4\n5,17\n")
     out = tmp_path / "out.csv"
@@ -85,6 +87,9 @@ def test_the_whole_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     result = json.loads((tmp_path / "work" / "rellax" / "test" / "metrics.json").read_text())
     assert shown.splitlines()[0].startswith(f"auc       {result['auc']:.4f}")
     assert out.read_text().count("\n") == 3
+    for run, size in (("zero", 3), ("rellax", 4)):
+        scored = json.loads((tmp_path / "work" / run / "test" / "config.json").read_text())
+        assert scored["run"]["eval_batch_size"] == size
     for run in ("crm", "rella", "rellax"):
         names = {"config.json", "environment.json", "metrics.json", "predictions.parquet", "curves.png"}
         assert names <= {path.name for path in (tmp_path / "work" / run).iterdir()}
@@ -148,6 +153,35 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 
     monkeypatch.setitem(cli._COMMANDS, "train", fill)
     assert "No space left on device: 'runs/x/log.jsonl'" in fails(capsys, ["train", "x"])
+
+
+@pytest.mark.parametrize(
+    ("command", "advice"),
+    [
+        ("train x", "a smaller --micro-batch-size or --eval-batch-size takes less"),
+        ("evaluate x", "a smaller --batch-size takes less"),
+        ("embed", "--device cpu has the machine's"),
+    ],
+)
+def test_too_little_memory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, advice: str
+) -> None:
+    def fill(_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has")
+
+    name, *_ = words = command.split()
+    monkeypatch.setitem(cli._COMMANDS, name, fill)
+    found = "device: expected enough memory, found too little (CUDA out of memory. Tried to allocate"
+    sentence = fails(capsys, words)
+    assert sentence.startswith(found)
+    assert sentence.endswith(f"GPU 0 has); {advice}")
+
+
+def test_options_that_say_what_takes_less_memory_exist() -> None:
+    commands = subparsers(make_parser())
+    for name, options in cli._FEWER_AT_ONCE.items():
+        known = {option for action in commands[name]._actions for option in action.option_strings}
+        assert known >= {word for word in options.split() if word.startswith("--")}
 
 
 def test_other_errors_of_the_system_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

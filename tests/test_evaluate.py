@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +173,33 @@ def test_a_stopped_evaluation_goes_on_and_a_finished_one_grows(
     scored.clear()
     assert table("other", 10) == table("other-at-once", 10)
     assert scored == [4, 4, 2] * 2
+
+
+def test_so_many_prompts_are_scored_at_once(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the validations of training; a run that was too large for that goes on with fewer."""
+    sizes: list[int] = []
+    scoring_batches = evaluation.scoring_batches
+
+    def noted(lengths: Sequence[int], size: int) -> list[np.ndarray]:
+        sizes.append(size)
+        if size > 5:
+            raise torch.OutOfMemoryError
+        return scoring_batches(lengths, size)
+
+    monkeypatch.setattr(evaluation, "scoring_batches", noted)
+    config = workspace.config(epochs=1)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(config, tmp_path / "run", progress=False)
+    config = dataclasses.replace(config, eval_batch_size=5)
+    train(config, tmp_path / "run", progress=False)
+    evaluate(tmp_path / "run", samples=6, progress=False)
+    evaluate(tmp_path / "run", samples=8, batch_size=2, progress=False)
+    evaluate_zero_shot(dataclasses.replace(config, eval_batch_size=3), tmp_path / "zero", progress=False)
+    assert sizes == [16, 5, 5, 2, 3]
+    with pytest.raises(InputError, match=r"^batch_size: expected a positive number or None, got 0$"):
+        evaluate(tmp_path / "run", batch_size=0)
 
 
 def test_placeholders_and_items_must_match(workspace: Workspace) -> None:

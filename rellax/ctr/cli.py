@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from rellax.ctr.config import DemoConfig, StudyConfig, TrainConfig
 from rellax.ctr.options import DEMO_HELP, PROMPT_FIELDS, STUDY_HELP, TRAIN_HELP, make_parser
 from rellax.ctr.stopping import Terminated, stoppable
-from rellax.errors import InputError
+from rellax.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from rellax.ctr.jobs import Cluster
@@ -24,14 +26,18 @@ _MACHINE_SAYS_NO = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
 )
+_FEWER_AT_ONCE = {  # options by which a command takes less memory
+    **dict.fromkeys(("demo", "reproduce", "train"), "--micro-batch-size or --eval-batch-size"),
+    **dict.fromkeys(("evaluate", "predict"), "--batch-size"),
+}
 _FOLDERS = ("data", "embeddings", "retrieved")  # of the work folder, that are no runs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Returns 0; 1 where `doctor` found a fault; 2 for bad input, a disk that is full or locked, or a package
-    that is missing; 130 after Ctrl-C, 143 after SIGTERM.
+    Returns 0; 1 where `doctor` found a fault; 2 for bad input, a disk that is full or locked, a GPU with too
+    little memory, or a package that is missing; 130 after Ctrl-C, 143 after SIGTERM.
     """
     options = make_parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
@@ -59,6 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno not in _MACHINE_SAYS_NO:
             raise
         print(f"rellax: error: {error}; nothing was left half-written", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        fewer = _FEWER_AT_ONCE.get(options.command)
+        advice = "--device cpu has the machine's" if fewer is None else f"a smaller {fewer} takes less"
+        found = f"found too little ({one_line(error)})"
+        print(f"rellax: error: device: expected enough memory, {found}; {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         then = "goes on from where it was" if options.command in _RESUMED else "begins anew"
@@ -155,12 +167,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from rellax.ctr.evaluate import evaluate, evaluate_zero_shot
 
     folder = options.work / options.name
-    sizes = {
-        "split": options.split,
-        "samples": options.samples,
-        "seed": options.seed,
-        "device": options.device,
-    }
+    sizes = {name: getattr(options, name) for name in ("split", "samples", "seed", "device")}
     given = [name for name in PROMPT_FIELDS if hasattr(options, name)]
     if options.zero_shot:
         result = evaluate_zero_shot(_train_config(options), folder / options.split, **sizes)
@@ -169,7 +176,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     elif options.model is not None:
         raise InputError("model: only with --zero-shot, a training run has its own")
     else:
-        result = evaluate(folder, **sizes)
+        result = evaluate(folder, batch_size=options.eval_batch_size, **sizes)
     for key in ("auc", "gauc", "log_loss", "acc", "ece"):
         low_high = result.get(f"{key}_interval")
         interval = "" if low_high is None else f"  [{low_high[0]:.4f}, {low_high[1]:.4f}]"
@@ -303,8 +310,6 @@ def _check_seeds(options: argparse.Namespace) -> None:
 
 
 def _set_threads(threads: int) -> None:
-    import torch
-
     if threads < 1:
         raise InputError(f"threads: expected a positive number, got {threads}")
     torch.set_num_threads(threads)

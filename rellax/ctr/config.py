@@ -76,6 +76,7 @@ class TrainConfig:
         loss: "choice" (the two answers) or "vocab" (all tokens).
         validation_samples: random samples of the validation split, at most; None takes all.
         validate_every: steps between two validations; None validates after each epoch.
+        eval_batch_size: prompts that are scored at once; None is 16, on a GPU 64. It changes rounding alone.
         select: the validation metric that chooses the step whose adapter is kept, "auc" or "log_loss".
         patience: validations without a better one after which the run ends; None goes through all epochs.
         checkpoint_every: steps between two checkpoints.
@@ -118,6 +119,7 @@ class TrainConfig:
     soft_prompt_lr: float | None = None
     batch_size: int = 16
     micro_batch_size: int = 8
+    eval_batch_size: int | None = None
     schedule: str = "linear"
     warmup: float = 0.05
     weight_decay: float = 0.0
@@ -183,7 +185,8 @@ class TrainConfig:
         for name in ("k", "max_tokens", "epochs", "batch_size", "micro_batch_size", "checkpoint_every", "r"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
-        for name in ("shots", "validation_samples", "validate_every", "patience", "lr", "soft_prompt_lr"):
+        optional = ("shots", "validation_samples", "validate_every", "eval_batch_size", "patience")
+        for name in (*optional, "lr", "soft_prompt_lr"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise InputError(f"{name}: expected a positive number or None, got {value!r}")
@@ -228,6 +231,7 @@ class Comparison:
         test_samples, validation_samples: random samples of these splits; None takes all.
         batch_size: prompts in a step.
         micro_batch_size: prompts at once, at most.
+        eval_batch_size: prompts that are scored at once; None is 16, on a GPU 64.
         epochs, lr: of stage 1.
         epochs2, lr2: of stage 2. The published rate, 3e-4, is for some thousand steps; for the few of these
             sizes 1e-2 and 2e-2 are better than 5e-3 for gates alone, and 2e-2 is worse with soft prompts
@@ -245,6 +249,7 @@ class Comparison:
     validation_samples: int | None = 100
     batch_size: int = 8
     micro_batch_size: int = 8
+    eval_batch_size: int | None = None
     epochs: int = 1
     lr: float = 1e-3
     epochs2: int = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -81,6 +82,7 @@ def evaluate(
     at_most: bool = False,
     folder: str | Path | None = None,
     device: str = "auto",
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Score a finished training run on a split and return the metrics.
@@ -94,6 +96,7 @@ def evaluate(
         folder: gets config.json, environment.json, metrics.json and predictions.parquet (sample, label,
             probability); None is a folder named after the split in `run`. Where it holds this very result
             already, that is only read; where it holds that of fewer samples, only the others are scored.
+        batch_size: prompts that are scored at once; None is the run's `eval_batch_size`.
 
     Returns:
         What `metrics.evaluate` does, and `split`. Predictions and metrics are uncalibrated; where the run has
@@ -104,6 +107,10 @@ def evaluate(
     """
     run = Path(run)
     config = read_config(run)
+    if batch_size is not None:
+        if batch_size < 1:
+            raise InputError(f"batch_size: expected a positive number or None, got {batch_size!r}")
+        config = dataclasses.replace(config, eval_batch_size=batch_size)
     if read_json(run / "config.json")["inputs"] != input_hashes(config):
         raise InputError(f"{run}: expected the files it was trained with, but one has changed since")
     folder = run / split if folder is None else Path(folder)
@@ -277,7 +284,11 @@ def _score(
         for start in range(0, len(left), _AT_ONCE):
             rows = left[start : start + _AT_ONCE]
             probabilities[rows] = predict_probabilities(
-                task.model, task.collator, [examples[row] for row in rows], done=bar.update
+                task.model,
+                task.collator,
+                [examples[row] for row in rows],
+                batch_size=task.config.eval_batch_size,
+                done=bar.update,
             )
             is_known[rows] = True
             if not is_known.all():

@@ -248,6 +248,7 @@ class Lab:
             validation_samples=self.config.validation_samples,
             batch_size=self.config.batch_size,
             micro_batch_size=self.config.micro_batch_size,
+            eval_batch_size=self.config.eval_batch_size,
             **options,
         )
 

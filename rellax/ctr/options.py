@@ -45,6 +45,7 @@ TRAIN_HELP = {
     "soft_prompt_lr": "peak learning rate of the soft-prompt projector (default: --lr's)",
     "batch_size": "prompts in a step",
     "micro_batch_size": "prompts at once, at most",
+    "eval_batch_size": "prompts that are scored at once (default: 16, on a GPU 64)",
     "schedule": "of the learning rate after its rise",
     "warmup": "fraction of the steps in which the learning rate rises",
     "weight_decay": "of AdamW, on all that is trained but biases and norms",
@@ -73,6 +74,7 @@ DEMO_HELP = {
     "validation_samples": "random validation samples",
     "batch_size": "prompts in a step",
     "micro_batch_size": "prompts at once, at most",
+    "eval_batch_size": "prompts that are scored at once (default: 16, on a GPU 64)",
     "epochs": "of stage 1",
     "lr": "of stage 1",
     "epochs2": "of stage 2",
@@ -269,6 +271,13 @@ def _evaluate(command: Command) -> None:
     parser.add_argument("--samples", type=int, help="random samples of the split (default: all)")
     parser.add_argument("--zero-shot", action="store_true", help="the model as it is, with these prompts:")
     parser.add_argument("--seed", type=int, default=0, help="of the chosen samples")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        dest="eval_batch_size",
+        metavar="N",
+        help="prompts at once (default: the run's --eval-batch-size)",
+    )
     _add_fields(parser, TrainConfig, {name: TRAIN_HELP[name] for name in PROMPT_FIELDS}, defaults=False)
 
 

@@ -38,7 +38,11 @@ _KINDS = {  # names that the configurations of all runs of a command have had, a
     "retrieve": {"data", "embeddings", "k"},
     "train": {"data", "stage", "prompts"},
 }
-_EXECUTION = ("micro_batch_size", "gradient_checkpointing", "compile", "packing", "checkpoint_every")
+_SCORING = ("eval_batch_size",)
+_EXECUTION = (
+    *("micro_batch_size", "gradient_checkpointing", "compile", "packing", "checkpoint_every"),
+    *_SCORING,
+)
 
 
 def is_claimed(
@@ -51,7 +55,7 @@ def is_claimed(
 ) -> bool:
     """Whether a folder holds a run of `config`; False where it holds none, or that is to be done anew.
 
-    How a finished run was executed may differ.
+    How a finished run was executed may differ, and how many prompts a stopped one scores at once.
 
     Args:
         command: "crm", "embed", "retrieve" or "train", which can begin anew; None is one that cannot.
@@ -75,8 +79,8 @@ def is_claimed(
                 f"{folder}: expected a run of `rellax {command}` to begin anew, found another kind"
             )
         return False
-    if (folder / "metrics.json").exists():
-        found, wanted = without_execution(found), without_execution(wanted)
+    free = _EXECUTION if (folder / "metrics.json").exists() else _SCORING
+    found, wanted = _without(found, free), _without(wanted, free)
     if differs := ", and ".join(_differences(found, wanted)):
         or_anew = "" if command is None else ", or begin anew with --redo"
         advice = advice or f"choose another folder{or_anew}"
@@ -86,10 +90,14 @@ def is_claimed(
 
 def without_execution(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration without what only says how a run is executed: it changes rounding alone."""
+    return _without(config, _EXECUTION)
+
+
+def _without(config: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {
-        name: without_execution(value) if isinstance(value, dict) else value
+        name: _without(value, names) if isinstance(value, dict) else value
         for name, value in config.items()
-        if name not in _EXECUTION
+        if name not in names
     }
 
 

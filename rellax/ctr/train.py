@@ -291,7 +291,11 @@ class _Trainer:
     def _validation_probabilities(self) -> np.ndarray:
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         own = predict_probabilities(
-            self.task.model, self.task.collator, self.validation, share=(process, processes)
+            self.task.model,
+            self.task.collator,
+            self.validation,
+            batch_size=self.config.eval_batch_size,
+            share=(process, processes),
         )
         summed = self.accelerator.reduce(torch.from_numpy(own).to(self.accelerator.device), "sum")
         return summed.cpu().numpy()

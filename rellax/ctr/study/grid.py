@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 _TEST_SEED = 0  # whatever the seeds of the grid: all runs are scored on the same samples
 # Axes, what can grow, and what only rounds otherwise: none of them makes it another study.
-_FREE = ("methods", "crms", "k", "shots", "seeds", "test_samples", "micro_batch_size")
+_FREE = ("methods", "crms", "k", "shots", "seeds", "test_samples", "micro_batch_size", "eval_batch_size")
 _RETRIEVED = 30  # at least, so that a larger K can be added later
 # What is assumed before anything has been run: training a prompt takes three times its forward pass, ...
 _TRAIN_COST = 3.0
@@ -384,9 +384,11 @@ class _Study:
             task = Task(config, load_inputs(config), device=where)
             examples = task.examples(self._some("test", _TIMED_PROMPTS), "recent")
             tokens = float(examples.lengths(np.arange(len(examples))).sum())
-            predict_probabilities(task.model, task.collator, examples[:4])  # the first one is slower
+            size = self.config.eval_batch_size
+            score = partial(predict_probabilities, task.model, task.collator, batch_size=size)
+            score(examples[:4])  # the first one is slower
             started = monotonic()
-            predict_probabilities(task.model, task.collator, examples)
+            score(examples)
             known[key] = tokens / (monotonic() - started)
             write_json(path, known)
         return known[key]
