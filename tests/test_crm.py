@@ -17,7 +17,7 @@ import torch
 from raw_data import random_interactions, write_ml_100k
 from torch import nn
 
-from rellax.ctr import crm
+from rellax.ctr import crm, runs
 from rellax.ctr.crm import MODELS, CRMConfig, load_crm, make_crm, train_crm
 from rellax.ctr.dataset import SPLITS, Dataset
 from rellax.ctr.prepare import prepare
@@ -340,6 +340,15 @@ def test_a_crm_of_other_data_is_named_and_made_anew(
     (folder / "inputs.json").unlink()
     load_crm(folder, newer)
     assert made() != second
+
+
+def test_one_process_at_a_time_works_in_a_folder(dataset: Dataset, tmp_path: Path) -> None:
+    with (
+        runs.locked(tmp_path / "din"),
+        pytest.raises(InputError, match="din: expected no other process at work there, found one"),
+    ):
+        make_crm(dataset.folder, tmp_path / "din", dataclasses.replace(CONFIG, epochs=1), device="cpu")
+    assert not list(tmp_path.iterdir())
 
 
 def test_few_shots_and_the_global_generator_left_alone(dataset: Dataset, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from workspace import ITEMS, Workspace, make_model
 
 from rellax import subr
-from rellax.ctr import embedding
+from rellax.ctr import embedding, runs
 from rellax.ctr.crm import load_crm
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.embedding import embed
@@ -123,6 +123,15 @@ def test_what_is_stopped_goes_on_with_the_next_block(
     assert embedded[2] == embedded[3]
     one, two = (subr.load_embeddings(tmp_path / name) for name in ("whole", "embeddings"))
     assert one.equal(two)
+
+
+def test_one_process_at_a_time_works_in_a_folder(workspace: Workspace, tmp_path: Path) -> None:
+    with (
+        runs.locked(tmp_path / "embeddings"),
+        pytest.raises(InputError, match="embeddings: expected no other process at work there, found one"),
+    ):
+        embed(config(workspace), tmp_path / "embeddings", progress=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_states_are_never_held_together(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -295,6 +296,27 @@ def test_unfinished_work_on_other_data_is_not_taken_over(work: Path, monkeypatch
     assert (work / ".retrieved.parts").exists()
     write_data(work / "data", random_histories(9, seed=1))
     assert run(work).equals(run(work, "whole"))
+
+
+@pytest.mark.parametrize("at", ["write_retrieved", "rmtree"])  # in the middle, and when the result is there
+def test_one_process_at_a_time_works_in_a_folder(
+    work: Path, computed: list[int], monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    owner = {"write_retrieved": subr, "rmtree": shutil}[at]
+    original = getattr(owner, at)
+
+    def meanwhile(*arguments: Any, **options: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, at, original)
+            with pytest.raises(InputError, match=r"retrieved.*: expected no other process at work there"):
+                run(work, redo=True)
+        original(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, at, meanwhile)
+        rows = run(work).num_rows
+    assert sum(computed) == rows
+    assert not [path for path in work.iterdir() if path.name.startswith(".")]
 
 
 def test_a_result_of_other_samples_is_named(work: Path) -> None:

@@ -529,7 +529,7 @@ def test_one_process_at_a_time_trains_in_a_folder(workspace: Workspace, tmp_path
     run = tmp_path / "run"
     with (
         runs.locked(run),
-        pytest.raises(InputError, match="run: expected no other process that trains there, found one"),
+        pytest.raises(InputError, match="run: expected no other process at work there, found one"),
     ):
         train(workspace.config(), run, progress=False)
     assert not run.exists()

@@ -31,7 +31,7 @@ from rellax.ctr.dataset import Dataset
 from rellax.ctr.llm import resolve_device
 from rellax.ctr.metrics import evaluate
 from rellax.ctr.predictions import Predictions
-from rellax.ctr.runs import has_inputs, is_claimed, plot_curves, write_record
+from rellax.ctr.runs import has_inputs, is_claimed, locked, plot_curves, write_record
 from rellax.ctr.tensor_file import write_tensors
 from rellax.ctr.vocabulary import Vocabulary
 from rellax.errors import InputError, one_line
@@ -131,7 +131,7 @@ def make_crm(
     """Train a CRM on a data folder as `train_crm` does, if not done yet; anew where the data have changed.
 
     Raises:
-        InputError: as `train_crm`, or `folder` holds something else.
+        InputError: as `train_crm`, or `folder` holds something else, or another process works there.
     """
     claimed = is_claimed(folder, asdict(config), command="crm", redo=redo)
     dataset = Dataset.load(data)
@@ -139,7 +139,8 @@ def make_crm(
         if has_inputs(folder, _hashes(dataset)):
             return
         logger.info("crm: %s is of other data, or of an earlier version, and is trained anew", folder)
-    train_crm(dataset, folder, config, device=str(resolve_device(device)))
+    with locked(folder):
+        train_crm(dataset, folder, config, device=str(resolve_device(device)))
 
 
 def train_crm(

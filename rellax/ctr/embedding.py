@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,8 @@ def embed(
         cluster: run on Ray, whose nodes share this file system; None runs here.
 
     Raises:
-        InputError: no data folder, model or CRM there, or `folder` holds something else.
+        InputError: no data folder, model or CRM there, or `folder` holds something else, or another process
+            works there.
     """
     check_count("dim", config["dim"])
     claimed = runs.is_claimed(folder, config, command="embed", redo=redo)
@@ -71,25 +71,25 @@ def embed(
         return
     lengths = subr.token_lengths(texts, load_tokenizer(config["model"]))
     subr.check_lengths(lengths, load_config(config["model"]), ids)
-    parts = jobs.parts_folder(folder, {"config": config, "inputs": inputs, "block": _BLOCK_ITEMS})
-    np.save(parts / "order.npy", np.argsort(-lengths, kind="stable"))
-    blocks = range(-(-len(ids) // _BLOCK_ITEMS))
-    missing = [block for block in blocks if not _part(parts, block).exists()]
-    model = Path(config["model"]).resolve() if Path(config["model"]).is_dir() else config["model"]
-    arguments = (str(parts), str(Path(config["data"]).resolve()), str(model), device, _BLOCK_ITEMS)
-    with tqdm(total=len(ids), desc="embed", unit="item", disable=not progress) as bar:
-        bar.update(len(ids) - sum(len(_rows(parts, block, _BLOCK_ITEMS)) for block in missing))
-        for done in jobs.run(_Embedder, arguments, missing, cluster):
-            bar.update(done["items"])
-    with atomic_folder(folder) as part:
-        files = [_part(parts, block) for block in blocks]
-        embeddings = _reduced(files, len(ids), config["dim"], where, progress=progress)
-        if liked is not None:
-            embeddings = normalize(torch.cat([embeddings, normalize(liked - liked.mean(0))], dim=1))
-        hashes = {f"{name}_sha256": value for name, value in inputs.items()}
-        subr.save_embeddings(part, embeddings, ids, Path(config["model"]).name, **hashes)
-        runs.write_record(part, config, inputs)
-    shutil.rmtree(parts)
+    plan = {"config": config, "inputs": inputs, "block": _BLOCK_ITEMS}
+    with jobs.parts_folder(folder, plan) as parts:
+        np.save(parts / "order.npy", np.argsort(-lengths, kind="stable"))
+        blocks = range(-(-len(ids) // _BLOCK_ITEMS))
+        missing = [block for block in blocks if not _part(parts, block).exists()]
+        model = Path(config["model"]).resolve() if Path(config["model"]).is_dir() else config["model"]
+        arguments = (str(parts), str(Path(config["data"]).resolve()), str(model), device, _BLOCK_ITEMS)
+        with tqdm(total=len(ids), desc="embed", unit="item", disable=not progress) as bar:
+            bar.update(len(ids) - sum(len(_rows(parts, block, _BLOCK_ITEMS)) for block in missing))
+            for done in jobs.run(_Embedder, arguments, missing, cluster):
+                bar.update(done["items"])
+        with atomic_folder(folder) as part:
+            files = [_part(parts, block) for block in blocks]
+            embeddings = _reduced(files, len(ids), config["dim"], where, progress=progress)
+            if liked is not None:
+                embeddings = normalize(torch.cat([embeddings, normalize(liked - liked.mean(0))], dim=1))
+            hashes = {f"{name}_sha256": value for name, value in inputs.items()}
+            subr.save_embeddings(part, embeddings, ids, Path(config["model"]).name, **hashes)
+            runs.write_record(part, config, inputs)
 
 
 class _Embedder:

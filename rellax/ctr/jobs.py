@@ -6,6 +6,7 @@ where, and what runs again when a worker is lost, is Ray's business.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rellax._files import read_json, write_json
+from rellax.ctr.runs import locked
 from rellax.errors import InputError
 
 Row = dict[str, Any]
@@ -48,15 +50,24 @@ class Cluster:
         import_ray()
 
 
-def parts_folder(folder: str | Path, plan: Row) -> Path:
-    """The hidden folder beside `folder` that keeps the parts of unfinished work; empty for a new `plan`."""
+@contextlib.contextmanager
+def parts_folder(folder: str | Path, plan: Row) -> Iterator[Path]:
+    """The hidden folder beside `folder` that keeps the parts of unfinished work; empty for a new `plan`.
+
+    It goes when the work is done, and no other process works in either folder meanwhile.
+
+    Raises:
+        InputError: another process does so now.
+    """
     path = Path(folder).resolve().parent / f".{Path(folder).name}.parts"
     marker, plan = path / "plan.json", json.loads(json.dumps(plan))
-    if not marker.exists() or read_json(marker) != plan:
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True)
-        write_json(marker, plan)
-    return path
+    with locked(folder), locked(path):  # the result takes the place of `folder`, and so of its lock
+        if not marker.exists() or read_json(marker) != plan:
+            for part in path.iterdir():
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
+            write_json(marker, plan)
+        yield path
+        shutil.rmtree(path)
 
 
 def run(

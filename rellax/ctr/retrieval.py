@@ -8,7 +8,6 @@ bucket reads its own rows back and computes only those whose history key has cha
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,8 @@ def retrieve(
         cluster: run on Ray, whose nodes share this file system; None runs here.
 
     Raises:
-        InputError: a folder is missing, the embeddings are of other items, or `folder` holds something else.
+        InputError: a folder is missing, the embeddings are of other items, `folder` holds something else, or
+            another process works there.
     """
     check_count("k", config["k"])
     claimed = runs.is_claimed(folder, config, command="retrieve", redo=redo)
@@ -74,25 +74,24 @@ def retrieve(
     if claimed and runs.has_inputs(folder, inputs):
         return
     earlier = _earlier(Path(folder).resolve() / _FILE, inputs) if claimed else None
-    parts = jobs.parts_folder(folder, {"config": config, "inputs": inputs})
-    buckets = Buckets.load(data, parts)
-    schema = subr.retrieved_schema(config["k"], buckets.longest, scores=config.get("scores", False))
-    missing = [bucket for bucket in buckets.longest_first() if not _part(parts, bucket).exists()]
-    samples, left = sum(buckets.samples), sum(buckets.samples[bucket] for bucket in missing)
-    arguments = (str(parts), str(data), str(embeddings), schema, earlier, device)
-    computed = 0
-    with tqdm(total=samples, desc="retrieve", unit="sample", disable=not progress) as bar:
-        bar.update(samples - left)
-        for done in jobs.run(_Retriever, arguments, missing, cluster):
-            bar.update(done["samples"])
-            computed += done["computed"]
-    if earlier is not None:
-        logger.info("retrieve: %s of %s rows computed, the others kept", f"{computed:,}", f"{left:,}")
-    with atomic_folder(folder) as part:
-        files = [_part(parts, bucket) for bucket in buckets.jobs()]
-        subr.write_retrieved(part / _FILE, map(pq.read_table, files), schema)
-        runs.write_record(part, config, inputs)
-    shutil.rmtree(parts)
+    with jobs.parts_folder(folder, {"config": config, "inputs": inputs}) as parts:
+        buckets = Buckets.load(data, parts)
+        schema = subr.retrieved_schema(config["k"], buckets.longest, scores=config.get("scores", False))
+        missing = [bucket for bucket in buckets.longest_first() if not _part(parts, bucket).exists()]
+        samples, left = sum(buckets.samples), sum(buckets.samples[bucket] for bucket in missing)
+        arguments = (str(parts), str(data), str(embeddings), schema, earlier, device)
+        computed = 0
+        with tqdm(total=samples, desc="retrieve", unit="sample", disable=not progress) as bar:
+            bar.update(samples - left)
+            for done in jobs.run(_Retriever, arguments, missing, cluster):
+                bar.update(done["samples"])
+                computed += done["computed"]
+        if earlier is not None:
+            logger.info("retrieve: %s of %s rows computed, the others kept", f"{computed:,}", f"{left:,}")
+        with atomic_folder(folder) as part:
+            files = [_part(parts, bucket) for bucket in buckets.jobs()]
+            subr.write_retrieved(part / _FILE, map(pq.read_table, files), schema)
+            runs.write_record(part, config, inputs)
 
 
 class _Retriever:

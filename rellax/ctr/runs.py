@@ -112,7 +112,7 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any], inside: str = ""
 
 @contextlib.contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
-    """Keep other processes from training in a folder meanwhile, where its file system has locks.
+    """Keep other processes from working in a folder meanwhile, where its file system has locks.
 
     Raises:
         InputError: another process does so now.
@@ -125,7 +125,7 @@ def locked(folder: str | Path) -> Iterator[None]:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                message = f"{folder}: expected no other process that trains there, found one"
+                message = f"{folder}: expected no other process at work there, found one"
                 raise InputError(message) from None
         yield
     finally:
