@@ -341,6 +341,19 @@ def test_bad_options(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
         cli.main([*train, "--stage", "3"])
 
 
+@pytest.mark.parametrize("run", ["crm", "rella"])
+def test_the_untrained_models_predictions_are_no_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], run: str
+) -> None:
+    (tmp_path / run).mkdir()
+    (tmp_path / run / "config.json").write_text("{}")
+    before = files(tmp_path)
+    command = ["evaluate", run, "--zero-shot", "--work", str(tmp_path), "--model", str(tmp_path / "model")]
+    words = "name: expected a new name for the untrained model's predictions, got that of a trained run, "
+    assert fails(capsys, command) == f"{words}{run!r}"
+    assert files(tmp_path) == before
+
+
 def edit(path: Path, old: str, new: str) -> None:
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))

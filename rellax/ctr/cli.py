@@ -170,6 +170,11 @@ def _evaluate(options: argparse.Namespace) -> None:
     sizes = {name: getattr(options, name) for name in ("split", "samples", "seed", "device")}
     given = [name for name in PROMPT_FIELDS if hasattr(options, name)]
     if options.zero_shot:
+        if (folder / "config.json").exists():
+            raise InputError(
+                "name: expected a new name for the untrained model's predictions, got that of a trained run, "
+                f"{options.name!r}"
+            )
         result = evaluate_zero_shot(_train_config(options), folder / options.split, **sizes)
     elif given:
         raise InputError(f"{given[0]}: only with --zero-shot, a training run is scored with its own prompts")
