@@ -23,6 +23,7 @@ from workspace import GATED, Workspace
 
 import rellax
 from rellax.ctr import cli, runs
+from rellax.ctr.checkpoints import Checkpoints
 from rellax.ctr.config import SCHEDULES, TrainConfig, read_config
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.evaluate import evaluate
@@ -442,6 +443,21 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     train(config, folder, progress=False)
     train(config, tmp_path / "whole", progress=False)
     assert_same_run(tmp_path / "whole", folder)
+
+
+def test_a_run_that_diverges_says_so_and_leaves_its_last_checkpoint(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    words = r"^lr: expected a rate .*, got loss .* at step 2; begin anew with --redo and a rate below 1e\+10$"
+    with pytest.raises(InputError, match=words):
+        train(workspace.config(lr=1e10, checkpoint_every=1), tmp_path / "run", progress=False)
+    assert saved_steps(tmp_path / "run") == [1]
+    state = Checkpoints(tmp_path / "run" / "checkpoints").load()
+    assert state is not None
+    assert all(tensor.isfinite().all() for tensor in state["parameters"].values())
+    config = workspace.config(stage="joint", lr=1e20, validate_every=1, **GATED)
+    with pytest.raises(InputError, match=r"^lr: .* validation probabilities that are not numbers after step"):
+        train(config, tmp_path / "joint", progress=False)
 
 
 def test_ctrl_c_while_a_checkpoint_is_written(

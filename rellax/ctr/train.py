@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import shutil
 from pathlib import Path
 from time import monotonic
@@ -75,7 +76,7 @@ def train(
 
     Raises:
         InputError: `folder` is that of `config.start`, holds a run of another configuration, or another
-            process trains there, or something `config` names does not fit.
+            process trains there, or something `config` names does not fit, or training diverges.
     """
     if tensorboard:
         runs.check_tensorboard()
@@ -219,7 +220,9 @@ class _Trainer:
         state = np.random.SeedSequence((config.seed, self.step, process)).generate_state(1, np.uint64)
         torch.manual_seed(int(state[0]))
         loss = self.accelerator.reduce(self._backward(rows, rows[process::processes]), "sum").item()
-        norm = clip_grad_norm_(self.trainable.values(), config.clip)
+        norm = clip_grad_norm_(self.trainable.values(), config.clip).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):  # the parameters and checkpoints still are
+            raise self._diverged(f"loss {loss} and gradient norm {norm} at step {self.step + 1}")
         self.optimiser.step()
         self.optimiser.zero_grad()
         self.step += 1
@@ -228,7 +231,7 @@ class _Trainer:
             "epoch": epoch,
             "loss": loss,
             "lr": rate,
-            "grad_norm": norm.item(),
+            "grad_norm": norm,
             "seconds": round(monotonic() - started, 3),
         }
 
@@ -260,6 +263,12 @@ class _Trainer:
             parallel.average_gradients(self.trainable.values())
         return total
 
+    def _diverged(self, came: str) -> InputError:
+        return InputError(
+            f"lr: expected a rate at which training stays finite, got {came}; begin anew with --redo and a "
+            f"rate below {self.config.peak_lr:g}"
+        )
+
     def _is_validated(self) -> bool:
         every = self.config.validate_every or self.per_epoch
         return self.step % every == 0 or self.step == self.steps
@@ -270,6 +279,8 @@ class _Trainer:
     def _validate(self) -> dict[str, float | str]:
         """Validation metrics; where they are the best so far, the adapter and the predictions are kept."""
         probabilities = self._validation_probabilities()
+        if not np.isfinite(probabilities).all():
+            raise self._diverged(f"validation probabilities that are not numbers after step {self.step}")
         result = metrics.evaluate(self.labels, probabilities, bootstrap=0)
         score = result["auc"] if self.config.select == "auc" else -result["log_loss"]
         self.worse += 1
