@@ -31,6 +31,14 @@ def python_blocks(page: str) -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.parametrize(
+    "module", sorted((ROOT / "rellax" / "reference").glob("[a-z]*.py")), ids=lambda path: path.stem
+)
+def test_the_maths_are_those_of_the_definitions(module: Path) -> None:
+    _, maths = (ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or "").split("\n", 1)
+    assert maths.strip("\n") in (ROOT / "docs" / "maths.md").read_text(encoding="utf-8")
+
+
 def stand_ins(page: str) -> dict[str, Any]:
     """What a page's code takes for granted."""
     if page == "README.md":

@@ -389,6 +389,10 @@ def test_targets_follow_from_the_numbers() -> None:
     even += [run for k in (5, 10, 30) for run in finished(test, "rellax", k, 256, 1.6)]
     assert verdicts(results_of(even, test))[3] == "missed"
 
+    # A gain or a loss that chance would bring as well is neither met nor missed.
+    even = [run for run in even if run.cell.method != "DIN"] + finished(test, "DIN", None, None, 1.6)
+    assert verdicts(results_of(even, test))[2] == verdicts(results_of(even, test))[5] == "level"
+
 
 def test_the_command_of_a_report() -> None:
     config = StudyConfig(k=[10], shots=[256, 512], seeds=(0, 1, 2), lr=0.002, recent_share=0.3)

@@ -99,7 +99,11 @@ def _what(
 
 def _targets(results: Results) -> str:
     table = _table(["target", "verdict", "what decides it"], verdicts(results))
-    return "\n".join(["## Targets", "", *table])
+    note = (
+        "*level*: met or missed by no more than chance would do. p values are of 1,000 resamplings of whole users, "
+        "so 0.002 is the smallest."
+    )
+    return "\n".join(["## Targets", "", note, "", *table])
 
 
 def _main_table(results: Results, k: int, shots: int) -> str:

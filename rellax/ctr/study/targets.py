@@ -13,7 +13,7 @@ _LEVEL = 0.05
 
 
 def verdicts(results: Results) -> list[tuple[str, str, str]]:
-    """Each target, "met", "missed" or "not run", and what decides it."""
+    """Each target, "met", "level" (neither surely), "missed" or "not run", and what decides it."""
     return [(title, *decide(results)) for title, decide in _TARGETS.items()]
 
 
@@ -52,10 +52,9 @@ def _falls(
 ) -> tuple[str, str]:
     (best_k, best), (_, last) = max(curve[:-1], key=lambda one: one[1].auc), curve[-1]
     result = results.compare(last, best)
-    fell = result["interval"] is not None and result["interval"][1] < 0
     values = ", ".join(f"{k}: {r.auc:.3f}" for k, r in curve)
     return (
-        "missed" if fell else "met",
+        "met" if last.auc >= best.auc else _fallen(result),
         f"{method.title}{f', {shots:,} shots' if method.stage else ''}: {values}; last less K = {best_k} "
         f"{signed(result)}",
     )
@@ -80,6 +79,11 @@ def _verdict(result: dict[str, Any]) -> str:
     return "met" if better else "missed"
 
 
+def _fallen(result: dict[str, Any]) -> str:
+    """Of a difference that is not to be negative: "missed" where it surely is."""
+    return "missed" if result["interval"] is not None and result["interval"][1] < 0 else "level"
+
+
 def _stacked_beats_classical(results: Results, ours: Result, best: Result) -> tuple[str, str]:
     both, alone = results.stacked(ours, best)
     if not len(both):
@@ -89,9 +93,9 @@ def _stacked_beats_classical(results: Results, ours: Result, best: Result) -> tu
 
 
 def _beats_classical(results: Results, ours: Result, best: Result) -> tuple[str, str]:
-    result = signed(results.compare(ours, best))
-    verdict = "met" if ours.auc > best.auc else "missed"
-    return verdict, f": {ours.auc:.3f} against {best.method} {best.auc:.3f}, {result}"
+    result = results.compare(ours, best)
+    verdict = "met" if _verdict(result) == "met" else _fallen(result)
+    return verdict, f": {ours.auc:.3f} against {best.method} {best.auc:.3f}, {signed(result)}"
 
 
 def _against_best(
