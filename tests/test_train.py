@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -360,6 +362,30 @@ def test_two_checkpoints_are_kept_with_the_best_steps_they_name(workspace: Works
     validated = {entry["step"]: entry["validation_auc"] for entry in log(tmp_path / "run")}
     for record, last in zip(records, (10, 12), strict=True):
         assert record["best_step"] == max(range(1, last + 1), key=lambda step: (validated[step], -step))
+
+
+def test_files_of_others_among_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file manager's is left alone; a folder that a network file system holds on to is removed later."""
+    checkpoints = Checkpoints(tmp_path)
+    (tmp_path / ".DS_Store").touch()
+    (tmp_path / ".step-000001.0123abcd").mkdir()  # a killed run's
+
+    def save(step: int) -> set[str]:
+        checkpoints.save({"step": step, "best": None})
+        return {path.name for path in tmp_path.iterdir()}
+
+    assert save(1) == {".DS_Store", "step-000001"}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", busy)
+        assert save(2) < save(3) == {".DS_Store", "step-000001", "step-000002", "step-000003"}
+    assert save(4) == {".DS_Store", "step-000003", "step-000004"}
+    state = checkpoints.load()
+    assert state is not None
+    assert state["step"] == 4
+
+
+def busy(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOTEMPTY, "Directory not empty")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "no-state", "no-record", "no-best"])

@@ -89,15 +89,14 @@ class Checkpoints:
         return state
 
     def _remove_older(self) -> None:
+        """Remove what no longer counts, as far as it can be removed now; the next checkpoint tries again."""
         steps = self._steps()
-        for step in steps[:-_KEPT]:
-            shutil.rmtree(self._path(step))
         named = {read_json(self._path(step) / _RECORD)["best_step"] for step in steps[-_KEPT:]}
-        for path in self.folder.glob("best-*"):
-            if int(path.name.removeprefix("best-")) not in named:
-                shutil.rmtree(path)
-        for path in self.folder.glob(".*"):  # what a killed run was writing
-            shutil.rmtree(path)
+        older = [self._path(step) for step in steps[:-_KEPT]]
+        older += [path for path in self.folder.glob("best-*") if int(path.name[5:]) not in named]
+        older += self.folder.glob(".step-*")  # what a killed run was writing
+        for path in older:
+            shutil.rmtree(path, ignore_errors=True)
 
     def _steps(self) -> list[int]:
         """Steps of all checkpoints, rising."""
