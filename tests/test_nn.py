@@ -7,6 +7,7 @@ import itertools
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,10 +64,54 @@ def test_cflora_linear_drops_in_training_only() -> None:
     assert_close(layer(x), F.linear(x, layer.weight + 8 * layer.lora_b @ layer.lora_a, layer.bias))
 
 
-@pytest.mark.parametrize("options", [{"r": 0}, {"dropout": 1.0}, {"dropout": -0.1}])
-def test_cflora_linear_refuses(options: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="expected r >= 1 and dropout in"):
-        CFLoRALinear(4, 4, **options)
+COUNT = r"expected a whole number, at least 1 and less than 2\^31, got"
+TABLE = r"item_embeddings: expected a floating tensor of shape \(N, E\), got"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CFLoRALinear(4, 4, r=0), f"r: {COUNT} 0"),
+        (lambda: CFLoRALinear(4, 4, 2.5), f"r: {COUNT} 2.5"),
+        (lambda: CFLoRALinear(-1, 4), "in_features: expected a whole number, at least 0 .*, got -1"),
+        (lambda: CFLoRALinear(4, None), "out_features: expected a whole number, at least 0 .*, got None"),
+        (lambda: CFLoRALinear(4, 4, alpha=math.nan), "alpha: expected a positive number, got nan"),
+        (lambda: CFLoRALinear(4, 4, alpha=np.float32(0)), "alpha: expected a positive number"),
+        (lambda: CFLoRALinear(4, 4, dropout=1.0), r"dropout: expected a probability in \[0, 1\), got 1.0"),
+        (lambda: CFLoRALinear(4, 4, dropout=-0.1), "dropout: expected a probability"),
+        (lambda: CFLoRALinear(4, 4, dropout=None), "dropout: expected a probability"),
+        (lambda: GateBank(-1, 2, 8), f"num_projections: {COUNT} -1"),
+        (lambda: GateBank(1, 2.0, 8), f"rank: {COUNT} 2.0"),
+        (lambda: GateBank(1, 2, True), f"cond_dim: {COUNT} True"),
+        (
+            lambda: GateBank(1, 2, 8)(None),
+            r"instance_embed: expected shape \(B, cond_dim = 8\) on .*, got None",
+        ),
+        (lambda: SoftPrompt(torch.ones(3), 4, (5,)), rf"{TABLE} \(3,\), float32"),
+        (lambda: SoftPrompt(torch.ones(3, 4).int(), 4, (5,)), rf"{TABLE} \(3, 4\), int32"),
+        (lambda: SoftPrompt([[1.0]], 4, (5,)), f"{TABLE} list"),
+        (lambda: SoftPrompt(torch.ones(3, 4), 0, (5,)), f"hidden_size: {COUNT} 0"),
+        (
+            lambda: SoftPrompt(torch.ones(3, 4), 4, ()),
+            r"placeholder_ids: expected distinct token ids, got \(\)",
+        ),
+        (lambda: AnswerHead((4, 4)), r"answer_ids: expected two different token ids .*, got \(4, 4\)"),
+        (lambda: AnswerHead(4), "answer_ids: expected two different token ids .*, got 4"),
+        (lambda: AnswerHead(None, softcap=0), "softcap: expected a positive number, got 0"),
+    ],
+)
+def test_modules_that_cannot_be(make: Any, message: str) -> None:
+    with pytest.raises(InputError, match=f"^{message}"):
+        make()
+
+
+def test_modules_take_numbers_of_numpy() -> None:
+    two, half = np.int64(2), np.float32(0.5)
+    layer = CFLoRALinear(two, two, two, alpha=np.float32(16), dropout=half)
+    assert (type(layer.scale), layer.scale, type(layer.dropout), layer.dropout) == (float, 8.0, float, 0.5)
+    assert GateBank(two, np.uint8(16), two)(torch.ones(1, 2)).shape == (2, 1, 16, 16)
+    assert SoftPrompt(torch.ones(3, 4), two, (np.int32(5), two)).placeholder_ids.tolist() == [5, 2]
+    assert AnswerHead((np.int64(4), two), softcap=half).answer_ids == (4, 2)
 
 
 # ---- GateBank

@@ -894,7 +894,7 @@ def test_unpatching_what_is_not_patched() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"r": 0}, "r: expected a positive integer, got 0"),
+        ({"r": 0}, r"r: expected a whole number, at least 1 and less than 2\^31, got 0"),
         ({"alpha": 0}, "alpha: expected a positive number"),
         ({"dropout": 1.0}, "dropout: expected a probability"),
         ({"target_modules": "q_proj"}, "target_modules: expected names"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_models as tiny
 import torch
@@ -30,7 +32,9 @@ def test_what_is_no_configuration(options: dict[str, Any], message: str) -> None
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize("ids", [5, None, (), (3, 3), (-1,), (1.5,), "ab", torch.tensor([5])])
+@pytest.mark.parametrize(
+    "ids", [5, None, (), (3, 3), (-1,), (1.5,), (True,), (2**70,), "", "ab", torch.tensor([5])]
+)
 def test_placeholders_that_are_no_tokens(ids: Any) -> None:
     with pytest.raises(InputError, match="placeholder_ids: expected distinct token ids, got "):
         SoftPromptConfig(TABLE, ids)
@@ -40,6 +44,22 @@ def test_placeholders_that_are_no_tokens(ids: Any) -> None:
 def test_alphas_that_scale_nothing(alpha: Any) -> None:
     with pytest.raises(InputError, match="alpha: expected a positive number, got "):
         CFLoRAConfig(alpha=alpha)
+
+
+def test_numbers_of_numpy_are_taken() -> None:
+    """And become Python's, which JSON can hold."""
+    given = CFLoRAConfig(
+        r=np.int64(8),
+        alpha=np.float32(16),
+        dropout=np.float64(0.5),
+        cond_dim=np.uint8(3),
+        answer_ids=(np.int64(1), np.int64(2)),
+    )
+    plain = CFLoRAConfig(r=8, alpha=16, dropout=0.5, cond_dim=3, answer_ids=(1, 2))
+    assert given == plain
+    assert json.dumps(given.to_dict()) == json.dumps(plain.to_dict())
+    ids = SoftPromptConfig(TABLE, (np.int64(5), np.int32(3))).placeholder_ids
+    assert json.dumps(ids) == "[5, 3]"
 
 
 def test_answers_of_a_model_that_is_not_patched() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_models as tiny
 import torch
@@ -299,7 +300,7 @@ def test_without_gates_it_is_lora() -> None:
         ({"use_dora": True}, "use_dora: expected nothing beside CFLoRA's gates, got True"),
         ({"lora_bias": True}, "lora_bias: expected nothing"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern: expected nothing"),
-        ({"cond_dim": 0}, "cond_dim: expected a positive integer, got 0"),
+        ({"cond_dim": 0}, "cond_dim: expected a whole number, at least 1 .*, got 0"),
         ({"interaction": "all"}, "interaction: expected one of"),
         ({"gate_init": "zero"}, "gate_init: expected one of"),
         ({"answer_ids": (3, 3)}, "answer_ids: expected two different token ids"),
@@ -308,6 +309,12 @@ def test_without_gates_it_is_lora() -> None:
 def test_bad_configurations(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         config(**options)
+
+
+def test_numbers_of_numpy_can_be_saved() -> None:
+    two = np.int64(2)
+    given = config(r=two, cond_dim=two, answer_ids=[np.int64(tiny.NO), np.int64(tiny.YES)])
+    assert [type(n) for n in (given.r, given.cond_dim, *given.answer_ids)] == [int] * 4
 
 
 def test_adapters_that_do_not_go_together() -> None:

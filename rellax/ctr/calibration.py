@@ -32,8 +32,8 @@ from rellax._files import read_json, sha256_file, write_json
 from rellax.ctr import metrics
 from rellax.ctr.crm import WEIGHTS, crm_file
 from rellax.errors import InputError
+from rellax.ops._check import is_number
 from rellax.patch.adapter import TENSOR_FILE
-from rellax.patch.config import is_number
 
 logger = logging.getLogger(__name__)
 

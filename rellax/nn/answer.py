@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rellax.errors import InputError
-from rellax.ops._check import bad, can_read, check_tensor
+from rellax.ops._check import bad, can_read, check_positive, check_tensor, is_token
 from rellax.ops.answer import LOSSES, answer_loss, check_choice, check_choice_labels, loss_denominator
 from rellax.reference.answer import choices, select_rows
 
@@ -32,6 +32,9 @@ class AnswerHead(nn.Module):
         loss: "choice": binary cross-entropy over the two answers at the first label of each instance;
             "vocab": cross-entropy over the whole vocabulary at every label.
         softcap: c of logits = c · tanh(logits / c), or None.
+
+    Raises:
+        InputError: not two different token ids, an unknown loss, or a softcap that is no positive number.
     """
 
     def __init__(
@@ -40,7 +43,10 @@ class AnswerHead(nn.Module):
         super().__init__()
         if loss not in LOSSES:
             raise InputError(f"loss: expected one of {LOSSES}, got {loss!r}")
-        self.answer_ids, self.loss, self.softcap = answer_ids, loss, softcap
+        if softcap is not None:
+            check_positive("softcap", softcap)
+        self.answer_ids = None if answer_ids is None else check_answer_ids(answer_ids)
+        self.loss, self.softcap = loss, None if softcap is None else float(softcap)
 
     def forward(
         self,
@@ -160,6 +166,14 @@ class AnswerHead(nn.Module):
 
     def extra_repr(self) -> str:
         return f"answer_ids={self.answer_ids}, loss={self.loss!r}, softcap={self.softcap}"
+
+
+def check_answer_ids(ids: Any) -> tuple[int, int]:
+    """The two answers' tokens as integers of Python; an InputError for what is something else."""
+    listed = isinstance(ids, (list, tuple)) and len(ids) == 2 and all(map(is_token, ids))
+    if not listed or ids[0] == ids[1]:
+        raise bad("answer_ids", "two different token ids (no_id, yes_id)", repr(ids))
+    return int(ids[0]), int(ids[1])
 
 
 def add_base(logits: Tensor, base_logit: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rellax.errors import InputError
+from rellax.ops._check import check_count, check_number, check_positive
 from rellax.ops.cflora import cflora_linears, cflora_update
 
 
@@ -82,6 +82,13 @@ def forward_together(
     )
 
 
+def check_lora(r: int, alpha: float, dropout: float) -> None:
+    """Raise unless a low-rank update can have this rank, alpha and dropout."""
+    check_count("r", r)
+    check_positive("alpha", alpha)
+    check_number("dropout", dropout, "a probability in [0, 1)", 0.0, below=1.0)
+
+
 class CFLoRALinear(CFLoRA, nn.Linear):
     """`nn.Linear` with frozen weight and bias, and the parameters `lora_a` (r, d_in) and `lora_b` (d_out, r).
 
@@ -93,6 +100,9 @@ class CFLoRALinear(CFLoRA, nn.Linear):
         r: rank, at least 1.
         alpha: the update is scaled by alpha / r.
         dropout: probability of dropping an element on its way into A, in [0, 1); in training mode only.
+
+    Raises:
+        InputError: a size or a number is out of its range.
     """
 
     def __init__(
@@ -107,21 +117,23 @@ class CFLoRALinear(CFLoRA, nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_count("in_features", in_features, 0)
+        check_count("out_features", out_features, 0)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.requires_grad_(False)
         self.add_lora(r, alpha, dropout)
 
     def add_lora(self, r: int, alpha: float, dropout: float) -> None:
         """Add the low-rank parameters to a linear layer that has none."""
-        if r < 1 or not 0.0 <= dropout < 1.0:
-            raise InputError(f"r, dropout: expected r >= 1 and dropout in [0, 1), got {r} and {dropout}")
+        check_lora(r, alpha, dropout)
+        r = int(r)
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         place: dict[str, Any] = {"device": self.weight.device, "dtype": dtype}
         self.lora_a = nn.Parameter(torch.empty(r, self.in_features, **place))
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, r, **place))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
-        self.scale = alpha / r
-        self.dropout = dropout
+        self.scale = float(alpha) / r
+        self.dropout = float(dropout)
 
     def remove_lora(self) -> None:
         """Take away what `add_lora` added, all of it or a part."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rellax.errors import InputError
-from rellax.ops._check import bad
+from rellax.ops._check import bad, check_count, is_strided
 from rellax.ops.gate_bank import gate_bank
 
 INTERACTIONS = ("full", "diagonal")
@@ -25,7 +25,7 @@ class GateBank(nn.Module):
             LoRA; "kaiming": as published, Kaiming weights and zero biases.
 
     Raises:
-        InputError: unknown `interaction` or `gate_init`.
+        InputError: a size is no whole number above 0, or `interaction` or `gate_init` is unknown.
     """
 
     def __init__(
@@ -40,11 +40,14 @@ class GateBank(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        for name, size in (("num_projections", num_projections), ("rank", rank), ("cond_dim", cond_dim)):
+            check_count(name, size)
         if interaction not in INTERACTIONS:
             raise InputError(f"interaction: expected one of {INTERACTIONS}, got {interaction!r}")
         if gate_init not in GATE_INITS:
             raise InputError(f"gate_init: expected one of {GATE_INITS}, got {gate_init!r}")
-        self.rank, self.cond_dim, self.interaction, self.gate_init = rank, cond_dim, interaction, gate_init
+        self.rank, self.cond_dim = rank, cond_dim = int(rank), int(cond_dim)
+        self.interaction, self.gate_init = interaction, gate_init
         hidden = 2 * rank * rank
         outputs = rank * rank if interaction == "full" else rank
 
@@ -76,7 +79,7 @@ class GateBank(nn.Module):
         Raises:
             InputError: u is not (B, d_u).
         """
-        if u.dim() != 2 or u.shape[1] != self.cond_dim or u.device != self.w1.device:
+        if not is_strided(u) or u.dim() != 2 or u.shape[1] != self.cond_dim or u.device != self.w1.device:
             expected = f"shape (B, cond_dim = {self.cond_dim}) on {self.w1.device}"
             raise bad("instance_embed", expected, u)
         u = u.to(self.w1.dtype)

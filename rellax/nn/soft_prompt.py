@@ -5,12 +5,15 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rellax.errors import InputError
+from rellax.ops._check import bad, check_count, is_floating, is_token
 from rellax.ops.soft_prompt import soft_prompt
 
 
@@ -21,6 +24,9 @@ class SoftPrompt(nn.Module):
         item_embeddings: (N, E), the recommendation model's frozen item table; kept and saved as a buffer.
         hidden_size: d of the language model.
         placeholder_ids: token ids that stand for an item; they need not be in the vocabulary.
+
+    Raises:
+        InputError: no floating matrix, no size above 0, or no distinct token ids.
     """
 
     item_embeddings: Tensor
@@ -36,10 +42,11 @@ class SoftPrompt(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_item_embeddings(item_embeddings)
+        check_count("hidden_size", hidden_size)
+        tokens = check_placeholder_ids(placeholder_ids)
         self.register_buffer("item_embeddings", item_embeddings.detach().clone().to(device, dtype))
-        self.register_buffer(
-            "placeholder_ids", torch.tensor(placeholder_ids, device=device), persistent=False
-        )
+        self.register_buffer("placeholder_ids", torch.tensor(tokens, device=device), persistent=False)
         self.projector = nn.Sequential(
             nn.Linear(item_embeddings.shape[1], hidden_size, device=device, dtype=dtype),
             nn.GELU(),
@@ -161,6 +168,21 @@ class SoftPrompt(nn.Module):
         for values in self._arrivals.exchange(sent):
             if problem := _problem(values[:, 0], values[:, 1:], self.item_embeddings.shape[0]):
                 raise InputError(f"item_ids: {problem}" + ("" if values is sent else ", in an earlier batch"))
+
+
+def check_item_embeddings(table: Any) -> None:
+    """Raise unless `table` is a matrix of floating numbers."""
+    if not is_floating(table) or table.dim() != 2:
+        shown = table if isinstance(table, (Tensor, np.ndarray)) else type(table).__name__
+        raise bad("item_embeddings", "a floating tensor of shape (N, E)", shown)
+
+
+def check_placeholder_ids(ids: Any) -> tuple[int, ...]:
+    """The tokens as integers of Python; an InputError for what is none, or the same twice."""
+    listed = isinstance(ids, Sequence) and not isinstance(ids, str) and all(map(is_token, ids))
+    if not listed or not ids or len(set(ids)) < len(ids):
+        raise bad("placeholder_ids", "distinct token ids", repr(ids))
+    return tuple(map(int, ids))
 
 
 class _Arrivals(threading.local):

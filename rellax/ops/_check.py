@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,23 +71,42 @@ def is_floating(value: object) -> bool:
     return isinstance(value, Tensor) and is_strided(value) and value.dtype in _FLOATING
 
 
-def check_count(name: str, value: int) -> None:
-    """Raise unless `value` is a whole number from 1 to 2³¹ - 1."""
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Raise unless `value` is a whole number from `least` to 2³¹ - 1."""
+    if not _is_count(value, least):
+        raise bad(name, f"a whole number, at least {least} and less than 2^31", repr(value))
+
+
+def is_token(value: object) -> bool:
+    """Whether it can be the id of a token."""
+    return _is_count(value, 0)
+
+
+def _is_count(value: Any, least: int) -> bool:
     whole = isinstance(value, (int, np.integer, torch.SymInt)) and not isinstance(value, bool)
-    if not whole or not 1 <= value < _MOST:
-        raise bad(name, "a whole number, at least 1 and less than 2^31", repr(value))
+    return whole and bool(least <= value < _MOST)
 
 
-def check_number(name: str, value: float, expected: str, low: float = -math.inf) -> None:
-    """Raise unless `value` is a finite number, at least `low`; `expected` says so."""
-    if not is_number(value) or not low <= value < math.inf or value == -math.inf:
+def check_number(
+    name: str, value: float, expected: str, low: float = -math.inf, below: float = math.inf
+) -> None:
+    """Raise unless `value` is a finite number in [low, below); `expected` says so."""
+    plain = value.item() if isinstance(value, np.generic) else value  # NumPy's would round the bounds
+    if not is_number(plain) or not low <= plain < below:
         raise bad(name, expected, repr(value))
 
 
-def is_number(value: object) -> bool:
-    """Whether it is a number of Python's or NumPy's, and no bool."""
-    kinds = (int, float, np.integer, np.floating, torch.SymInt, torch.SymFloat)
-    return isinstance(value, kinds) and not isinstance(value, bool)
+def check_positive(name: str, value: float) -> None:
+    """Raise unless `value` is a finite number above 0."""
+    check_number(name, value, "a positive number", sys.float_info.min)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number of Python's or NumPy's that a float can hold, and no bool."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    kinds = (float, np.integer, np.floating, torch.SymInt, torch.SymFloat)
+    return isinstance(value, kinds) and bool(-math.inf < value < math.inf)
 
 
 def can_read(tensor: Tensor) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -11,7 +10,11 @@ import torch
 from torch import Tensor
 
 from rellax.errors import InputError
+from rellax.nn.answer import check_answer_ids
+from rellax.nn.cflora import check_lora
 from rellax.nn.gate_bank import GATE_INITS, INTERACTIONS
+from rellax.nn.soft_prompt import check_item_embeddings, check_placeholder_ids
+from rellax.ops._check import check_count
 from rellax.ops.answer import LOSSES
 
 
@@ -50,21 +53,17 @@ class CFLoRAConfig:
         listed = isinstance(names, Sequence) and not isinstance(names, str)
         if not listed or not names or not all(isinstance(name, str) and name for name in names):
             raise InputError(f"target_modules: expected names of layers, got {self.target_modules!r}")
-        object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        for name in ("r", "cond_dim"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise InputError(f"{name}: expected a positive integer, got {value!r}")
-        if not is_number(self.alpha) or self.alpha <= 0:
-            raise InputError(f"alpha: expected a positive number, got {self.alpha!r}")
-        if not is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
-            raise InputError(f"dropout: expected a probability in [0, 1), got {self.dropout!r}")
+        check_lora(self.r, self.alpha, self.dropout)
+        check_count("cond_dim", self.cond_dim)
         choices = {"interaction": (*INTERACTIONS, "none"), "gate_init": GATE_INITS, "loss": LOSSES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
         if self.answer_ids is not None:
-            object.__setattr__(self, "answer_ids", _answer_ids(self.answer_ids))
+            object.__setattr__(self, "answer_ids", check_answer_ids(self.answer_ids))
+        kinds = {"r": int, "alpha": float, "dropout": float, "target_modules": tuple, "cond_dim": int}
+        for name, kind in kinds.items():  # what JSON takes
+            object.__setattr__(self, name, kind(getattr(self, name)))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -97,28 +96,7 @@ class SoftPromptConfig:
     placeholder_ids: Sequence[int]
 
     def __post_init__(self) -> None:
-        table = self.item_embeddings
-        if not isinstance(table, Tensor) or table.dim() != 2 or not table.is_floating_point():
-            shown = tuple(table.shape) if isinstance(table, Tensor) else type(table).__name__
-            raise InputError(f"item_embeddings: expected a floating tensor of shape (N, E), got {shown}")
-        if not torch.isfinite(table).all():
+        check_item_embeddings(self.item_embeddings)
+        if not torch.isfinite(self.item_embeddings).all():
             raise InputError("item_embeddings: expected finite numbers, got NaN or infinity")
-        ids = self.placeholder_ids
-        listed = isinstance(ids, Sequence) and all(isinstance(i, int) and i >= 0 for i in ids)
-        if not listed or not ids or len(set(ids)) < len(ids):
-            raise InputError(f"placeholder_ids: expected distinct token ids, got {ids!r}")
-        object.__setattr__(self, "placeholder_ids", tuple(ids))
-
-
-def is_number(value: object) -> bool:
-    """Whether it is a finite number that a float can hold."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return abs(value) <= sys.float_info.max
-
-
-def _answer_ids(ids: Sequence[int]) -> tuple[int, int]:
-    listed = isinstance(ids, Sequence) and not isinstance(ids, str)
-    if not listed or len(ids) != 2 or any(not isinstance(i, int) or i < 0 for i in ids) or ids[0] == ids[1]:
-        raise InputError(f"answer_ids: expected two different token ids (no_id, yes_id), got {ids!r}")
-    return ids[0], ids[1]
+        object.__setattr__(self, "placeholder_ids", check_placeholder_ids(self.placeholder_ids))

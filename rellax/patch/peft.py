@@ -69,9 +69,10 @@ class CFLoraConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.CFLORA
-        self.answer_ids = None if self.answer_ids is None else tuple(self.answer_ids)
         own = ("r", "cond_dim", "interaction", "gate_init", "loss", "answer_ids")
-        CFLoRAConfig(**{name: getattr(self, name) for name in own})  # checks them
+        checked = CFLoRAConfig(**{name: getattr(self, name) for name in own})
+        for name in own:
+            setattr(self, name, getattr(checked, name))
         for each in fields(self):
             value = getattr(self, each.name)
             if each.metadata.get("is_lora_variant") or each.name in _MORE_THAN_LORA:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rellax._files import atomic_folder, read_json, write_json
 from rellax.errors import InputError, one_line
-from rellax.patch.config import is_number
+from rellax.ops._check import is_number
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # the latter from before safetensors
