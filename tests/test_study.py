@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
+import time
 from pathlib import Path
 
 import numpy as np
@@ -248,6 +250,36 @@ def test_too_many_at_a_time(tmp_path: Path) -> None:
     step = lab.Step("a", 1.0, out_of_memory)
     with pytest.raises(InputError, match="jobs: 2 at a time need more of the GPU's memory than there is"):
         lab.run_steps([step, lab.Step("b", 1.0, out_of_memory, after=["a"])], tmp_path / "steps.json", jobs=2)
+
+
+def fail() -> None:
+    raise InputError("lr: expected a finite loss")
+
+
+def end_after(file: Path) -> None:
+    for _ in range(100):
+        if file.exists():
+            return
+        time.sleep(0.2)
+    raise TimeoutError
+
+
+def test_a_failure_is_told_at_once_and_what_runs_beside_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, begun = tmp_path / "told", []
+    monkeypatch.setattr(lab.logger, "info", lambda _, *values: begun.append(values[2]))
+    monkeypatch.setattr(lab.logger, "error", lambda words, *values: told.write_text(words % values))
+    steps = [
+        lab.Step("bad", 1.0, fail),
+        lab.Step("long", 1.0, functools.partial(end_after, told)),
+        lab.Step("next", 1.0, fail),
+    ]
+    with pytest.raises(InputError, match="lr: expected a finite loss"):
+        lab.run_steps(steps, tmp_path / "steps.json", jobs=2)
+    assert told.read_text() == "bad failed (lr: expected a finite loss); what has begun is finished"
+    assert begun == ["bad", "long"]
+    assert list(read_json(tmp_path / "steps.json")) == ["long"]
 
 
 def finished(

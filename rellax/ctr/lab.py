@@ -96,13 +96,17 @@ def run_steps(
 def _finished(
     steps: Sequence[Step], jobs: int, begins: Callable[[Step], None]
 ) -> Iterator[tuple[Step, float, float]]:
-    """Each step as it ends, its seconds, and the peak memory of its process in GiB."""
+    """Each step as it ends, its seconds, and the peak memory of its process in GiB.
+
+    Once one has failed none begins any more, and its error comes when those beside it have ended.
+    """
     if jobs == 1:
         for step in steps:
             begins(step)
             yield step, *_timed(step.run)
         return
     waiting, running = list(steps), dict[Future[tuple[float, float]], Step]()
+    failure: Exception | None = None
     threads = max(1, torch.get_num_threads() // jobs)
     spawn = multiprocessing.get_context("spawn")  # a process that has used CUDA cannot be forked
     with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (threads,)) as pool:
@@ -115,11 +119,21 @@ def _finished(
                     begins(step)
                     running[pool.submit(_timed, step.run)] = step
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(future), *future.result()
+                    step = running.pop(future)
+                    try:
+                        took, peak = future.result()
+                    except Exception as error:
+                        reason = one_line(error) or repr(error)
+                        logger.error("%s failed (%s); what has begun is finished", step.title, reason)
+                        failure, waiting = failure or error, []
+                    else:
+                        yield step, took, peak
         except Terminated:  # Ctrl-C comes to all processes, this one would wait for the others' steps
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
+    if failure is not None:
+        raise failure
 
 
 def _timed(run: Callable[[], Any]) -> tuple[float, float]:
