@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,9 +22,10 @@ from raw_data import random_interactions, write_ml_100k
 from workspace import ITEMS, PER_USER, USERS, Workspace, make_model
 
 import rellax
-from rellax.ctr import cli
+from rellax.ctr import cli, crm
+from rellax.ctr.config import CRMConfig, TrainConfig
 from rellax.ctr.dataset import Dataset
-from rellax.ctr.options import make_parser
+from rellax.ctr.options import CRM_HELP, TRAIN_HELP, make_parser
 
 SMALL = ["--k", "2", "--dtype", "float32"]
 TRAINED = [*SMALL, "--shots", "6", "--validation-samples", "12", "--batch-size", "4", "--r", "2"]
@@ -135,6 +137,32 @@ def test_every_option_is_explained_and_every_example_is_a_command() -> None:
             words = words[words.index("-m" if "-m" in words else "|") + 1 :]
         assert words[0] == "rellax"
         parser.parse_args(words[1 : words.index(">") if ">" in words else None])
+
+
+def test_every_field_is_an_option() -> None:
+    folders = {"data", "model", "crm", "retrieved", "start"}
+    assert {field.name for field in fields(TrainConfig)} - folders == set(TRAIN_HELP)
+    assert {field.name for field in fields(CRMConfig)} == set(CRM_HELP)
+
+
+def test_options_of_the_classical_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[CRMConfig] = []
+    monkeypatch.setattr(crm, "make_crm", lambda _, folder, config, **options: made.append(config))
+    work = ["--work", str(tmp_path)]
+    assert cli.main(["crm", *work]) == 0
+    words = "--model SIM --max-len 100 --hidden 32 16 --lr 0.01 --batch-size 256 --user-id"
+    assert cli.main(["crm", "sim", *words.split(), *work]) == 0
+    given = {"max_len": 100, "hidden": (32, 16), "lr": 0.01, "batch_size": 256, "user_id": True}
+    assert made == [CRMConfig(), CRMConfig(model="SIM", **given)]
+
+
+def test_options_of_prepare(tmp_path: Path) -> None:
+    raw = write_ml_100k(tmp_path / "raw", random_interactions(5, 20, 12, seed=0), 5, 20)
+    words = ["--raw", str(raw), "--work", str(tmp_path), "--min-history", "9", "--split", "1", "1", "3"]
+    assert cli.main(["prepare", *words]) == 0
+    dataset = Dataset.load(tmp_path / "data")
+    assert dataset.samples.position.min() == dataset.meta["min_history"] == 9
+    assert [len(dataset.indices(split)) for split in ("train", "valid", "test")] == [3, 3, 9]
 
 
 def test_help_imports_nothing_heavy() -> None:

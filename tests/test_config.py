@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from rellax.ctr.config import DemoConfig, StudyConfig, TrainConfig, read_config
-from rellax.ctr.crm import CRMConfig
+from rellax.ctr.config import CRMConfig, DemoConfig, StudyConfig, TrainConfig, read_config
 from rellax.errors import InputError
 
 FOLDERS: dict[str, Any] = {"data": "data", "model": "llm", "prompts": "recent"}
@@ -28,6 +27,33 @@ def test_numbers_are_finite(name: str, value: float) -> None:
 def test_numbers_of_a_comparison_are_finite(config: type[DemoConfig] | type[StudyConfig]) -> None:
     with pytest.raises(InputError, match=r"^lr2: expected a finite number, got nan$"):
         config(lr2=math.nan)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"clip": 0.0}, "clip: expected a positive number, got 0.0"),
+        ({"eval_batch_size": 0}, "eval_batch_size: expected a positive number or None, got 0"),
+    ],
+)
+def test_values_of_a_training_run(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=f"^{words}$"):
+        TrainConfig(**FOLDERS, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lr": math.nan}, "lr: expected a finite number, got nan"),
+        ({"lr": 0.0}, "lr: expected a positive number, got 0.0"),
+        ({"batch_size": 0}, "batch_size: expected a positive number or None, got 0"),
+        ({"regularizer": -1e-5}, "regularizer: expected zero or more, got -1e-05"),
+        ({"hidden": (8, 0)}, "hidden: expected at least one width, all of them positive, got 8, 0"),
+    ],
+)
+def test_values_of_a_classical_model(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=f"^{words}$"):
+        CRMConfig(**changes)
 
 
 def finished(folder: Path, config: Any) -> Path:

@@ -141,6 +141,20 @@ def test_a_larger_threshold_of_history(raw: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"min_history": -1}, "min_history: expected zero or more, got -1"),
+        ({"split": (8, 1, 0)}, "split: expected three positive numbers, got 8, 1, 0"),
+    ],
+    ids=["min_history", "split"],
+)
+def test_bad_options(raw: Path, tmp_path: Path, options: dict, words: str) -> None:
+    with pytest.raises(InputError, match=f"^{words}$"):
+        prepare(read_ml_100k(raw), tmp_path / "data", **options)
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
     ("line", "title", "text"),
     [
         ("1\tUsual Suspects, The\t1995\tCrime Thriller", "The Usual Suspects", "(1995). Crime, Thriller"),

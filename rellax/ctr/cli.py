@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rellax.ctr.config import DemoConfig, StudyConfig, TrainConfig
-from rellax.ctr.options import DEMO_HELP, PROMPT_FIELDS, STUDY_HELP, TRAIN_HELP, make_parser
+from rellax.ctr.config import CRMConfig, DemoConfig, StudyConfig, TrainConfig
+from rellax.ctr.options import CRM_HELP, DEMO_HELP, PROMPT_FIELDS, STUDY_HELP, TRAIN_HELP, make_parser
 from rellax.ctr.stopping import Terminated, stoppable
 from rellax.errors import InputError, one_line
 
@@ -28,7 +28,7 @@ _MACHINE_SAYS_NO = (
 )
 _FEWER_AT_ONCE = {  # options by which a command takes less memory
     **dict.fromkeys(("demo", "reproduce", "train"), "--micro-batch-size or --eval-batch-size"),
-    **dict.fromkeys(("evaluate", "predict"), "--batch-size"),
+    **dict.fromkeys(("crm", "evaluate", "predict"), "--batch-size"),
 }
 _FOLDERS = ("data", "embeddings", "retrieved")  # of the work folder, that are no runs
 
@@ -89,8 +89,9 @@ def _prepare(options: argparse.Namespace) -> None:
         source = read_own(options.columns, options.raw)
     else:
         raise InputError("columns: expected either --dataset or --columns, got both")
-    folder = options.work / "data"
-    print(f"{folder}: {summary(prepare(source, folder, strictly_before=options.strictly_before))}")
+    folder, names = options.work / "data", ("min_history", "split", "strictly_before")
+    meta = prepare(source, folder, **{name: getattr(options, name) for name in names})
+    print(f"{folder}: {summary(meta)}")
 
 
 def _fetched(name: str) -> Path:
@@ -104,10 +105,10 @@ def _fetched(name: str) -> Path:
 
 
 def _crm(options: argparse.Namespace) -> None:
-    from rellax.ctr.crm import CRMConfig, make_crm
+    from rellax.ctr.crm import make_crm
 
     folder = options.work / options.name
-    config = CRMConfig(model=options.model, shots=options.shots, hold_out=options.hold_out, seed=options.seed)
+    config = CRMConfig(**{name: getattr(options, name) for name in CRM_HELP})
     make_crm(options.work / "data", folder, config, **_run_options(options))
     print(folder)
 

@@ -1,4 +1,4 @@
-"""What a training run and a demo are: dataclasses, checked once. Nothing heavy is imported here."""
+"""What a run and a comparison are: dataclasses, checked once. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ PACKING = ("auto", "always", "never")
 SCHEDULES = ("linear", "cosine", "constant")
 QUANTIZE = ("none", "int8", "nf4", "fp4", "int8wo", "int8dq", "int4wo", "float8wo")
 INTERACTIONS = ("none", "diagonal", "full")
+CRM_MODELS = ("DIN", "SIM", "ETA", "SDIM", "DCNv2", "DeepFM")
 CRM_SAMPLES = ("all", "held-out", "shots")
 SIMILARITIES = ("text", "text+crm")
 LEARNING_RATES = {"1": 1e-3, "2": 3e-4, "joint": 1e-3}
@@ -182,8 +183,9 @@ class TrainConfig:
         _check_finite(self)
         for name, allowed in CHOICES.items():
             _check_choice(name, getattr(self, name), allowed)
-        for name in ("k", "max_tokens", "epochs", "batch_size", "micro_batch_size", "checkpoint_every", "r"):
-            if getattr(self, name) < 1:
+        sizes = ("k", "max_tokens", "epochs", "batch_size", "micro_batch_size", "checkpoint_every", "r")
+        for name in (*sizes, "clip"):
+            if getattr(self, name) <= 0:
                 raise InputError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
         optional = ("shots", "validation_samples", "validate_every", "eval_batch_size", "patience")
         for name in (*optional, "lr", "soft_prompt_lr"):
@@ -219,6 +221,64 @@ class TrainConfig:
             raise InputError(
                 f"start: only stage 2 begins with another run's adapter, got stage {self.stage!r}"
             )
+
+
+@dataclass(frozen=True)
+class CRMConfig:
+    """How a CRM is built and trained.
+
+    Attributes:
+        model: one of FuxiCTR's long-sequence models, DIN, SIM, ETA or SDIM, or one that averages the
+            behaviours, DCNv2 or DeepFM.
+        shots: random samples of the training split to train on; None takes all.
+        hold_out: as many random training samples are not trained on, namely those that `rellax train` takes
+            for this number of shots and this seed. What the model says of them is then as good as what it
+            says of new samples, which is what gates meet later.
+        max_len: most recent behaviours the model reads.
+        user_id: whether the user's id is a feature. Under a split by time most users of the later splits are
+            new, and the model is better off without a feature that says nothing about them.
+        embedding_dim: of every feature.
+        hidden: widths of the final MLP; an instance embedding is the last one and two constants.
+        dropout: in the final MLP.
+        regularizer: weight of the L2 norm of the embeddings.
+        epochs, patience: training ends after `epochs`, or once the AUC on the validation split, taken twice
+            an epoch, has not beaten its best `patience` times; the best state is kept.
+        batch_size: None takes a 32nd of the training samples, but from 64 to 1024.
+    """
+
+    model: str = "DIN"
+    shots: int | None = None
+    hold_out: int | None = None
+    seed: int = 0
+    max_len: int = 30
+    user_id: bool = False
+    embedding_dim: int = 16
+    hidden: tuple[int, ...] = (256, 128, 64)
+    dropout: float = 0.2
+    regularizer: float = 1e-5
+    epochs: int = 10
+    patience: int = 4
+    lr: float = 1e-3
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_finite(self)
+        _check_choice("model", self.model, CRM_MODELS)
+        _check_fraction("dropout", self.dropout)
+        for name in ("embedding_dim", "epochs", "patience", "lr"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise InputError(f"batch_size: expected a positive number or None, got {self.batch_size}")
+        if self.regularizer < 0:
+            raise InputError(f"regularizer: expected zero or more, got {self.regularizer}")
+        if not self.hidden or min(self.hidden) < 1:
+            widths = ", ".join(map(str, self.hidden)) or "none"
+            raise InputError(f"hidden: expected at least one width, all of them positive, got {widths}")
+        if self.shots is not None and self.hold_out is not None:
+            raise InputError("hold_out: expected it without shots, which would be the same samples, got both")
+        if self.max_len < 4:
+            raise InputError(f"max_len: expected at least 4 behaviours, got {self.max_len}")
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rellax._files import atomic_folder, read_json, sha256_file, write_json
+from rellax.ctr.config import CRM_MODELS, CRMConfig
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.llm import resolve_device
 from rellax.ctr.metrics import evaluate
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MODELS = ("DIN", "SIM", "ETA", "SDIM", "DCNv2", "DeepFM")
+MODELS = CRM_MODELS
 OUTPUTS = "outputs.safetensors"
 WEIGHTS = "model.safetensors"
 VOCABULARY = "vocabulary.json"
@@ -50,60 +51,6 @@ _EVALUATIONS = 2  # on the validation split, per epoch
 _PREDICT_BATCH = 2048
 _MEASURED = 1 << 17  # training samples that tell the scale of the last hidden layer
 _SPREAD = 2.0  # of an instance embedding's components, which its own length then hardly changes
-
-
-@dataclass(frozen=True)
-class CRMConfig:
-    """How a CRM is built and trained.
-
-    Attributes:
-        model: one of FuxiCTR's long-sequence models, DIN, SIM, ETA or SDIM, or one that averages the
-            behaviours, DCNv2 or DeepFM.
-        shots: random samples of the training split to train on; None takes all.
-        hold_out: as many random training samples are not trained on, namely those that `rellax train` takes
-            for this number of shots and this seed. What the model says of them is then as good as what it
-            says of new samples, which is what gates meet later.
-        max_len: most recent behaviours the model reads.
-        user_id: whether the user's id is a feature. Under a split by time most users of the later splits are
-            new, and the model is better off without a feature that says nothing about them.
-        embedding_dim: of every feature.
-        hidden: widths of the final MLP; an instance embedding is the last one and two constants.
-        dropout: in the final MLP.
-        regularizer: weight of the L2 norm of the embeddings.
-        epochs, patience: training ends after `epochs`, or once the AUC on the validation split, taken twice
-            an epoch, has not beaten its best `patience` times; the best state is kept.
-        batch_size: None takes a 32nd of the training samples, but from 64 to 1024.
-    """
-
-    model: str = "DIN"
-    shots: int | None = None
-    hold_out: int | None = None
-    seed: int = 0
-    max_len: int = 30
-    user_id: bool = False
-    embedding_dim: int = 16
-    hidden: tuple[int, ...] = (256, 128, 64)
-    dropout: float = 0.2
-    regularizer: float = 1e-5
-    epochs: int = 10
-    patience: int = 4
-    lr: float = 1e-3
-    batch_size: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.model not in MODELS:
-            raise InputError(f"model: expected one of {', '.join(MODELS)}, got {self.model!r}")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout: expected a fraction in [0, 1), got {self.dropout}")
-        for name in ("embedding_dim", "epochs", "patience"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        if not self.hidden:
-            raise InputError("hidden: expected at least one width, got none")
-        if self.shots is not None and self.hold_out is not None:
-            raise InputError("hold_out: expected it without shots, which would be the same samples, got both")
-        if self.max_len < 4:
-            raise InputError(f"max_len: expected at least 4 behaviours, got {self.max_len}")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from rellax.ctr.config import (
     CRM_SAMPLES,
     DATASETS,
     SIMILARITIES,
+    CRMConfig,
     DemoConfig,
     StudyConfig,
     TrainConfig,
@@ -49,6 +50,7 @@ TRAIN_HELP = {
     "schedule": "of the learning rate after its rise",
     "warmup": "fraction of the steps in which the learning rate rises",
     "weight_decay": "of AdamW, on all that is trained but biases and norms",
+    "clip": "largest norm of the gradient",
     "loss": "over the two answers or the whole vocabulary",
     "r": "rank of LoRA, on a GPU at most 64",
     "alpha": "LoRA is scaled by alpha / r",
@@ -67,6 +69,22 @@ TRAIN_HELP = {
     "seed": "of samples, their order, initial values and dropout",
 }
 PROMPT_FIELDS = ("prompts", "recent_share", "k", "max_tokens", "packing", "dtype", "quantize")
+CRM_HELP = {
+    "model": "DIN, SIM, ETA, SDIM, DCNv2 or DeepFM",
+    "shots": "random training samples (default: all)",
+    "hold_out": "training samples to leave out: the shots of `rellax train`",
+    "max_len": "behaviours that it reads: the most recent ones",
+    "user_id": "the user's id is a feature; most users of the later splits are new",
+    "embedding_dim": "of every feature",
+    "hidden": "widths of the final layers; gates read the last one",
+    "dropout": "in the final layers",
+    "regularizer": "weight of the embeddings' L2 norm",
+    "epochs": "passes over the training samples, at most",
+    "patience": "validations, two an epoch, without a better AUC after which it ends",
+    "lr": "learning rate",
+    "batch_size": "samples in a step (default: a 32nd of them all, from 64 to 1024)",
+    "seed": "of samples, initial values and dropout",
+}
 DEMO_HELP = {
     "shots": "training samples",
     "k": "behaviours in a prompt",
@@ -110,6 +128,13 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
             return action.help
         default = " ".join(map(str, action.default)) if isinstance(action.default, tuple) else action.default
         return f"{action.help} (default: {default})"
+
+
+class _Tuple(argparse.Action):
+    """Values as a tuple, which a configuration has."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: Any = None) -> None:
+        setattr(namespace, self.dest, tuple(values))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -185,6 +210,15 @@ def _prepare(command: Command) -> None:
     parser.add_argument(
         "--raw", type=Path, help="folder with the raw files (default: fetched, or that of the column map)"
     )
+    parser.add_argument("--min-history", type=int, default=5, help="earlier behaviours that a sample needs")
+    parser.add_argument(
+        "--split",
+        type=int,
+        nargs=3,
+        default=(8, 1, 1),
+        metavar=("TRAIN", "VALID", "TEST"),
+        help="proportions of the three splits",
+    )
     parser.add_argument(
         "--strictly-before",
         action="store_true",
@@ -194,15 +228,13 @@ def _prepare(command: Command) -> None:
 
 def _crm(command: Command) -> None:
     parser = command(
-        "crm", "device redo work", "train the classical model", "rellax crm\nrellax crm sim --model SIM"
+        "crm",
+        "device redo work",
+        "train the classical model",
+        "rellax crm\nrellax crm sim --model SIM --max-len 100",
     )
     parser.add_argument("name", nargs="?", default="crm", help="run folder, in the work folder")
-    parser.add_argument("--model", default="DIN", help="DIN, SIM, ETA, SDIM, DCNv2 or DeepFM")
-    parser.add_argument("--shots", type=int, help="random training samples (default: all)")
-    parser.add_argument(
-        "--hold-out", type=int, help="training samples to leave out: the shots of `rellax train`"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of samples, initial values and dropout")
+    _add_fields(parser, CRMConfig, CRM_HELP)
 
 
 def _embed(command: Command) -> None:
@@ -409,7 +441,8 @@ def _add_fields(
             options["action"] = "store_true"
         elif annotation.startswith("tuple"):
             kind = annotation.removeprefix("tuple[").split(",")[0]
-            options |= {"nargs": "+", "type": types[kind], "metavar": "N" if kind == "int" else "NAME"}
+            options |= {"action": _Tuple, "nargs": "+", "type": types[kind]}
+            options["metavar"] = "N" if kind == "int" else "NAME"
         else:
             options |= {"type": types[annotation], "choices": _CHOICES.get(field.name)}
         parser.add_argument(f"--{field.name.replace('_', '-')}", **options)

@@ -94,6 +94,10 @@ def prepare(
             files that are not of one.
     """
     _check_folder(Path(folder), source.name)
+    if min_history < 0:
+        raise InputError(f"min_history: expected zero or more, got {min_history}")
+    if min(split) < 1:
+        raise InputError(f"split: expected three positive numbers, got {', '.join(map(str, split))}")
     items, users = _dense(source.items, "item"), _dense(source.users, "user")
     timed = "time" in source.interactions.column_names
     if strictly_before and not timed:
