@@ -100,8 +100,8 @@ def _what(
 def _targets(results: Results) -> str:
     table = _table(["target", "verdict", "what decides it"], verdicts(results))
     note = (
-        "*level*: met or missed by no more than chance would do. p values are of 1,000 resamplings of whole users, "
-        "so 0.002 is the smallest."
+        "*level*: met or missed by no more than chance would do. p values are of 1,000 resamplings of whole "
+        "users, so 0.002 is the smallest."
     )
     return "\n".join(["## Targets", "", note, "", *table])
 
