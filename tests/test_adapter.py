@@ -13,6 +13,8 @@ import tiny_models as tiny
 import torch
 from safetensors.torch import load_file, save_file
 from test_patch import snapshot
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM
 
 from rellax._files import sha256_file
 from rellax.errors import InputError
@@ -167,6 +169,63 @@ def test_a_whole_model_is_pickled(tmp_path: Path) -> None:
     assert torch.equal(loss(model), expected)
     original = [type(module) for module in tiny.base_model().modules()]
     assert [type(module) for module in unpatch_model(loaded).modules()] == original
+
+
+def whole(folder: Path) -> Any:
+    """The model that a patched one's `save_pretrained` wrote."""
+    return load_adapter(AutoModelForCausalLM.from_pretrained(folder), folder).eval()
+
+
+def test_a_whole_model_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = tiny.patched(tiny.base_model("llama-tied", dtype=torch.float32)).eval()
+    model.save_pretrained(tmp_path / "model")
+    arguments = tiny.batch(tiny.instances(), answers=False)
+    with torch.no_grad():
+        assert torch.equal(whole(tmp_path / "model")(**arguments).logits, model(**arguments).logits)
+    tiny.randomise(model, seed=5)
+    model.save_pretrained(tmp_path / "model")  # again
+    with torch.no_grad():
+        assert torch.equal(whole(tmp_path / "model")(**arguments).logits, model(**arguments).logits)
+    load_adapter(model, tmp_path / "model")
+    unpatch_model(model).save_pretrained(tmp_path / "plain")
+    assert sorted(path.name for path in (tmp_path / "plain").iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+
+
+def test_a_whole_model_is_saved_from_a_state_dict(tmp_path: Path) -> None:
+    """As `Trainer` does where each process holds a part of the tensors."""
+    model = tiny.patched(tiny.base_model(dtype=torch.float32))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in tiny.trainable(model).values():
+            parameter.zero_()
+    model.save_pretrained(tmp_path / "model", state_dict=dict(state))  # which it empties
+    saved = load_file(tmp_path / "model" / "rellax" / "adapter.safetensors")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in saved.items())
+    model.save_pretrained(tmp_path / "part", state_dict={"lm_head.weight": state["lm_head.weight"]})
+    model.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not any((tmp_path / name / "rellax").exists() for name in ("part", "other"))
+
+
+def test_a_wrapped_model_is_saved_and_loaded(saved: tuple[Any, Path], tmp_path: Path) -> None:
+    model, folder = saved
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for number, wrap in enumerate((torch.compile, DistributedDataParallel)):
+            save_adapter(wrap(model), tmp_path / str(number))
+            assert contents(tmp_path / str(number)) == contents(folder)
+            other = tiny.patched(tiny.base_model(), loss="vocab", interaction="diagonal")
+            tiny.randomise(other, seed=7)
+            wrapped = wrap(other)
+            assert load_adapter(wrapped, folder) is wrapped
+            assert torch.equal(loss(other), loss(model))
+        with pytest.raises(InputError, match=r"got .*DistributedDataParallel"):
+            load_adapter(DistributedDataParallel(tiny.base_model()), folder)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_stage_two_starts_from_stage_one(tmp_path: Path) -> None:

@@ -24,11 +24,12 @@ from test_patch import CHECKPOINTS, close, set_checkpointing
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from workspace import GATED, Workspace
 
 from rellax.ctr import parallel
 from rellax.ctr.train import train
+from rellax.patch import load_adapter
 
 RANKS = 2
 
@@ -224,6 +225,29 @@ def _collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return tiny.batch(
         [tiny.Instance(row["input_ids"], row["item_ids"], row["instance_embed"]) for row in rows]
     )
+
+
+def test_trainer_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    """And the checkpoint is a whole model for `from_pretrained` and `load_adapter`."""
+    made = tiny.instances()
+
+    def trainer() -> Trainer:
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=2, save_steps=1, report_to=[], use_cpu=True, disable_tqdm=True
+        )
+        model = tiny.patched(tiny.base_model(dtype=torch.float32))
+        return Trainer(model, arguments, data_collator=_collate, train_dataset=Prompts(made))
+
+    straight = trainer()
+    straight.train()
+    first = tmp_path / "checkpoint-1"
+    loaded = load_adapter(AutoModelForCausalLM.from_pretrained(first), first)
+    assert not torch.equal(loaded(**tiny.batch(made)).loss, straight.model(**tiny.batch(made)).loss)
+    resumed = trainer()
+    tiny.randomise(resumed.model, seed=9)
+    resumed.train(resume_from_checkpoint=str(first))
+    found, expected = (dict(done.model.named_parameters()) for done in (resumed, straight))
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in found.items())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -16,13 +16,14 @@ from rellax._files import atomic_folder, read_json, sha256_file, write_json
 from rellax.errors import InputError
 from rellax.patch import peft_files
 from rellax.patch.config import CFLoRAConfig, SoftPromptConfig
-from rellax.patch.engine import hf_model, patch_layers, patched_model, unpatch_model
+from rellax.patch.engine import patch_layers, patched_model, unpatch_model, unwrapped
 from rellax.patch.forward import CausalLM
 from rellax.patch.rules import find_family
 
 FORMAT = 1
 CONFIG_FILE = "adapter.json"
 TENSOR_FILE = "adapter.safetensors"
+SUBFOLDER = "rellax"  # of what a patched model's `save_pretrained` writes
 _TABLE = "rellax.soft_prompt.item_embeddings"
 _PARTS = {"rellax.gate_bank.": "gates", "rellax.soft_prompt.": "soft prompt"}  # what an adapter may lack
 
@@ -45,20 +46,41 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
             folder, or holds something else. Nothing is touched then.
     """
     inner = patched_model(model)
-    if inner.rellax.active_bank() is not inner.rellax.gate_bank:
+    if _is_saved_by_peft(inner):
         raise InputError("model: expected one of patch_model, got one of CFLoraConfig, which PEFT saves")
-    state = inner.rellax
+    _write(inner, folder, _tensors(inner))
+
+
+def save_beside(model: Any, folder: str | Path, state_dict: Mapping[str, Tensor] | None) -> None:
+    """Write a patched model's adapter to where `load_adapter` finds it in the folder of the whole model.
+
+    Args:
+        state_dict: has the values to save, where the model's own are shards; where these lack some of the
+            adapter's, nothing is written.
+    """
+    tensors = _tensors(model)
+    values = tensors if state_dict is None else state_dict
+    if tensors.keys() <= values.keys() and not _is_saved_by_peft(model):
+        _write(model, Path(folder) / SUBFOLDER, {name: values[name] for name in tensors})
+
+
+def _is_saved_by_peft(model: Any) -> bool:
+    return model.rellax.active_bank() is not model.rellax.gate_bank
+
+
+def _write(model: Any, folder: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    state = model.rellax
     with atomic_folder(folder, own=(CONFIG_FILE, TENSOR_FILE)) as part:
-        tensors = {name: t.detach().cpu().contiguous() for name, t in _tensors(inner).items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         # save_file reports a full disk as an error of its own
         (part / TENSOR_FILE).write_bytes(save(tensors))
         write_json(
             part / CONFIG_FILE,
             {
                 "format": FORMAT,
-                "base_model": _describe(inner),
+                "base_model": _describe(model),
                 "config": state.config.to_dict(),
-                "placeholder_ids": _placeholder_ids(inner),
+                "placeholder_ids": _placeholder_ids(model),
                 "sha256": sha256_file(part / TENSOR_FILE),
             },
         )
@@ -72,7 +94,7 @@ def load_adapter(model: Model, folder: str | Path, *, partial: bool = False) -> 
 
     Args:
         model: the same base model as the adapter was made for, patched or not.
-        folder: written by `save_adapter`, or by PEFT.
+        folder: written by `save_adapter`, by a patched model's `save_pretrained` (or `Trainer`), or by PEFT.
         partial: allow a patched model to have gates or a soft prompt that the adapter lacks; they stay as
             they are. So a second stage starts from the LoRA of the first.
 
@@ -86,14 +108,14 @@ def load_adapter(model: Model, folder: str | Path, *, partial: bool = False) -> 
         InputError: a file is missing or damaged, or the adapter belongs to another model, rank, set of layers
             or pair of answers, or is one of PEFT's that is more than plain LoRA. The model is then unchanged.
     """
-    inner = hf_model(model)
+    inner, folder = unwrapped(model), _adapter_folder(folder)
     find_family(inner)
     placeholder_ids, loss = None, None
     if peft_files.is_peft(folder):
         values, tensors = peft_files.read(folder)
         config = CFLoRAConfig(**values, interaction="none")
     else:
-        description, tensors = _read(Path(folder))
+        description, tensors = _read(folder)
         if description["base_model"] != (base := _describe(inner)):
             raise InputError(f"adapter: expected one of {base}, got one of {description['base_model']}")
         config = CFLoRAConfig.from_dict(description["config"])
@@ -122,7 +144,7 @@ def export_peft(adapter: str | Path, folder: str | Path, *, base_model: str | No
     PEFT then computes what the patched model does without `instance_embed` and `item_ids`.
 
     Args:
-        adapter: a folder of `save_adapter`.
+        adapter: a folder of `save_adapter`, or of a patched model's `save_pretrained`.
         folder: a new one, or one of nothing but such an adapter; written as by `save_adapter`.
         base_model: folder or hub name of the model it was trained for, to be noted.
 
@@ -133,7 +155,7 @@ def export_peft(adapter: str | Path, folder: str | Path, *, base_model: str | No
         InputError: a file is missing or damaged, or `folder` is a file, the current folder, or holds
             something else. Nothing is touched then.
     """
-    description, tensors = _read(Path(adapter))
+    description, tensors = _read(_adapter_folder(adapter))
     config = CFLoRAConfig.from_dict(description["config"])
     _check(config, tensors)
     layers = _layers(tensors)
@@ -172,6 +194,13 @@ def _tensors(model: Any) -> dict[str, Tensor]:
     for name, projection in model.rellax.projections.items():
         tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = projection.lora_a, projection.lora_b
     return tensors
+
+
+def _adapter_folder(folder: str | Path) -> Path:
+    """The folder itself, or the one in it that `save_pretrained` has written."""
+    folder = Path(folder)
+    inner = folder / SUBFOLDER
+    return inner if (inner / CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).is_file() else folder
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

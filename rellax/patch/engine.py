@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from rellax.errors import InputError
 from rellax.nn import AnswerHead, GateBank, SoftPrompt
@@ -151,7 +152,7 @@ def answer_logits(model: nn.Module, **batch: Any) -> Tensor:
         out = model(**batch, answer_only=True)
     if not isinstance(out, AnswerOutput):
         raise InputError(
-            f"model: expected a patched model, got an unpatched {type(hf_model(model)).__name__}"
+            f"model: expected a patched model, got an unpatched {type(unwrapped(model)).__name__}"
         )
     assert out.answer_logits is not None, "the forward pass has asked for answer_ids"
     return out.answer_logits
@@ -159,7 +160,7 @@ def answer_logits(model: nn.Module, **batch: Any) -> Tensor:
 
 def packing_pays(model: nn.Module) -> bool:
     """Whether a patched model, where and as it is now, is no slower on packed batches than on padded ones."""
-    inner = hf_model(model)
+    inner = unwrapped(model)
     return attention.packing_pays(inner.config, inner.get_input_embeddings().weight)
 
 
@@ -173,13 +174,24 @@ def hf_model(model: Any) -> Any:
     return model
 
 
+def unwrapped(model: Any) -> Any:
+    """`hf_model` of what `torch.compile` or `DistributedDataParallel` has wrapped."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif (compiled := getattr(model, "_orig_mod", None)) is not None:
+            model = compiled
+        else:
+            return hf_model(model)
+
+
 def patched_model(model: Any) -> Any:
-    """The patched transformers model inside a PEFT model, or the model itself.
+    """The patched transformers model: the model itself, or `unwrapped`.
 
     Raises:
         InputError: it is not patched.
     """
-    inner = hf_model(model)
+    inner = unwrapped(model)
     if not isinstance(inner, CausalLM):
         raise InputError(f"model: expected a patched model, got an unpatched {type(inner).__name__}")
     return inner

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -323,6 +324,27 @@ class CausalLM(nn.Module):
             rows, kwargs["soft_index"] = soft_prompt.locate(ids, item_ids.to(self.device))
         ids, expanded = super()._expand_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
         return ids, expanded if rows is None else expanded | {"soft_rows": rows}
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """The model's own, with an adapter in the folder `rellax` beside it.
+
+        `from_pretrained` reads the base weights back and tells of tensors that it has no use for; these are
+        what `Trainer` resumes from. `load_adapter` takes the same folder.
+        """
+        from rellax.patch.adapter import save_beside  # which builds on this module
+
+        if is_main_process:
+            save_beside(self, save_directory, state_dict)
+        super().save_pretrained(  # type: ignore[misc]
+            save_directory, is_main_process, state_dict, *args, **kwargs
+        )
 
     def _rellax_gates(self, instance_embed: Tensor | None, instances: int) -> Tensor | None:
         if instance_embed is None:

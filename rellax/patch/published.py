@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rellax.errors import InputError
-from rellax.patch.engine import hf_model
+from rellax.patch.engine import unwrapped
 from rellax.patch.forward import CausalLM
 from rellax.patch.peft_files import check_same, read_tensors
 
@@ -58,7 +58,7 @@ def load_published(model: Model, gates: str | Path, *, lora: str | Path | None =
         InputError: a file is missing or damaged, or holds more, less or something else than the model has.
             The model is then unchanged.
     """
-    inner = hf_model(model)
+    inner = unwrapped(model)
     if not isinstance(inner, CausalLM) or inner.rellax.gate_bank is None:
         raise InputError('model: expected one that was patched with interaction="full"')
     if inner.rellax.gate_bank.interaction != "full":
