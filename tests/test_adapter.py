@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from rellax._files import sha256_file
 from rellax.errors import InputError
-from rellax.patch import SoftPromptConfig, load_adapter, patch_model, save_adapter, unpatch_model
+from rellax.patch import SoftPromptConfig, export_peft, load_adapter, patch_model, save_adapter, unpatch_model
 
 
 @pytest.fixture
@@ -291,6 +292,7 @@ def _tensors(edit: Any) -> Any:
         (lambda folder: (folder / "adapter.json").unlink(), "expected a JSON file, found none"),
         (lambda folder: (folder / "adapter.json").write_text("[]"), "expected the fields"),
         (_edit(format=99), "expected format 1, got 99"),
+        (_edit(base_weights={"layers": 3}), "base_weights: expected strings by name, got {'layers': 3}"),
         (_edit(config={"rank": 3}), r"expected fields out of .* got \['rank'\]"),
         (_tensors(lambda t: t.pop("rellax.gate_bank.w2")), "expected rellax.gate_bank.w2, it lacks"),
         (_tensors(lambda t: t.update(x=torch.ones(1))), "expected no x, the model lacks it"),
@@ -353,6 +355,70 @@ def _refused(model: Any, folder: Path, message: str) -> None:
 )
 def test_adapters_of_something_else(saved: tuple[Any, Path], make: Any, message: str) -> None:
     _refused(make(), saved[1], message)
+
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["unpatched", "patched"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_weights_in_another_dtype(tmp_path: Path, patched: bool, dtype: torch.dtype) -> None:
+    save_adapter(tiny.patched(tiny.base_model(dtype=torch.float32)), tmp_path / "adapter")
+    model = tiny.base_model(dtype=torch.float32).to(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(tiny.patched(model) if patched else model, tmp_path / "adapter")
+
+
+def hub(model: Any, name: str, commit: str) -> Any:
+    model.config._name_or_path, model.config._commit_hash = name, commit
+    return model
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["unpatched", "patched"])
+def test_other_weights_of_the_same_shapes(tmp_path: Path, patched: bool) -> None:
+    save_adapter(tiny.patched(hub(tiny.base_model(), "org/base", "1a2b")), tmp_path / "adapter")
+    model = tiny.base_model(seed=1)
+    words = r"adapter: expected the base weights that it was trained on \(org/base at 1a2b\), got others"
+    with pytest.warns(UserWarning, match=words) as caught:
+        load_adapter(tiny.patched(model) if patched else model, tmp_path / "adapter")
+    assert caught[0].filename == __file__
+
+
+def test_where_weights_cannot_be_compared_names_are(tmp_path: Path) -> None:
+    save_adapter(
+        tiny.patched(hub(tiny.base_model(dtype=torch.float16), "org/base", "1a2b")), tmp_path / "adapter"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(hub(tiny.base_model(), "org/base", "1a2b"), tmp_path / "adapter")
+        load_adapter(tiny.base_model(), tmp_path / "adapter")
+    for other in (hub(tiny.base_model(), "org/base", "ffff"), hub(tiny.base_model(), "org/chat", "1a2b")):
+        with pytest.warns(UserWarning, match="adapter: expected the base weights"):
+            load_adapter(other, tmp_path / "adapter")
+
+
+def test_what_is_noted_of_the_base(tmp_path: Path) -> None:
+    def noted(model: Any) -> Any:
+        save_adapter(tiny.patched(model), tmp_path / "adapter")
+        return json.loads((tmp_path / "adapter" / "adapter.json").read_text())["base_weights"]
+
+    local = noted(hub(tiny.base_model(), "/home/me/secret", "1a2b"))
+    assert local.keys() == {"embeddings", "layers"}
+    assert noted(hub(tiny.base_model(), "org/base", "1a2b")) == local | {"name": "org/base", "commit": "1a2b"}
+    with pytest.warns(UserWarning, match="dropped"):
+        export_peft(tmp_path / "adapter", tmp_path / "peft")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/base"
+
+
+def test_an_adapter_that_notes_nothing_of_the_base(saved: tuple[Any, Path]) -> None:
+    file = saved[1] / "adapter.json"
+    noted = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in noted.items() if name != "base_weights"}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(tiny.base_model(seed=1), saved[1])
 
 
 def test_a_wider_vocabulary_is_another_model(saved: tuple[Any, Path]) -> None:

@@ -6,20 +6,23 @@ import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from workspace import GATED, Workspace
 
 from rellax._files import read_json, write_json
 from rellax.ctr import evaluate as evaluation
 from rellax.ctr.batches import Example
+from rellax.ctr.checkpoints import Checkpoints
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.evaluate import evaluate, evaluate_share, evaluate_zero_shot, predict_probabilities
+from rellax.ctr.predictor import Predictor
 from rellax.ctr.retrieval import read_positions
 from rellax.ctr.task import Task, load_inputs
 from rellax.ctr.train import train
@@ -117,6 +120,78 @@ def test_evaluation_needs_the_files_of_training(workspace: Workspace, tmp_path: 
     pq.write_table(pq.read_table(path), path, compression="none")
     with pytest.raises(InputError, match="expected the files it was trained with, but one has changed"):
         evaluate(tmp_path / "run", progress=False)
+
+
+def test_a_run_needs_the_weights_that_it_was_trained_on(workspace: Workspace, tmp_path: Path) -> None:
+    """Wherever these lie now, in whatever dtype, and whatever else has been done to the folder."""
+    folder, run = shutil.copytree(workspace.model, tmp_path / "model"), tmp_path / "run"
+    config = workspace.config(model=str(folder))
+    train(config, run, progress=False)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "README.md").write_text("A model.")
+    model.save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink()
+    known = evaluate(run, samples=3, folder=tmp_path / "known", progress=False)
+    Predictor(run)
+    earlier = shutil.copytree(run, tmp_path / "earlier")
+
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight += 0.01
+    model.save_pretrained(folder)
+    words = f"model: expected the weights that {run / 'adapter'} was trained on, found others in {folder}$"
+    for needs_them in (
+        lambda: evaluate(run, samples=3, progress=False),
+        lambda: Predictor(run),
+        lambda: train(
+            workspace.config(model=str(folder), stage="2", start=str(run), **GATED),
+            tmp_path / "stage-2",
+            progress=False,
+        ),
+    ):
+        with pytest.raises(InputError, match=words):
+            needs_them()
+    assert evaluate(run, samples=3, folder=tmp_path / "known", progress=False) == known
+
+    path = earlier / "adapter" / "adapter.json"  # of a version that noted nothing
+    write_json(path, {name: value for name, value in read_json(path).items() if name != "base_weights"})
+    evaluate(earlier, samples=3, progress=False)
+
+
+def test_a_stopped_training_needs_the_weights_that_it_began_with(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(workspace.model, tmp_path / "model")
+    config = workspace.config(model=str(folder), checkpoint_every=1)
+
+    def stop(self: Checkpoints, state: dict[str, Any]) -> None:
+        save(self, state)
+        raise KeyboardInterrupt
+
+    save = Checkpoints.save
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "run", progress=False)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight *= 1.1
+    model.save_pretrained(folder)
+    with pytest.raises(
+        InputError, match=r"model: expected the weights that .*run was begun with, found others"
+    ):
+        train(config, tmp_path / "run", progress=False)
+
+
+def test_a_run_needs_the_tokens_that_it_was_trained_with(workspace: Workspace, tmp_path: Path) -> None:
+    folder, run = shutil.copytree(workspace.model, tmp_path / "model"), tmp_path / "run"
+    train(workspace.config(model=str(folder), stage="joint", epochs=1, **GATED), run, progress=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<another>"])  # it takes the id that the placeholder would get
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(
+        InputError, match=r"model: expected the tokenizer that .* was trained with, its tokens"
+    ):
+        Predictor(run)
 
 
 def test_a_stopped_evaluation_goes_on_and_a_finished_one_grows(

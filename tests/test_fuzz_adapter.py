@@ -146,7 +146,7 @@ JUNK = st.recursive(
 
 def test_descriptions_of_anything(saved: Path, models: list[Any], tmp_path: Path) -> None:
     description, content = read_json(saved / "adapter.json"), (saved / "adapter.safetensors").read_bytes()
-    fields = ["format", "base_model", "config", "placeholder_ids"]
+    fields = ["format", "base_model", "base_weights", "config", "placeholder_ids"]
 
     @examples(40)
     @given(st.sampled_from(fields), JUNK)
@@ -154,6 +154,8 @@ def test_descriptions_of_anything(saved: Path, models: list[Any], tmp_path: Path
         # An unpatched model takes any token for the placeholder.
         is_token = field == "placeholder_ids" and isinstance(junk, list) and all(type(i) is int for i in junk)
         at_fault = models[1:] if is_token else models
+        if field == "base_weights" and junk == {}:
+            return  # as if nothing had been noted
         refused(at_fault, write(tmp_path / "adapter", description | {field: junk}, content))
 
     check()

@@ -56,7 +56,8 @@ class Predictor:
         calibration: what becomes of the model's log-odds.
 
     Raises:
-        InputError: the run is not finished, or a file of it is missing, damaged, or of other data.
+        InputError: the run is not finished, a file of it is missing, damaged, or of other data, or its
+            language model has other weights now.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ from rellax.patch import (
     patch_model,
     peft_files,
 )
-from rellax.patch.adapter import TENSOR_FILE
+from rellax.patch.adapter import TENSOR_FILE, is_of_other_weights
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,9 @@ def load_inputs(config: TrainConfig, *, progress: bool = False) -> Inputs:
 
 
 def input_hashes(config: TrainConfig, *, progress: bool = False) -> dict[str, str]:
-    """SHA-256 of each file that decides what a run of `config` computes, the language model's apart.
+    """SHA-256 of each file that decides what a run of `config` computes, but the language model's.
+
+    Of that the adapter knows the weights, wherever they come from; see `Task.check_weights`.
 
     Raises:
         InputError: a file is missing.
@@ -164,6 +166,9 @@ class Task:
 
     The model is on `device`. Without an adapter, A, gates and projector come from the configuration's seed
     and B is zero, so that, but for soft prompts, it predicts what the unpatched model would.
+
+    Raises:
+        InputError: `adapter` was trained on other weights than the model's, or with another tokenizer.
     """
 
     def __init__(
@@ -188,8 +193,13 @@ class Task:
         )
         self.collator = self.collator_of(inputs.instance_embeddings, inputs.probabilities)
         model = load_model(config.model, dtype=config.dtype, quantize=config.quantize, device=device)
-        model = self._patched(model, placeholder) if adapter is None else load_adapter(model, adapter)
         self.model = model
+        if adapter is None:
+            self._patch(placeholder)
+        else:
+            self.check_weights(adapter)
+            load_adapter(model, adapter)
+            self._check_tokens(adapter, placeholder)
         self.place(lambda model: model.to(device))
 
     def place(self, move: Callable[[Any], Any]) -> None:
@@ -216,7 +226,28 @@ class Task:
         is_retrieved = np.full(len(chosen), prompts == "retrieved")
         return Examples(self.prompts, self.inputs, chosen, is_retrieved, count)
 
-    def _patched(self, model: Any, placeholder: int | None) -> Any:
+    def check_weights(self, adapter: Path) -> None:
+        """Raise an InputError where an adapter is known to be of a language model with other weights."""
+        if is_of_other_weights(self.model, adapter):
+            name = self.config.model
+            raise InputError(
+                f"model: expected the weights that {adapter} was trained on, found others in {name}"
+            )
+
+    def _check_tokens(self, adapter: Path, placeholder: int | None) -> None:
+        """Raise unless the answers and the placeholder are the tokens that an adapter was trained with."""
+        state = self.model.rellax
+        soft_prompt = state.soft_prompt
+        expected = [*(state.config.answer_ids or ())]
+        expected += [] if soft_prompt is None else soft_prompt.placeholder_ids.tolist()
+        found = [*self.collator.answer_ids, *([] if placeholder is None else [placeholder])]
+        if found != expected:
+            raise InputError(
+                f"model: expected the tokenizer that {adapter} was trained with, its tokens {expected}, "
+                f"found another in {self.config.model}, {found}"
+            )
+
+    def _patch(self, placeholder: int | None) -> None:
         config, embeddings = self.config, self.collator.instance_embeddings
         torch.manual_seed(config.seed)
         soft_prompt = None
@@ -234,7 +265,6 @@ class Task:
             loss=config.loss,
             answer_ids=self.collator.answer_ids,
         )
-        patch_model(model, lora, soft_prompt=soft_prompt)
+        patch_model(self.model, lora, soft_prompt=soft_prompt)
         if config.gradient_checkpointing:
-            checkpoint_activations(model)
-        return model
+            checkpoint_activations(self.model)

@@ -30,6 +30,7 @@ from rellax.ctr.predictions import Predictions
 from rellax.ctr.task import Task, input_hashes, load_inputs, start_folder
 from rellax.errors import InputError
 from rellax.patch import compile_frozen, load_adapter, save_adapter
+from rellax.patch.identity import is_other
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -181,6 +182,7 @@ class _Trainer:
         start, state = self.config.start, self.task.model.rellax
         if start is None:
             return
+        self.task.check_weights(start_folder(start))
         load_adapter(self.task.model, start_folder(start), partial=True)
         if not any(projection.lora_b.any() for projection in state.projections.values()):
             raise InputError(
@@ -323,6 +325,7 @@ class _Trainer:
                     "best": self.best,
                     "worse": self.worse,
                     "processes": self.accelerator.num_processes,
+                    "base_weights": self.task.model.rellax.base_weights,
                     "parameters": {name: parameter.detach() for name, parameter in self.trainable.items()},
                     "optimiser": self.optimiser.state_dict(),
                 }
@@ -337,6 +340,11 @@ class _Trainer:
             self._say(
                 f"train: begun by {state['processes']} processes, goes on with "
                 f"{self.accelerator.num_processes}: the same but for rounding and dropout"
+            )
+        if is_other(state.get("base_weights", {}), self.task.model.rellax.base_weights):
+            raise InputError(
+                f"model: expected the weights that {self.folder} was begun with, found others in "
+                f"{self.config.model}"
             )
         self.step, self.best, self.worse = state["step"], state["best"], state["worse"]
         self.optimiser.load_state_dict(state["optimiser"])

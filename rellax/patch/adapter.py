@@ -18,6 +18,7 @@ from rellax.patch import peft_files
 from rellax.patch.config import CFLoRAConfig, SoftPromptConfig
 from rellax.patch.engine import patch_layers, patched_model, unpatch_model, unwrapped
 from rellax.patch.forward import CausalLM
+from rellax.patch.identity import identity, is_other
 from rellax.patch.rules import find_family
 
 FORMAT = 1
@@ -34,8 +35,9 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Write A, B, the gate bank and the soft prompt (with its item table) of a patched model to a folder.
 
     Beside the tensors lies a JSON file with the configuration and a description of the base model, whose own
-    weights are not saved. The two belong together, so they have a folder of their own: it is written under a
-    temporary name and replaces an older one, and a reader meets one or the other, never a mixture.
+    weights are not saved: its sizes, hashes of samples, and if it is from the hub its name and commit. The
+    two belong together, so they have a folder of their own: it is written under a temporary name and replaces
+    an older one, and a reader meets one or the other, never a mixture.
 
     Args:
         model: a patched model.
@@ -79,6 +81,7 @@ def _write(model: Any, folder: str | Path, tensors: Mapping[str, Tensor]) -> Non
             {
                 "format": FORMAT,
                 "base_model": _describe(model),
+                "base_weights": state.base_weights,
                 "config": state.config.to_dict(),
                 "placeholder_ids": _placeholder_ids(model),
                 "sha256": sha256_file(part / TENSOR_FILE),
@@ -102,7 +105,8 @@ def load_adapter(model: Model, folder: str | Path, *, partial: bool = False) -> 
         The same object.
 
     Warns:
-        UserWarning: the adapter was trained with another loss than a patched model's.
+        UserWarning: the adapter was trained on other base weights, or with another loss than the patched
+            model's.
 
     Raises:
         InputError: a file is missing or damaged, or the adapter belongs to another model, rank, set of layers
@@ -120,6 +124,11 @@ def load_adapter(model: Model, folder: str | Path, *, partial: bool = False) -> 
             raise InputError(f"adapter: expected one of {base}, got one of {description['base_model']}")
         config = CFLoRAConfig.from_dict(description["config"])
         placeholder_ids, loss = description["placeholder_ids"], config.loss
+        if is_other(known := description.get("base_weights", {}), _base_weights(inner)):
+            name = f" ({known['name']} at {known['commit']})" if "name" in known and "commit" in known else ""
+            warnings.warn(
+                f"adapter: expected the base weights that it was trained on{name}, got others", stacklevel=2
+            )
     _check(config, tensors)
     if isinstance(inner, CausalLM):
         _load(inner, config, placeholder_ids, tensors, partial)
@@ -138,6 +147,18 @@ def load_adapter(model: Model, folder: str | Path, *, partial: bool = False) -> 
     return model
 
 
+def is_of_other_weights(model: nn.Module, folder: str | Path) -> bool:
+    """Whether an adapter is known to have been trained on other base weights than those of a model.
+
+    Raises:
+        InputError: its description is missing or damaged.
+    """
+    inner, folder = unwrapped(model), _adapter_folder(folder)
+    if peft_files.is_peft(folder):
+        return False
+    return is_other(_read_description(folder).get("base_weights", {}), _base_weights(inner))
+
+
 def export_peft(adapter: str | Path, folder: str | Path, *, base_model: str | None = None) -> None:
     """Write the A and B of an adapter as plain LoRA for `peft.PeftModel.from_pretrained`.
 
@@ -146,7 +167,8 @@ def export_peft(adapter: str | Path, folder: str | Path, *, base_model: str | No
     Args:
         adapter: a folder of `save_adapter`, or of a patched model's `save_pretrained`.
         folder: a new one, or one of nothing but such an adapter; written as by `save_adapter`.
-        base_model: folder or hub name of the model it was trained for, to be noted.
+        base_model: folder or hub name of the model it was trained for, to be noted; None: the name that the
+            adapter has noted of a model from the hub.
 
     Warns:
         UserWarning: the adapter has gates or a soft prompt, which plain LoRA has no place for.
@@ -169,6 +191,7 @@ def export_peft(adapter: str | Path, folder: str | Path, *, base_model: str | No
             "predict what the patched model does",
             stacklevel=2,
         )
+    base_model = base_model or description.get("base_weights", {}).get("name")
     peft_files.write(folder, config.to_dict(), lora, base_model)
 
 
@@ -181,6 +204,11 @@ def _describe(model: Any) -> dict[str, Any]:
         "layers": model.config.num_hidden_layers,
         "vocab_size": vocab_size,
     }
+
+
+def _base_weights(model: Any) -> dict[str, str]:
+    """The `identity` of a model's base weights, patched or not."""
+    return model.rellax.base_weights if isinstance(model, CausalLM) else identity(model)
 
 
 def _placeholder_ids(model: Any) -> list[int] | None:
@@ -204,6 +232,17 @@ def _adapter_folder(folder: str | Path) -> Path:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    description = _read_description(folder)
+    file = folder / TENSOR_FILE
+    if file.is_file() and sha256_file(file) != description["sha256"]:
+        raise InputError(f"{file}: damaged, its SHA-256 is not the one in {CONFIG_FILE}")
+    tensors = peft_files.read_tensors(file)
+    if (description["placeholder_ids"] is None) is (_TABLE in tensors):
+        raise InputError(f"{folder}: expected placeholder_ids and {_TABLE} both or neither")
+    return description, tensors
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
     description = read_json(folder / CONFIG_FILE)
     keys = {"format", "base_model", "config", "placeholder_ids", "sha256"}
     is_whole = isinstance(description, dict) and keys <= description.keys()
@@ -211,14 +250,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise InputError(f"{folder / CONFIG_FILE}: expected the fields {sorted(keys)} of an adapter")
     if type(description["format"]) is not int or description["format"] != FORMAT:
         raise InputError(f"{folder / CONFIG_FILE}: expected format {FORMAT}, got {description['format']!r}")
-    file = folder / TENSOR_FILE
-    if file.is_file() and sha256_file(file) != description["sha256"]:
-        raise InputError(f"{file}: damaged, its SHA-256 is not the one in {CONFIG_FILE}")
-    tensors = peft_files.read_tensors(file)
+    known = description.get("base_weights", {})
+    if not isinstance(known, dict) or not all(isinstance(value, str) for value in known.values()):
+        raise InputError(f"{folder / CONFIG_FILE}: base_weights: expected strings by name, got {known!r}")
     _check_placeholder_ids(folder / CONFIG_FILE, description["placeholder_ids"])
-    if (description["placeholder_ids"] is None) is (_TABLE in tensors):
-        raise InputError(f"{folder}: expected placeholder_ids and {_TABLE} both or neither")
-    return description, tensors
+    return description
 
 
 def _check_placeholder_ids(path: Path, ids: Any) -> None:

@@ -18,6 +18,7 @@ from rellax.nn.cflora import CFLoRAUpdate
 from rellax.patch import attention, quantised, rules
 from rellax.patch.config import CFLoRAConfig, SoftPromptConfig
 from rellax.patch.forward import AnswerOutput, Attention, CausalLM, Projection
+from rellax.patch.identity import identity
 from rellax.patch.state import RellaxState, Report
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -340,7 +341,7 @@ def _build_state(
         projector = SoftPrompt(soft_prompt.item_embeddings, hidden_size, soft_prompt.placeholder_ids, **place)
     head = AnswerHead(config.answer_ids, config.loss, getattr(model.config, "final_logit_softcapping", None))
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    return RellaxState(config, found, gate_bank, projector, head, flags)
+    return RellaxState(config, found, gate_bank, projector, head, flags, identity(model))
 
 
 def _shared_inputs(found: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -70,6 +70,7 @@ class RellaxState(nn.Module):
         soft_prompt: SoftPrompt | None,
         answer_head: AnswerHead,
         original_requires_grad: Mapping[str, bool],
+        base_weights: Mapping[str, str],
     ) -> None:
         super().__init__()
         self.config = config
@@ -78,6 +79,7 @@ class RellaxState(nn.Module):
         self.answer_head = answer_head
         self.projections = dict(projections)
         self.original_requires_grad = dict(original_requires_grad)
+        self.base_weights = dict(base_weights)  # their `identity`
         self.compiled: Sequence[nn.Module] = ()  # of the model's own modules
 
     def active_bank(self) -> GateBank | None:
