@@ -148,7 +148,7 @@ def load_adapter(model: Model, folder: str | Path, *, partial: bool = False) -> 
 
 
 def is_of_other_weights(model: nn.Module, folder: str | Path) -> bool:
-    """Whether an adapter is known to have been trained on other base weights than those of a model.
+    """Whether an adapter fits a model but is known to have been trained on other base weights.
 
     Raises:
         InputError: its description is missing or damaged.
@@ -156,7 +156,9 @@ def is_of_other_weights(model: nn.Module, folder: str | Path) -> bool:
     inner, folder = unwrapped(model), _adapter_folder(folder)
     if peft_files.is_peft(folder):
         return False
-    return is_other(_read_description(folder).get("base_weights", {}), _base_weights(inner))
+    description = _read_description(folder)
+    known = description.get("base_weights", {})
+    return description["base_model"] == _describe(inner) and is_other(known, _base_weights(inner))
 
 
 def export_peft(adapter: str | Path, folder: str | Path, *, base_model: str | None = None) -> None:
