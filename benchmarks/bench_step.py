@@ -293,8 +293,8 @@ def _prepared(k: int) -> TrainConfig:
     Made once, and anew where what makes the files has changed.
     """
     from rellax.ctr import assets
-    from rellax.ctr.config import TrainConfig
-    from rellax.ctr.crm import CRMConfig, train_crm
+    from rellax.ctr.config import CRMConfig, TrainConfig
+    from rellax.ctr.crm import train_crm
     from rellax.ctr.dataset import Dataset
     from rellax.ctr.prepare import prepare
     from rellax.ctr.sources import read_ml_100k

@@ -33,13 +33,14 @@ import functools
 import numpy as np
 import torch
 from rellax.ctr import crm
+from rellax.ctr.config import CRMConfig
 from rellax.ctr.dataset import Dataset
 data = Dataset.load('{folder}/work/data')
 def outputs(model, features, samples):
     for chunk in np.array_split(samples, len(samples) // 2048):
         yield torch.rand(len(chunk), 64), torch.rand(len(chunk))
 crm._outputs, crm.evaluate = outputs, functools.partial(crm.evaluate, bootstrap=0)
-crm.train_crm(data, '{folder}/work/crm', crm.CRMConfig(shots=4096, epochs=1))
+crm.train_crm(data, '{folder}/work/crm', CRMConfig(shots=4096, epochs=1))
 """,
     "made": """
 import numpy as np

@@ -18,7 +18,8 @@ from raw_data import random_interactions, write_ml_100k
 from torch import nn
 
 from rellax.ctr import crm, runs
-from rellax.ctr.crm import MODELS, CRMConfig, load_crm, make_crm, train_crm
+from rellax.ctr.config import CRM_MODELS, CRMConfig
+from rellax.ctr.crm import load_crm, make_crm, train_crm
 from rellax.ctr.dataset import SPLITS, Dataset
 from rellax.ctr.prepare import prepare
 from rellax.ctr.sources import read_ml_100k
@@ -44,7 +45,7 @@ def features_of(dataset: Dataset, config: CRMConfig = CONFIG) -> crm._Features:
     return crm._Features(dataset, vocabulary, config, torch.device("cpu")).of(dataset)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", CRM_MODELS)
 def test_learns_taste_from_earlier_ratings(dataset: Dataset, tmp_path: Path, model: str) -> None:
     config = dataclasses.replace(CONFIG, model=model)
     metrics = train_crm(dataset, tmp_path / "crm", config)
@@ -141,7 +142,9 @@ def hidden_size(model: str) -> int:
     return 7 + 8 * (3 + 4 + 4) if model == "DCNv2" else 7
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "DeepFM"])  # its logit has other parts
+@pytest.mark.parametrize(
+    "name", [name for name in CRM_MODELS if name != "DeepFM"]
+)  # its logit has other parts
 def test_instance_embeddings_are_the_last_hidden_layer(dataset: Dataset, name: str) -> None:
     torch.manual_seed(0)
     config = dataclasses.replace(CONFIG, model=name)

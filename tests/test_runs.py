@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from transformers import DistilBertConfig, LlamaConfig
 
-from rellax.ctr.config import StudyConfig, TrainConfig
-from rellax.ctr.crm import CRMConfig, make_crm
+from rellax.ctr.config import CRMConfig, StudyConfig, TrainConfig
+from rellax.ctr.crm import make_crm
 from rellax.ctr.embedding import embed
 from rellax.ctr.retrieval import retrieve
 from rellax.ctr.runs import is_claimed

@@ -12,8 +12,8 @@ from raw_data import random_interactions, write_ml_100k
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rellax.ctr.config import TrainConfig
-from rellax.ctr.crm import CRMConfig, train_crm
+from rellax.ctr.config import CRMConfig, TrainConfig
+from rellax.ctr.crm import train_crm
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.prepare import prepare
 from rellax.ctr.retrieval import retrieve

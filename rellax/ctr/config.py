@@ -20,6 +20,12 @@ SCHEDULES = ("linear", "cosine", "constant")
 QUANTIZE = ("none", "int8", "nf4", "fp4", "int8wo", "int8dq", "int4wo", "float8wo")
 INTERACTIONS = ("none", "diagonal", "full")
 CRM_MODELS = ("DIN", "SIM", "ETA", "SDIM", "DCNv2", "DeepFM")
+KINDS = {  # names that the configurations of all runs of a command have had, and those of nothing else
+    "crm": {"model", "embedding_dim", "hidden"},
+    "embed": {"data", "model", "dim"},
+    "retrieve": {"data", "embeddings", "k"},
+    "train": {"data", "model", "stage", "prompts"},
+}
 CRM_SAMPLES = ("all", "held-out", "shots")
 SIMILARITIES = ("text", "text+crm")
 LEARNING_RATES = {"1": 1e-3, "2": 3e-4, "joint": 1e-3}
@@ -412,7 +418,7 @@ def read_config(run: str | Path) -> TrainConfig:
     """
     path = Path(run) / "config.json"
     values = read_json(path, maker="rellax train")
-    if not isinstance(values, dict) or not values.keys() >= {"data", "model", "stage", "prompts"}:
+    if not isinstance(values, dict) or not KINDS["train"] <= values.keys():
         raise InputError(f"{path}: expected the configuration of `rellax train`, found another")
     values.pop("inputs", None)
     if unknown := values.keys() - {field.name for field in dataclasses.fields(TrainConfig)}:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rellax._files import atomic_folder, read_json, sha256_file, write_json
-from rellax.ctr.config import CRM_MODELS, CRMConfig
+from rellax.ctr.config import CRMConfig
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.llm import resolve_device
 from rellax.ctr.metrics import evaluate
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MODELS = CRM_MODELS
 OUTPUTS = "outputs.safetensors"
 WEIGHTS = "model.safetensors"
 VOCABULARY = "vocabulary.json"

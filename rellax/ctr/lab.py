@@ -17,8 +17,8 @@ import torch
 
 from rellax._files import read_json, write_json
 from rellax.ctr import assets, runs
-from rellax.ctr.config import Comparison, TrainConfig, recent_behaviours
-from rellax.ctr.crm import CRMConfig, make_crm
+from rellax.ctr.config import Comparison, CRMConfig, TrainConfig, recent_behaviours
+from rellax.ctr.crm import make_crm
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.embedding import embed
 from rellax.ctr.evaluate import evaluate, evaluate_share, evaluate_zero_shot

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from rellax._files import atomic_file, read_json, write_json
+from rellax.ctr.config import KINDS
 from rellax.errors import InputError
 
 _PACKAGES = (
@@ -32,12 +33,6 @@ _PACKAGES = (
     "pyarrow",
     "scikit-learn",
 )
-_KINDS = {  # names that the configurations of all runs of a command have had, and those of nothing else
-    "crm": {"model", "embedding_dim", "hidden"},
-    "embed": {"data", "model", "dim"},
-    "retrieve": {"data", "embeddings", "k"},
-    "train": {"data", "stage", "prompts"},
-}
 _SCORING = ("eval_batch_size",)
 _EXECUTION = (
     *("micro_batch_size", "gradient_checkpointing", "compile", "packing", "checkpoint_every"),
@@ -74,7 +69,7 @@ def is_claimed(
         return False
     found, wanted = read_json(path), json.loads(json.dumps(config))
     if command is not None and redo:
-        if not isinstance(found, dict) or not _KINDS[command] <= found.keys():
+        if not isinstance(found, dict) or not KINDS[command] <= found.keys():
             raise InputError(
                 f"{folder}: expected a run of `rellax {command}` to begin anew, found another kind"
             )

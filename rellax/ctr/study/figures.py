@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from rellax._files import atomic_file
-from rellax.ctr.crm import MODELS
+from rellax.ctr.config import CRM_MODELS
 from rellax.ctr.methods import METHODS
 from rellax.ctr.study.results import HISTORY_BINS, Result, Results
 
-_NAMES = (*METHODS, *MODELS)  # a colour each, the same in all panels and figures
+_NAMES = (*METHODS, *CRM_MODELS)  # a colour each, the same in all panels and figures
 
 
 def by_k(path: Path, results: Results) -> None:

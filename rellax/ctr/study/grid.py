@@ -20,8 +20,7 @@ import torch
 
 from rellax._files import atomic_folder, read_json, write_json
 from rellax.ctr import runs
-from rellax.ctr.config import StudyConfig, TrainConfig
-from rellax.ctr.crm import MODELS
+from rellax.ctr.config import CRM_MODELS, StudyConfig, TrainConfig
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.evaluate import predict_probabilities
 from rellax.ctr.lab import Lab, Step, duration, run_steps
@@ -140,9 +139,9 @@ def reproduce(
 
 def cells(config: StudyConfig) -> list[Cell]:
     """All runs of the grid, each after those that it builds on; small ones and the first seed come first."""
-    unknown = [name for name in (*config.crms, config.crm) if name not in MODELS]
+    unknown = [name for name in (*config.crms, config.crm) if name not in CRM_MODELS]
     if unknown:
-        raise InputError(f"crms: expected some of {', '.join(MODELS)}, got {unknown[0]!r}")
+        raise InputError(f"crms: expected some of {', '.join(CRM_MODELS)}, got {unknown[0]!r}")
     methods = with_starts(config.methods)
     found = [Cell(method, k) for method in methods for k in config.k if METHODS[method].stage is None]
     for seed in config.seeds:
