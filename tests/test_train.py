@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import logging
 import os
 import resource
 import shutil
@@ -338,6 +339,27 @@ def test_resume_after_sigkill(workspace: Workspace, tmp_path: Path) -> None:
     for kill in places:
         assert_same_run(tmp_path / "whole", tmp_path / kill)
         assert not (tmp_path / kill / "checkpoints").exists()
+
+
+def test_a_stopped_run_goes_on_otherwise_executed(
+    workspace: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who stopped it for want of memory keeps what was trained."""
+    config = workspace.config(stage="joint", dropout=0.0, **GATED)
+    train(config, tmp_path / "whole", progress=False)
+    stop(config, tmp_path / "run", 4)
+    frugal = dataclasses.replace(config, micro_batch_size=1, gradient_checkpointing=True, compile=True)
+    with caplog.at_level(logging.INFO, logger="rellax"):
+        train(frugal, tmp_path / "run", progress=False)
+    size = f"train: begun with micro_batch_size = {config.micro_batch_size}, goes on with 1: the same but for"
+    said = [record.getMessage() for record in caplog.records if "begun with" in record.getMessage()]
+    assert len(said) == 3
+    assert any(message.startswith(size) for message in said)
+    runs_of = [log(tmp_path / name) for name in ("whole", "run")]
+    assert runs_of[0][:4] == runs_of[1][:4]
+    losses = [[entry["loss"] for entry in of] for of in runs_of]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert read_config(tmp_path / "run") == frugal
 
 
 def saved_steps(folder: Path) -> list[int]:

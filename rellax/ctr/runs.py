@@ -33,10 +33,9 @@ _PACKAGES = (
     "pyarrow",
     "scikit-learn",
 )
-_SCORING = ("eval_batch_size",)
 _EXECUTION = (
-    *("micro_batch_size", "gradient_checkpointing", "compile", "packing", "checkpoint_every"),
-    *_SCORING,
+    *("micro_batch_size", "eval_batch_size", "gradient_checkpointing"),
+    *("compile", "packing", "checkpoint_every"),
 )
 
 
@@ -50,7 +49,7 @@ def is_claimed(
 ) -> bool:
     """Whether a folder holds a run of `config`; False where it holds none, or that is to be done anew.
 
-    How a finished run was executed may differ, and how many prompts a stopped one scores at once.
+    How it was executed may differ.
 
     Args:
         command: "crm", "embed", "retrieve" or "train", which can begin anew; None is one that cannot.
@@ -74,9 +73,8 @@ def is_claimed(
                 f"{folder}: expected a run of `rellax {command}` to begin anew, found another kind"
             )
         return False
-    free = _EXECUTION if (folder / "metrics.json").exists() else _SCORING
-    found, wanted = _without(found, free), _without(wanted, free)
-    if differs := ", and ".join(_differences(found, wanted)):
+    differences = differing(without_execution(found), without_execution(wanted))
+    if differs := ", and ".join(f"{name} = {one}, expected {other}" for name, one, other in differences):
         or_anew = "" if command is None else ", or begin anew with --redo"
         advice = advice or f"choose another folder{or_anew}"
         raise InputError(f"{folder}: holds a run with {differs}; {advice}")
@@ -84,25 +82,24 @@ def is_claimed(
 
 
 def without_execution(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without what only says how a run is executed: it changes rounding alone."""
-    return _without(config, _EXECUTION)
-
-
-def _without(config: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """A configuration without what only says how a run is executed: it changes rounding and dropout alone."""
     return {
-        name: _without(value, names) if isinstance(value, dict) else value
+        name: without_execution(value) if isinstance(value, dict) else value
         for name, value in config.items()
-        if name not in names
+        if name not in _EXECUTION
     }
 
 
-def _differences(found: dict[str, Any], wanted: dict[str, Any], inside: str = "") -> Iterator[str]:
+def differing(
+    found: dict[str, Any], wanted: dict[str, Any], inside: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """What differs between two configurations: its name, and what either has."""
     for name in wanted | found:
         one, other = found.get(name), wanted.get(name)
         if isinstance(one, dict) and isinstance(other, dict):
-            yield from _differences(one, other, f"{inside}{name}.")
+            yield from differing(one, other, f"{inside}{name}.")
         elif one != other:
-            yield f"{inside}{name} = {one}, expected {other}"
+            yield f"{inside}{name}", one, other
 
 
 @contextlib.contextmanager

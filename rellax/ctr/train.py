@@ -63,7 +63,8 @@ def train(
     The run folder then holds config.json, environment.json, log.jsonl, curves.png, adapter/ as it was at the
     step that `config.select` names best on the validation samples, and for that step metrics.json and
     predictions.parquet of those samples. A run that was stopped goes on from its last checkpoint, with the
-    same result to the last bit; a finished run is only read. `accelerate launch` and `torchrun` share a batch
+    same result to the last bit, or to rounding and dropout where it is executed otherwise from then on, in
+    smaller micro-batches, say; a finished run is only read. `accelerate launch` and `torchrun` share a batch
     out over processes.
 
     Args:
@@ -154,6 +155,11 @@ class _Trainer:
             holds = "a part of the frozen weights (FSDP2)" if self.sharded else "all weights (DDP)"
             self._say(f"train: {processes} processes, each holds {holds}")
         if (self.folder / "config.json").exists():
+            for name, before, now in runs.differing(read_json(self.folder / "config.json"), request):
+                self._say(
+                    f"train: begun with {name} = {before}, goes on with {now}: the same but for rounding and "
+                    "dropout"
+                )
             self._load_checkpoint()
         log = None
         if self.accelerator.is_main_process:
