@@ -5,6 +5,7 @@
 
 #include "dispatch.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace rellax {
 namespace {
@@ -88,8 +89,7 @@ void run(CfloraKernel* kernel, const Cflora& task, const std::vector<Tile>& tile
     }
     const int64_t size = cflora_scratch(widest, task.layers * task.r), work = tokens * task.r * columns;
     parallel_for(static_cast<int64_t>(tiles.size()), threads_for(work, kThreadWork, threads), [&](int64_t index) {
-        thread_local std::vector<float> scratch;
-        scratch.resize(size);
+        const Scratch scratch(size);
         kernel(task, tiles[index], scratch.data());
     });
 }

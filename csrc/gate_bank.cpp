@@ -6,6 +6,7 @@
 
 #include "dispatch.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace rellax {
 namespace {
@@ -63,12 +64,6 @@ void normalise_backward(const GateBank& bank, const Normalised& normed, const st
     }
 }
 
-float* scratch_of(int64_t size) {
-    thread_local std::vector<float> scratch;
-    if (scratch.size() < static_cast<size_t>(size)) scratch.resize(size);
-    return scratch.data();
-}
-
 }  // namespace
 
 void gate_bank_forward(const GateBank& bank, const void* b2, float* flat, int threads) {
@@ -77,8 +72,8 @@ void gate_bank_forward(const GateBank& bank, const void* b2, float* flat, int th
     const int64_t tiles = (bank.instances + kTile - 1) / kTile;
     parallel_for(bank.projections * tiles, threads_for(work_of(bank), kThreadWork, threads), [&](int64_t index) {
         const int64_t first = index % tiles * kTile, last = std::min(first + kTile, bank.instances);
-        float* scratch = scratch_of(forward_scratch(bank));
-        kernel(bank, b2, flat, normed.rows.data(), index / tiles, first, last, scratch);
+        const Scratch scratch(forward_scratch(bank));
+        kernel(bank, b2, flat, normed.rows.data(), index / tiles, first, last, scratch.data());
     });
 }
 
@@ -88,9 +83,10 @@ void gate_bank_backward(const GateBank& bank, const GateBankGradients& gradients
     const int64_t count = std::min(bank.projections, kShares), size = static_cast<int64_t>(normed.rows.size());
     std::vector<float> shares(gradients.du == nullptr ? 0 : count * size);
     parallel_for(count, threads_for(work_of(bank), kThreadWork, threads), [&](int64_t share) {
+        const Scratch scratch(backward_scratch(bank));
         float* dnormed = gradients.du == nullptr ? nullptr : shares.data() + share * size;
         for (int64_t m = share * bank.projections / count; m < (share + 1) * bank.projections / count; ++m) {
-            kernel(bank, gradients, normed.rows.data(), dnormed, m, scratch_of(backward_scratch(bank)));
+            kernel(bank, gradients, normed.rows.data(), dnormed, m, scratch.data());
         }
     });
     if (gradients.du != nullptr) normalise_backward(bank, normed, shares, gradients.du);

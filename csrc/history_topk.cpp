@@ -131,7 +131,7 @@ int64_t longest_history(const HistoryTopk& task) {
 }
 
 // As many behaviours as the longest history has, or as the memory for packed ones lets all threads hold.
-int64_t packed_block(const HistoryTopk& task, int64_t longest, int threads) {
+int64_t packed_block(const HistoryTopk& task, int64_t longest, int64_t threads) {
     const int64_t affordable = kPackedBytes / threads / (static_cast<int64_t>(sizeof(float)) * 2 * (task.dim + 2));
     const int64_t blocks = std::min((longest + kHistoryBlock - 1) / kHistoryBlock, affordable / kHistoryBlock);
     return std::max<int64_t>(blocks, 1) * kHistoryBlock;
@@ -193,9 +193,8 @@ Order order_of_groups(const HistoryTopk& task, const Frequent& frequent, int64_t
 // Calls run(index, scratch) for each of `count` pieces of work, each thread with scratch memory of its own.
 template <class Run>
 void for_each_piece(int64_t count, int threads, int64_t scratch_bytes, bool large, Run run) {
-    const int workers = threads_for(count, 1, threads);
     std::atomic<int64_t> next{0};
-    parallel_for(workers, workers, [&](int64_t) {
+    parallel_for(std::min<int64_t>(count, threads), threads, [&](int64_t) {
         const Memory scratch(scratch_bytes, large);
         for (int64_t index; (index = next.fetch_add(1)) < count;) run(index, scratch.data());
     });
@@ -325,7 +324,7 @@ void history_topk(HistoryTopk task, int threads) {
     const bool large = plan.candidates * task.dim >= kLargeWork;
     if (large) advise_results(task);
     const int64_t pieces = static_cast<int64_t>(plan.pieces.size());
-    task.block = packed_block(task, longest, threads_for(pieces, 1, threads));
+    task.block = packed_block(task, longest, std::clamp<int64_t>(pieces, 1, threads));
     Buffer sketch;
     if (sketch_pays(task, plan)) sketch = sketch_of(task, threads);
     for_each_piece(pieces, threads, level().history_topk_scratch(task), large, [&](int64_t index, void* scratch) {

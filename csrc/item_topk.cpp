@@ -8,6 +8,7 @@
 #include "dispatch.h"
 #include "pages.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace rellax {
 namespace {
@@ -15,6 +16,7 @@ namespace {
 constexpr int64_t kPanelRows = 32;       // every level's panel_rows divides it
 constexpr int64_t kMostRows = 1024;          // of a block: few enough for a core's own cache to hold one
 constexpr int64_t kColumns = 8192;           // items packed at a time where they are not the queries as well
+constexpr int64_t kMatched = int64_t{1} << 37;  // multiplications of a step, about: a second or two of two threads
 constexpr int64_t kSettled = int64_t{1} << 15;  // queries that one step settles
 
 constexpr int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -68,7 +70,14 @@ struct ItemTopkSearch::State {
 
     Packing packing(int64_t rows) const { return {rows, kernels.panel_bytes(task.dim), kernels.panel_rows}; }
 
-    int64_t match_steps() const { return mutual ? 1 + blocks : divided_up(task.items, kColumns); }
+    int64_t match_steps() const { return mutual ? 1 + blocks : divided_up(task.items, kColumns) * turns(); }
+
+    // Blocks of queries that meet the same columns in one step, and how many steps all of them take.
+    int64_t blocks_of_turn() const {
+        const int64_t round = 2 * threads, work = kColumns * block_rows * std::max<int64_t>(task.dim, 1) * round;
+        return round * std::max<int64_t>(kMatched / work, 1);
+    }
+    int64_t turns() const { return divided_up(divided_up(task.queries, block_rows), blocks_of_turn()); }
 
     RowRange block(int64_t index) const {
         return {std::min(index * block_rows, task.queries), std::min((index + 1) * block_rows, task.queries)};
@@ -84,7 +93,7 @@ struct ItemTopkSearch::State {
     }
 
     void match(const ItemTopkBlock& work) const {
-        std::vector<float> scratch(item_topk_scratch(task.dim, lists.capacity));
+        const Scratch scratch(item_topk_scratch(task.dim, lists.capacity));
         kernels.match(task, work, scratch.data());
     }
 
@@ -105,11 +114,12 @@ struct ItemTopkSearch::State {
     }
 
     void match_columns(int64_t step) {
-        const RowRange range{step * kColumns, std::min((step + 1) * kColumns, task.items)};
-        pack(nullptr, range, items);
-        const RowRange columns{0, range.last - range.first};
-        parallel_for(divided_up(task.queries, block_rows), threads, [&](int64_t index) {
-            match({queries.from(0), block(index), items.from(0), columns, range.first, false, lists});
+        const int64_t first = step / turns() * kColumns, first_block = step % turns() * blocks_of_turn();
+        const RowRange range{first, std::min(first + kColumns, task.items)}, columns{0, range.last - range.first};
+        if (first_block == 0) pack(nullptr, range, items);
+        const int64_t last_block = std::min(first_block + blocks_of_turn(), divided_up(task.queries, block_rows));
+        parallel_for(last_block - first_block, threads, [&](int64_t index) {
+            match({queries.from(0), block(first_block + index), items.from(0), columns, range.first, false, lists});
         });
     }
 
@@ -118,7 +128,7 @@ struct ItemTopkSearch::State {
         const int64_t first = step * kSettled, last = std::min(first + kSettled, task.queries);
         parallel_for(divided_up(last - first, kPiece), threads, [&](int64_t piece) {
             const RowRange rows{first + piece * kPiece, std::min(first + (piece + 1) * kPiece, last)};
-            std::vector<float> scratch(item_topk_scratch(task.dim, lists.capacity));
+            const Scratch scratch(item_topk_scratch(task.dim, lists.capacity));
             kernels.settle(task, rows, lists, scratch.data());
             for (int64_t row = rows.first; row < rows.last; ++row) write(row);
         });
@@ -137,6 +147,7 @@ struct ItemTopkSearch::State {
     }
 
     bool step() {
+        if (task.queries == 0) return false;
         const int64_t step = next++ - 1, matches = match_steps();
         if (step < 0) {
             pack(task.query, {0, task.queries}, queries);

@@ -47,15 +47,12 @@ void set_parallel_region(ParallelRegion* region) {
     owner = getpid();
 }
 
-int threads_for(int64_t work, int64_t unit, int threads) {
-    return static_cast<int>(std::clamp<int64_t>(work / unit, 1, std::max(threads, 1)));
-}
+int threads_for(int64_t work, int64_t unit, int threads) { return work < 2 * unit ? 1 : std::max(threads, 1); }
 
 void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& run) {
     Job job(count, run);
-    const int64_t team = std::min<int64_t>(threads, count);
-    if (team > 1 && parallel_region != nullptr && owner == getpid()) {
-        parallel_region([](void* data) { static_cast<Job*>(data)->work(); }, &job, static_cast<unsigned>(team), 0);
+    if (std::min<int64_t>(threads, count) > 1 && parallel_region != nullptr && owner == getpid()) {
+        parallel_region([](void* data) { static_cast<Job*>(data)->work(); }, &job, static_cast<unsigned>(threads), 0);
     } else {
         job.work();
     }

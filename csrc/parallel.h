@@ -12,7 +12,8 @@ using ParallelRegion = void(void (*function)(void*), void* data, unsigned thread
 // the cores (its threads keep spinning for a while after each of its operators). Null: the caller works alone.
 void set_parallel_region(ParallelRegion* region);
 
-// How many of `threads` threads the work is worth: one, and a further one for each `unit` beyond the first.
+// One of `threads` threads for less than two units of work, else all: a team of another size than the one before costs
+// OpenMP more than threads without work do, as it ends those that are too many and starts them anew for the next.
 int threads_for(int64_t work, int64_t unit, int threads);
 
 // Calls run(0) ... run(count - 1), each once, on at most `threads` threads. The first exception is thrown on. In a

@@ -42,6 +42,20 @@ print(_C.isa(), digest.hexdigest())
 """
 
 
+HALVES = """
+import torch
+from rellax.ops import soft_prompt
+halves = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16).view(-1, 16)
+expected = halves.float()
+index = torch.arange(len(halves))[None]
+for flush in (False, True):
+    torch.set_flush_denormal(flush)
+    y = soft_prompt(torch.zeros_like(index), torch.zeros(1, 16), halves, index)[0]
+    assert torch.equal(y.nan_to_num(), expected.nan_to_num()), flush
+    assert torch.equal(y.isnan(), expected.isnan())
+"""
+
+
 def run(code: str, isa: str | None) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "RELLAX_ISA"}
     environment |= {"RELLAX_BACKEND": "cpp"} | ({} if isa is None else {"RELLAX_ISA": isa})
@@ -63,6 +77,12 @@ def test_every_level_gives_the_same_bits_and_the_best_one_is_the_default() -> No
     used = {isa: output.stdout.split() for isa, output in outputs.items()}
     assert {isa: level for isa, (level, _) in used.items()} == {isa: isa or levels[-1] for isa in outputs}
     assert len({digest for _, digest in used.values()}) == 1
+
+
+@pytest.mark.parametrize("isa", _C.supported_isas())
+def test_fp16_is_read_as_it_is_where_the_processor_flushes_subnormal_numbers(isa: str) -> None:
+    output = run(HALVES, isa)
+    assert output.returncode == 0, output.stderr
 
 
 @pytest.mark.parametrize("isa", _C.supported_isas()[:-1])

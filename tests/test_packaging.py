@@ -68,7 +68,10 @@ def test_what_the_wheel_holds(built: Built) -> None:
     assert built.of_wheel("rellax/") == package_files() | {extension}
     (folder,) = {name.partition("/")[0] for name in built.of_wheel("")} - {"rellax"}
     assert folder == f"rellax-{rellax.__version__}.dist-info"
-    files = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}
+    files = {"METADATA", "WHEEL", "RECORD", "entry_points.txt"} | {
+        "licenses/LICENSE",
+        "licenses/csrc/LICENSE.nanobind",
+    }
     assert built.of_wheel(folder) == {f"{folder}/{name}" for name in files}
 
 

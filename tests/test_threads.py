@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -83,6 +85,66 @@ def test_a_forked_child_does_not_wait_for_its_parents_threads(first: str) -> Non
     """Whether an operator has started them or torch by itself."""
     command = [sys.executable, "-W", "ignore", "-c", FORK, first]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+TEAMS = """
+import os
+import torch
+from rellax.ops import cflora_linear, history_topk
+
+def threads():
+    torch.ones(2**21) + 1  # all that torch has
+    return set(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(6)
+x, weight = torch.randn(2, 100, 1024), torch.randn(1024, 1024)
+a, b = torch.randn(8, 1024), torch.randn(1024, 8)
+table, items, offsets = torch.randn(9000, 512), torch.arange(3000), torch.arange(0, 3001, 1000)
+calls = [
+    lambda: cflora_linear(x, weight, None, a, b, None, 1.0),
+    lambda: history_topk(table, items, offsets, 3),
+]
+for call in calls:
+    call()
+    before = threads()
+    for _ in range(3):
+        call()
+        assert threads() == before
+assert len(before) >= 6
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in Linux's /proc")
+def test_torch_keeps_its_threads() -> None:
+    """OpenMP ends those that a smaller team has no use for, and starts new ones for the next."""
+    command = [sys.executable, "-W", "ignore", "-c", TEAMS]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+PRELOADED = """
+#include <dlfcn.h>
+typedef void (*Region)(void (*)(void*), void*, unsigned, unsigned);
+void GOMP_parallel(void (*function)(void*), void* data, unsigned threads, unsigned flags) {
+    ((Region)dlsym(RTLD_NEXT, "GOMP_parallel"))(function, data, threads, flags);
+}
+"""
+
+
+def test_the_runtime_is_the_one_that_torch_was_given(tmp_path: Path) -> None:
+    if (compiler := shutil.which("cc")) is None:
+        pytest.skip("needs a C compiler")
+    source, library = tmp_path / "preloaded.c", tmp_path / "preloaded.so"
+    source.write_text(PRELOADED)
+    subprocess.run([compiler, "-D_GNU_SOURCE", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    code = (
+        "import ctypes; from rellax.ops._register import _openmp_entry as entry; "
+        f"assert entry() == ctypes.cast(ctypes.CDLL({str(library)!r}).GOMP_parallel, ctypes.c_void_p).value"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    environment = os.environ | {"LD_PRELOAD": str(library)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -7,32 +7,6 @@
 namespace rellax::RELLAX_LEVEL {
 namespace {
 
-template <int... kLane>
-struct Lanes {};
-#if defined(__AVX512F__)
-using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
-#elif defined(__AVX2__)
-using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7>;
-#else
-using AllLanes = Lanes<0, 1, 2, 3>;
-#endif
-
-// In every 2 * kHalf lanes: a takes the lower halves of both, b the upper halves.
-template <int kHalf, int... kLane>
-inline void swap_halves(Floats& a, Floats& b, Lanes<kLane...>) {
-    const Floats lower =
-        __builtin_shufflevector(a, b, (kLane % (2 * kHalf) < kHalf ? kLane : kLane - kHalf + kWidth)...);
-    b = __builtin_shufflevector(a, b, (kLane % (2 * kHalf) < kHalf ? kLane + kHalf : kLane + kWidth)...);
-    a = lower;
-}
-
-// Transposes a square of kWidth rows: squares of kHalf change sides, then what is inside them.
-template <int kHalf, int... kRow>
-inline void transpose_square(Floats* rows, Lanes<kRow...> all) {
-    ((kRow & kHalf ? void() : swap_halves<kHalf>(rows[kRow], rows[kRow + kHalf], all)), ...);
-    if constexpr (kHalf > 1) transpose_square<kHalf / 2>(rows, all);
-}
-
 // The normal distribution: GELU(x) = x Φ(x), and its derivative is Φ(x) + x φ(x).
 struct Normal {
     Floats cdf, density;
@@ -64,7 +38,7 @@ void transpose(const T* from, int64_t stride, int64_t rows, int64_t columns, flo
             for (int64_t row = 0; row < kWidth; ++row) {
                 square[row] = i + row < rows ? load_most(from + (i + row) * stride + j, columns - j) : Floats{};
             }
-            transpose_square<kWidth / 2>(square, AllLanes());
+            transpose(square);
             for (int64_t column = 0; column < kWidth && j + column < columns; ++column) {
                 store(to + (j + column) * kTile + i, square[column]);
             }
@@ -74,10 +48,8 @@ void transpose(const T* from, int64_t stride, int64_t rows, int64_t columns, flo
 
 // Asks for rows that are about to be read in an order that the machine does not foresee.
 template <class T>
-void prefetch(const T* from, int64_t stride, int64_t rows, int64_t columns) {
-    for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t j = 0; j < columns; j += 64 / sizeof(T)) __builtin_prefetch(from + i * stride + j);
-    }
+[[gnu::always_inline]] inline void prefetch(const T* from, int64_t stride, int64_t rows, int64_t columns) {
+    for (int64_t i = 0; i < rows; ++i) prefetch_bytes<0, 3>(from + i * stride, columns * int64_t{sizeof(T)});
 }
 
 // A matrix whose element (i, k) is at[i * row + k * step].
@@ -160,15 +132,18 @@ void sum_rows(const float* from, int64_t stride, int64_t rows, int64_t columns, 
 }
 
 // Lane l is the dot product of `row` and right[l], for kWidth rows of `right`; `inner` is a multiple of kWidth.
-template <class T, int... kLane>
-inline Floats dots(const float* row, const T* right, int64_t right_stride, int64_t inner, Lanes<kLane...> all) {
+template <class T>
+inline Floats dots(const float* row, const T* right, int64_t right_stride, int64_t inner) {
     Floats products[kWidth] = {};
     for (int64_t k = 0; k < inner; k += kWidth) {
         const Floats values = load(row + k);
-        ((products[kLane] += values * load(right + kLane * right_stride + k)), ...);
+#pragma GCC unroll 16
+        for (int lane = 0; lane < kWidth; ++lane) products[lane] += values * load(right + lane * right_stride + k);
     }
-    transpose_square<kWidth / 2>(products, all);
-    return (products[kLane] + ...);
+    transpose(products);
+    Floats sum = products[0];
+    for (int lane = 1; lane < kWidth; ++lane) sum += products[lane];
+    return sum;
 }
 
 // out (rows, count) += left (rows, inner) rightᵀ, with right (count, inner), both at most kTile in `count`.
@@ -183,7 +158,7 @@ void add_product(const float* left, int64_t left_stride, int64_t rows, const T* 
             for (int64_t i = 0; i < rows; ++i) {
                 float* at = out + i * out_stride + j;
                 const T* block = right + j * right_stride;
-                store(at, load(at) + dots(left + i * left_stride, block, right_stride, inner, AllLanes()));
+                store(at, load(at) + dots(left + i * left_stride, block, right_stride, inner));
             }
         }
     } else {

@@ -118,31 +118,6 @@ inline Words pack_words(const T* source, Squares& squares) {
     return words;
 }
 
-#if defined(__AVX512F__)
-#define RELLAX_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define RELLAX_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#elif defined(__AVX2__)
-#define RELLAX_LOW 0, 8, 1, 9, 2, 10, 3, 11
-#define RELLAX_HIGH 4, 12, 5, 13, 6, 14, 7, 15
-#else
-#define RELLAX_LOW 0, 4, 1, 5
-#define RELLAX_HIGH 2, 6, 3, 7
-#endif
-
-// A kWidth x kWidth block of words, in place: log2(kWidth) perfect shuffles of its rows are its transpose.
-inline void transpose(Words (&block)[kWidth]) {
-    for (int stage = 1; stage < kWidth; stage *= 2) {
-        Words shuffled[kWidth];
-        for (int row = 0; row < kWidth / 2; ++row) {
-            shuffled[2 * row] = __builtin_shufflevector(block[row], block[row + kWidth / 2], RELLAX_LOW);
-            shuffled[2 * row + 1] = __builtin_shufflevector(block[row], block[row + kWidth / 2], RELLAX_HIGH);
-        }
-        for (int row = 0; row < kWidth; ++row) block[row] = shuffled[row];
-    }
-}
-#undef RELLAX_LOW
-#undef RELLAX_HIGH
-
 // The rows of one vector of a panel, `count` <= kWidth of them; the others become zero.
 template <class T>
 inline void pack_vector(const T* const* rows, int count, int64_t dim, Packed* panel, Bound* bounds) {

@@ -21,12 +21,6 @@ void add_row(const T* row, int64_t d, float* sums) {
     if (j < d) store(sums + j, load(sums + j) + load_some(row + j, d - j));
 }
 
-template <class T>
-inline void prefetch_row(const T* row, int64_t d) {
-    constexpr int64_t kLine = 64 / sizeof(T);
-    for (int64_t j = 0; j < d; j += kLine) __builtin_prefetch(row + j);
-}
-
 }  // namespace
 
 void convert(Dtype from, const void* source, float factor, Dtype to, void* target, int64_t d) {
@@ -46,12 +40,12 @@ void row_sums(const RowSums& task, const int64_t* start, const int64_t* token, i
             const auto* rows = static_cast<const decltype(from_type)*>(task.rows.data) + first_column;
             auto* out = static_cast<decltype(to_type)*>(task.out) + first_column;
             const auto row_of = [&](int64_t i) { return rows + token[i] * task.rows.stride; };
-            const int64_t in_line = kBytesAhead / (columns * int64_t{sizeof *rows});
+            const int64_t bytes = columns * int64_t{sizeof *rows}, in_line = kBytesAhead / bytes;
             const int64_t ahead = in_line > 1 ? in_line : 1;
             for (int64_t row = first_row; row < last_row; ++row) {
                 const int64_t first = start[row], last = start[row + 1];
                 for (int64_t i = first; i < last; ++i) {
-                    if (i + ahead < start[last_row]) prefetch_row(row_of(i + ahead), columns);
+                    if (i + ahead < start[last_row]) prefetch_bytes<0, 3>(row_of(i + ahead), bytes);
                 }
                 if (last - first == 1) {
                     convert_row(row_of(first), task.factor, out + row * task.d, columns);

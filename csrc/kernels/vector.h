@@ -59,14 +59,16 @@ inline Floats load(const float* source) {
 
 inline Floats load(const BFloat16* source) { return (Floats)(load_halves(source) << 16); }
 
-// Exponent and mantissa move into fp32's places; a product by a power of two corrects the bias, exactly and for
-// subnormal numbers too. Infinity and NaN keep a full exponent.
+// Exponent and mantissa move into fp32's places, and a sum corrects the exponent's bias. What is subnormal in fp16 gets
+// the smallest normal number's exponent, which is then taken off. Infinity and NaN keep a full exponent. No step meets a
+// number that is subnormal in fp32: a program may have told its processors to take those for zero.
 inline Floats load(const Float16* source) {
     const Words halves = load_halves(source);
     const Words magnitude = (halves & 0x7fffu) << 13;
-    const Floats finite = (Floats)magnitude * 0x1p112f;
+    const Words subnormal = (Words)((Floats)(magnitude + 0x38800000u) - 0x1p-14f);
+    const Words finite = magnitude < (0x0400u << 13) ? subnormal : magnitude + 0x38000000u;
     const Words special = (Words)(magnitude >= (0x7c00u << 13)) & 0x7f800000u;
-    return (Floats)((Words)finite | special | (halves & 0x8000u) << 16);
+    return (Floats)(finite | special | (halves & 0x8000u) << 16);
 }
 
 inline void store(float* target, Floats values) { __builtin_memcpy(target, &values, sizeof values); }
@@ -216,14 +218,40 @@ inline Four sums(const Floats (&v)[4]) {
 #endif
 }
 
+#if defined(__AVX512F__)
+#define RELLAX_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define RELLAX_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif defined(__AVX2__)
+#define RELLAX_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define RELLAX_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define RELLAX_LOW 0, 4, 1, 5
+#define RELLAX_HIGH 2, 6, 3, 7
+#endif
+
+// A kWidth x kWidth block of floats or words, in place: log2(kWidth) perfect shuffles of its rows are its transpose.
+template <class Vector>
+inline void transpose(Vector (&block)[kWidth]) {
+    for (int stage = 1; stage < kWidth; stage *= 2) {
+        Vector shuffled[kWidth];
+        for (int row = 0; row < kWidth / 2; ++row) {
+            shuffled[2 * row] = __builtin_shufflevector(block[row], block[row + kWidth / 2], RELLAX_LOW);
+            shuffled[2 * row + 1] = __builtin_shufflevector(block[row], block[row + kWidth / 2], RELLAX_HIGH);
+        }
+        for (int row = 0; row < kWidth; ++row) block[row] = shuffled[row];
+    }
+}
+#undef RELLAX_LOW
+#undef RELLAX_HIGH
+
 // Asks for memory that is read, or written, soon. Functions that do nothing else have to be inlined: GCC takes them for
 // ones without effects, and drops calls of them.
-template <int kWrite = 0>
+template <int kWrite = 0, int kLocality = kWrite ? 3 : 2>
 [[gnu::always_inline]] inline void prefetch_bytes(const void* row, int64_t size) {
     constexpr int64_t kLine = 64;
     const char* const begin = static_cast<const char*>(row);
     const char* const first = begin - reinterpret_cast<uintptr_t>(begin) % kLine;
-    for (const char* line = first; line < begin + size; line += kLine) __builtin_prefetch(line, kWrite, kWrite ? 3 : 2);
+    for (const char* line = first; line < begin + size; line += kLine) __builtin_prefetch(line, kWrite, kLocality);
 }
 
 }  // namespace

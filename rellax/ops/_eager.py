@@ -16,6 +16,15 @@ from torch.autograd import forward_ad
 from rellax.errors import InputError
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_transform: Callable[[], Any]
+try:
+    # Names that torch does not promise to keep: without one of them nobody knows who watches.
+    _dispatch_modes = torch._C._len_torch_dispatch_stack
+    _function_modes = torch._C._len_torch_function_stack
+    _transform = torch._C._functorch.peek_interpreter_stack
+    _is_profiled = torch.autograd._profiler_enabled
+except AttributeError:
+    _transform = object
 
 
 class Operator:
@@ -55,7 +64,9 @@ class Operator:
 
 def _check_no_tangent(tensors: Sequence[Tensor]) -> None:
     """Raise where a derivative is carried forward: ``torch.library`` would give zeros in its place."""
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    if getattr(forward_ad, "_current_level", 0) >= 0 and any(
+        forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
         raise InputError(
             "rellax.ops: expected tensors without a tangent, got one of forward-mode differentiation; "
             "backward() and torch.autograd.grad have the derivatives"
@@ -67,11 +78,11 @@ def _is_eager(tensors: Sequence[Tensor]) -> bool:
     return (
         not torch.compiler.is_compiling()
         and all(type(t) in _PLAIN and not t.is_meta and not t.is_neg() for t in tensors)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and _transform() is None
+        and _dispatch_modes() == 0
+        and _function_modes() == 0
         and not torch.jit.is_tracing()
-        and not torch.autograd._profiler_enabled()
+        and not _is_profiled()
     )
 
 

@@ -13,6 +13,7 @@ triton     Triton, and an error where it cannot run (a CPU needs ``TRITON_INTERP
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib
@@ -57,13 +58,14 @@ def extension() -> Any:
 
 
 def _openmp_entry() -> int:
-    """The address of GOMP_parallel in the OpenMP runtime that PyTorch runs on, 0 where there is none."""
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    try:
-        entry = ctypes.CDLL(str(library)).GOMP_parallel
-    except (OSError, AttributeError):
-        return 0
-    return ctypes.cast(entry, ctypes.c_void_p).value or 0
+    """The address of GOMP_parallel in the OpenMP runtime that PyTorch runs on, 0 where there is none.
+
+    As the linker finds it for PyTorch: in what the process has loaded first (``LD_PRELOAD``), then beside it.
+    """
+    for library in (None, str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")):
+        with contextlib.suppress(OSError, AttributeError):
+            return ctypes.cast(ctypes.CDLL(library).GOMP_parallel, ctypes.c_void_p).value or 0
+    return 0
 
 
 @functools.cache

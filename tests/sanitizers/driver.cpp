@@ -424,6 +424,7 @@ void item_lists(int threads) {
         run_items(dtype, 8200, 1, 3, false, 2, threads);
     }
     run_items(Dtype::float32, 0, 3, 2, true, 0, threads);
+    run_items(Dtype::float32, 20, 3, 2, false, 0, threads);
 }
 
 void run_soft_prompt(Dtype words_dtype, Dtype soft_dtype, int64_t tokens, int64_t d, int64_t variant, int threads) {
