@@ -27,7 +27,7 @@ def aot(*arguments: str) -> str:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_heaviest_builds_of_each_kernel(target: str) -> None:
-    """No spills, room in shared memory, wide loads, matrix instructions; `make kernels` checks all builds."""
+    """Few spills, room in shared memory, wide loads, matrix instructions; `make kernels` checks them all."""
     assert aot("check", target).endswith(" builds compiled\n")
 
 
@@ -52,7 +52,8 @@ def test_every_kernel_is_listed() -> None:
     ("facts", "problem"),
     [
         ({}, None),
-        ({"spilled": 8}, "8 bytes spilled"),
+        ({"spilled": 32}, None),
+        ({"spilled": 40}, "40 bytes spilled"),
         ({"shared": 227 * 1024 + 1}, "232449 bytes of shared memory"),
         ({"wide_loads": 0}, "no load of 16 bytes"),
         ({"wide_loads": 0, "loaded": 8}, None),

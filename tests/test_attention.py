@@ -92,9 +92,10 @@ def test_backward_pass_in_bfloat16_is_at_most_twice_as_far_off_as_that_of_sdpa()
     assert (squares[0] <= 4 * squares[1]).all()
 
 
+@pytest.mark.parametrize("shares_keys", [True, False])
 @pytest.mark.parametrize("window", [None, 4])
 def test_flash_attention_is_called_for_all_segments_at_once(
-    window: int | None, monkeypatch: pytest.MonkeyPatch
+    window: int | None, shares_keys: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a GPU would be asked for, computed by a stand-in that takes its arguments at their word."""
 
@@ -103,14 +104,16 @@ def test_flash_attention_is_called_for_all_segments_at_once(
     ) -> Tensor:
         assert ends is ends_k
         assert longest == (max(LENGTHS), max(LENGTHS))
-        assert options.pop("enable_gqa")
+        assert options.pop("enable_gqa", None) == (True if shares_keys else None)
+        assert shares_keys or q.shape == k.shape == v.shape
         left, right = options["window_size"]
         assert right == 0
         rows = [x.transpose(0, 1)[None] for x in (q, k, v)]
         window = 1000 if left == -1 else left + 1  # a token sees itself and `left` tokens before it
         return block_mask_attention(*rows, options["scale"], window).squeeze(0)
 
-    monkeypatch.setattr(attention, "_varlen_attn", varlen)
+    found = varlen if shares_keys else attention._for_each_head(varlen)
+    monkeypatch.setattr(attention, "_varlen_attn", found)
     monkeypatch.setattr(attention, "_takes_flash", lambda x: True)
     inputs = heads(4, 2, 2)
     ends = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)

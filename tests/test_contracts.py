@@ -155,6 +155,26 @@ def test_outputs_may_be_changed_in_place(
         assert torch.equal(doubled, in_place), backend
 
 
+def spread(value: Any) -> Any:
+    """A tensor with the same values, each of them beside another one in memory."""
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    other = value.detach() + 1
+    return torch.stack([value.detach(), other], dim=-1)[..., 0].requires_grad_(value.requires_grad)
+
+
+@pytest.mark.parametrize(("operator", "case"), CASES)
+def test_no_tensor_need_be_contiguous(operator: str, case: str, backend: str) -> None:
+    inputs = inputs_of(operator, case)
+    function = getattr(rellax.ops, operator)
+    found = run(function, {name: tree_map(spread, value) for name, value in inputs.items()})
+    for one, expected in zip(found, run(function, inputs), strict=True):
+        size = expected.double().nan_to_num(neginf=0.0).abs().max().item() if expected.numel() else 0.0
+        torch.testing.assert_close(
+            one, expected, rtol=0, atol=1e-5 * size, equal_nan=True, msg=lambda m: f"{backend}: {m}"
+        )
+
+
 def transposed(value: Any) -> Any:
     """A matrix or a stack of them with the same values, column by column in memory."""
     if not isinstance(value, Tensor) or value.dim() < 2 or not value.is_floating_point():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -126,6 +128,14 @@ def test_tensors_without_memory_get_shapes_alone(
     meta = outputs_and_gradients(name, case)
     assert all(tensor.is_meta for tensor in meta)
     assert kinds(meta) == expected
+
+
+def test_kernels_get_pythons_numbers_in_place_of_numpys() -> None:
+    given: list[Any] = []
+    operator = _eager.Operator(SimpleNamespace(register_fake=None), lambda *args: given.extend(args))  # type: ignore[arg-type]
+    operator(torch.ones(2), np.int64(3), np.float32(0.5), [1], None)
+    assert [type(number) for number in given[1:3]] == [int, float]
+    assert given[1:] == [3, 0.5, [1], None]
 
 
 def test_a_second_derivative_is_refused() -> None:

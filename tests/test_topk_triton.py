@@ -56,8 +56,9 @@ def test_every_behaviour_as_a_target_fills_large_blocks(dtype: torch.dtype) -> N
     """Blocks of 64 queries, of which the last of a user has fewer, and three tiles of candidates."""
     items, offsets = histories([131, 0, 66], 90)
     queries = every_behaviour(items, offsets)
-    assert history_kernels._blocks(len(items), 3, 3, 4).BLOCK_Q == 64
-    assert_as_reference(exact_table(90, 9, dtype), items, offsets, 3, queries)
+    table = exact_table(90, 9, dtype)
+    assert history_kernels._blocks(len(items), 3, 3, table).BLOCK_Q == 64
+    assert_as_reference(table, items, offsets, 3, queries)
 
 
 @pytest.mark.parametrize("k", [40, 70, 130])
@@ -114,8 +115,9 @@ def test_nothing_waits_for_the_device() -> None:
 
 @pytest.mark.parametrize(("queries", "users"), [(8, 8), (4096, 8)])
 def test_these_are_all_blocks_that_the_launcher_can_choose(queries: int, users: int) -> None:
-    reachable = {history_kernels._blocks(queries, users, k, 4) for k in range(1, 2 * kernels.LIMIT)}
-    assert reachable == {history_kernels._blocks(queries, users, k, 4) for k in (30, 64, kernels.LIMIT)}
+    table = torch.empty(1, 1)
+    reachable = {history_kernels._blocks(queries, users, k, table) for k in range(1, 2 * kernels.LIMIT)}
+    assert reachable == {history_kernels._blocks(queries, users, k, table) for k in (30, 64, kernels.LIMIT)}
 
 
 def assert_items_as_reference(

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rellax.kernels._host import next_power_of_2
+from rellax.kernels._tuning import SMALL, Tuned
 
 LIMIT = 128
 """Results of a query that one pass can keep on chip."""
@@ -35,26 +36,29 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
-def blocks(queries: int, k: int, itemsize: int) -> Blocks:
+_MANY = Tuned("top-k, many results", {"BLOCK_C": 256}, **{name: {"BLOCK_C": 128} for name in SMALL})
+
+
+def blocks(queries: int, k: int, table: Tensor) -> Blocks:
     """Few queries to a block where there are no more of a kind, or where many results must be kept.
 
     Args:
         queries: the most that a block may have.
         k: results that are wanted.
-        itemsize: bytes of an element of the table.
     """
     results = max(32, next_power_of_2(min(k, LIMIT)))
     size = min(queries, 2048 // results)
-    half = itemsize == 2
+    half = table.itemsize == 2
+    many = _MANY.on(table.device)["BLOCK_C"]
     candidates = {
         64: 64,
         32: 128 if half else 64,
-        16: 256 if half and results == LIMIT else 64 if half else 128,
+        16: many if half and results == LIMIT else 64 if half else 128,
     }[size]
     num_warps, num_stages = (8, 3) if size == 64 else (4, 3 if size == 32 and half else 4)
     if torch.version.hip is not None:  # warps twice as wide, 64 KB of shared memory
         candidates, num_warps, num_stages = 64, 4, 2
-    return Blocks(size, candidates, 128 // itemsize, results, num_warps, num_stages)
+    return Blocks(size, candidates, 128 // table.itemsize, results, num_warps, num_stages)
 
 
 def precision(table: Tensor) -> str:

@@ -17,6 +17,9 @@ import torch
 
 from rellax._files import cache_folder, read_json, write_json
 
+SMALL = ("sm_86", "sm_89", "sm_120")
+"""Cards on which a program can have 99 KB of shared memory: on an A100 it is 163, from an H100 on 227."""
+
 
 class Tuned(dict[Any, Any]):
     """A configuration, and what is different on architectures where something else was found faster.

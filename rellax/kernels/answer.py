@@ -137,14 +137,16 @@ def answer_fwd(
     Gradients of logits are rounded to W's dtype, before they are divided by the denominator.
     """
     need_hidden, need_weight, need_bias = needs
-    rows = hidden.flatten(0, -2)[positions]
-    two_rows = _select(lm_head_weight, choice_ids), None if bias is None else _select(bias, choice_ids)
-    choice = _product(rows, two_rows[0].t())
-    if two_rows[1] is not None:
-        choice += two_rows[1]
-    if softcap is not None:
-        choice = softcap * torch.tanh(choice / softcap)
-    weight = lm_head_weight
+    rows, labels, weight = hidden.flatten(0, -2)[positions], labels.contiguous(), lm_head_weight
+    bias = None if bias is None else bias.contiguous()
+    choice = rows.new_empty((len(rows), 0), dtype=torch.float32)
+    if choice_ids:
+        two_rows = _select(weight, choice_ids), None if bias is None else _select(bias, choice_ids)
+        choice = _product(rows, two_rows[0].t())
+        if two_rows[1] is not None:
+            choice += two_rows[1]
+        if softcap is not None:
+            choice = softcap * torch.tanh(choice / softcap)
     if loss == "choice":
         weight, bias = two_rows
         other = torch.where(labels == _IGNORED, _IGNORED, 2)  # no row of the two: the loss is NaN
@@ -207,10 +209,18 @@ def _launch(
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right in fp32; on a GPU the product of two half precision matrices needs no widened copies."""
-    if left.is_cuda and left.dtype == right.dtype and left.dtype != torch.float32:
+    """left @ right in fp32; most GPUs multiply half precision matrices so without widened copies of them."""
+    if left.dtype == right.dtype and left.dtype != torch.float32 and _adds_up_in_fp32(left.device):
         return torch.mm(left, right, out_dtype=torch.float32)
     return left.float() @ right.float()
+
+
+def _adds_up_in_fp32(device: torch.device) -> bool:
+    """Whether torch.mm has an `out_dtype` there."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    reduced = torch.backends.cuda.matmul.allow_fp16_accumulation
+    return not reduced and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _select(table: Tensor, tokens: Sequence[int]) -> Tensor:

@@ -28,7 +28,7 @@ from rellax.errors import InputError
 from rellax.kernels._build import Build, meta, record
 from rellax.kernels._host import cdiv, next_power_of_2, rows_of
 from rellax.kernels._tiles import tile_table, tile_tokens
-from rellax.kernels._tuning import Tuned
+from rellax.kernels._tuning import SMALL, Tuned
 
 MAX_RANK = 64
 _STEP = tl.constexpr(16)  # of the sums in the small fp32 products
@@ -155,11 +155,16 @@ def _shrink_kernel(
         sums = ()
         for i in tl.static_range(LAYERS):
             factor = _load_factor(factor_ptrs[i], component, column[:, None], d, RANK, UP).to(x.dtype)
-            sums += (tl.dot(x, factor, totals[i], input_precision="ieee"),)
+            if x.dtype == tl.float32:
+                # One chain of d fused products rounds worse than sums of sums; a plain sum would become that.
+                sums += (totals[i] + tl.dot(x, factor, input_precision="ieee") * scale,)
+            else:
+                sums += (tl.dot(x, factor, totals[i]),)
         totals = sums
     out_ptr += split.to(tl.int64) * stride_split + row * stride_out + component
     for i in tl.static_range(LAYERS):
-        tl.store(out_ptr + i * RANK, totals[i] * scale, mask=(row < tokens) & (component < RANK))
+        total = totals[i] if x_ptr.dtype.element_ty == tl.float32 else totals[i] * scale
+        tl.store(out_ptr + i * RANK, total, mask=(row < tokens) & (component < RANK))
 
 
 @triton.jit(do_not_specialize=["instances", "length", "per_instance", "groups"])
@@ -380,7 +385,11 @@ class _Blocks(NamedTuple):
 
 
 # Up to so many components, padded and of all layers: bytes of a row in a block of 64 tokens, warps, stages.
-_SHRINK = Tuned("cflora shrink", {64: (128, 4, 4), 128: (128, 8, 3), 256: (64, 8, 3)})
+_SHRINK = Tuned(
+    "cflora shrink",
+    {64: (128, 4, 4), 128: (128, 8, 3), 256: (64, 8, 3)},
+    **{name: {64: (128, 4, 3)} for name in SMALL},
+)
 _EXPAND = Tuned("cflora expand", {16: (128, 4, 2), 128: (128, 8, 2), 256: (64, 8, 2), 1024: (64, 8, 1)})
 _OUTER = Tuned("cflora outer", {32: (128, 4, 3), 64: (128, 8, 3)})
 
@@ -435,7 +444,7 @@ def _cut(shape: torch.Size, gate: Sequence[Tensor], cu_seqlens: Tensor | None, t
         table = tile_table(cu_seqlens, tokens) if table is None else table
         instances = len(cu_seqlens) - 1
         tiles, size = len(table) - instances - 1, tile_tokens(tokens, instances)
-        return _Cut(cu_seqlens, table, instances, 0, 0, tiles, size)
+        return _Cut(cu_seqlens.contiguous(), table.contiguous(), instances, 0, 0, tiles, size)
     instances, length = (shape[0], shape[1]) if gate else (1, tokens)
     size = tile_tokens(tokens, instances)
     per_instance = cdiv(length, size)
@@ -730,7 +739,7 @@ def builds() -> Iterator[Build]:
     """
     dtypes, ranks, batches = (torch.bfloat16, torch.float32), (16, 32, 64), ((512, 32), (8192, 8))
     for backend, dtype, rank, (tokens, instances), n in itertools.product(
-        ("cuda", "hip"), dtypes, ranks, batches, (1, 3)
+        ("cuda", "hip", "sm_89"), dtypes, ranks, batches, (1, 3)
     ):
         launch = functools.partial(_launch_all, dtype, tokens, instances, rank, n)
         yield from record(f"{dtype} T={tokens} B={instances} r={rank} n={n}", launch, backend)

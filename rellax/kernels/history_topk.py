@@ -106,7 +106,7 @@ def history_topk(
     if queries == 0 or users == 0:
         return positions, scores
     table = rows_of(embeddings)
-    tiling = _blocks(queries, users, k, table.itemsize)
+    tiling = _blocks(queries, users, k, table)
     order, starts, tiles, launch = _work(user, end, users, len(items), tiling.BLOCK_Q)
     last = target.new_empty(queries) if k > LIMIT else None
     ceiling = None
@@ -168,15 +168,15 @@ def _work(
     return order, starts, tiles, length.argsort(descending=True, stable=True)
 
 
-def _blocks(queries: int, users: int, k: int, itemsize: int) -> Blocks:
-    return blocks(tile_tokens(queries, users), k, itemsize)
+def _blocks(queries: int, users: int, k: int, table: Tensor) -> Blocks:
+    return blocks(tile_tokens(queries, users), k, table)
 
 
 def builds() -> Iterator[Build]:
     """All dtypes and blocks, and more results than one pass keeps. fp16 compiles as bf16 does."""
     sizes = ((30, 8), (30, 4096), (64, 8), (64, 4096), (LIMIT, 8), (2 * LIMIT, 8))
     for backend, dtype, (k, queries) in itertools.product(
-        ("cuda", "hip"), (torch.bfloat16, torch.float32), sizes
+        ("cuda", "hip", "sm_89"), (torch.bfloat16, torch.float32), sizes
     ):
         case = f"history {dtype} k={k} Q={queries}"
         yield list(record(case, functools.partial(_launch_all, dtype, k, queries), backend))[-1]

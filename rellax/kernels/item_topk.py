@@ -157,7 +157,7 @@ def item_topk(
     still_open = queries.new_empty(len(queries), dtype=torch.int8)
     for start in range(0, len(queries), _CHUNK):
         chunk = slice(start, start + _CHUNK)
-        found, approximate = _search(halves, queries[chunk], _FOUND, exclude_self, _fp16_blocks())
+        found, approximate = _search(halves, queries[chunk], _FOUND, exclude_self, _fp16_blocks(halves))
         outputs = (indices[chunk], scores[chunk], still_open[chunk])
         _rescore(table, queries[chunk], found, approximate, unit, error, outputs)
     again = still_open.nonzero().flatten()
@@ -195,11 +195,13 @@ def _halves(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _blocks(k: int, table: Tensor) -> Blocks:
     if torch.version.hip is None and table.itemsize == 2 and k <= 32:
         return Blocks(_QUERIES, _WIDE.on(table.device)["BLOCK_C"], 64, 32, 8, 3)
-    return blocks(_QUERIES, k, table.itemsize)
+    return blocks(_QUERIES, k, table)
 
 
-def _fp16_blocks() -> Blocks:
-    return blocks(_QUERIES, _FOUND, 2) if torch.version.hip is not None else Blocks(64, 128, 64, _FOUND, 8, 3)
+def _fp16_blocks(halves: Tensor) -> Blocks:
+    if torch.version.hip is not None:
+        return blocks(_QUERIES, _FOUND, halves)
+    return Blocks(64, 128, 64, _FOUND, 8, 3)
 
 
 def _rescore(
@@ -276,13 +278,13 @@ def builds() -> Iterator[Build]:
         for x, k in itertools.product((halves, table), (30, 64, LIMIT, 2 * LIMIT))
     }
     wide = launches["item torch.float16 k=30"]
-    launches["item fp16 of fp32"] = lambda: _search(halves, queries, _FOUND, True, _fp16_blocks())
+    launches["item fp16 of fp32"] = lambda: _search(halves, queries, _FOUND, True, _fp16_blocks(halves))
     found, approximate = meta(4096, _FOUND, dtype=torch.int64), meta(4096, _FOUND)
     outputs = (meta(4096, 30, dtype=torch.int64), meta(4096, 30), meta(4096, dtype=torch.int8))
     launches["item of fp32"] = functools.partial(
         _rescore, table, queries, found, approximate, meta(), meta(4096), outputs
     )
-    for backend, (case, launch) in itertools.product(("cuda", "hip"), launches.items()):
+    for backend, (case, launch) in itertools.product(("cuda", "hip", "sm_89"), launches.items()):
         yield list(record(case, launch, backend))[-1]
     for architecture in _WIDE.architectures:
         yield list(record("item float16 k=30", wide, architecture))[-1]

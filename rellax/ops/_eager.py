@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -48,6 +49,7 @@ class Operator:
         self.setup_context, self.backward = setup_context, backward
 
     def __call__(self, *args: Any) -> Any:
+        args = tuple(arg.item() if isinstance(arg, np.generic) else arg for arg in args)
         tensors = list(_tensors(args))
         if not torch.compiler.is_compiling():
             _check_no_tangent(tensors)

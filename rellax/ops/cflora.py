@@ -250,19 +250,25 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor]
     x, weight, bias, base, lora_a, lora_b, gate, ctx.scale, cu_seqlens, tiles, ctx.dropout, seed = inputs
     _, h = output
     kept_x = x if any(a.requires_grad for a in lora_a) else None
+    ctx.set_materialize_grads(False)
     ctx.lengths = [len(tensors) for tensors in (weight, lora_a, lora_b, gate)]
+    ctx.outputs = [(y.shape, y.dtype) for y in output[0]]
     ctx.bases = len(base)
     # torch.library takes a list in which a tensor is missing for one opaque argument
     ctx.dbias = None if any(b is None for b in bias) else [None] * len(bias)
     ctx.save_for_backward(kept_x, h, cu_seqlens, tiles, seed, *weight, *lora_a, *lora_b, *gate)
 
 
-def _autograd(ctx: Any, dy: list[Tensor], _dh: Tensor) -> tuple[Any, ...]:
+def _autograd(ctx: Any, dys: list[Tensor | None], _dh: Tensor | None) -> tuple[Any, ...]:
     x, h, cu_seqlens, tiles, seed, *rest = ctx.saved_tensors
     weight, lora_a, lora_b, gate = ([rest.pop(0) for _ in range(length)] for length in ctx.lengths)
     need_x, _, _, _, *wanted, _, _, _, _, _ = ctx.needs_input_grad
     need_a, need_b, need_gate = map(any, wanted)
     needs = [need_x, need_gate, need_a, need_b]
+    dy = [
+        h.new_zeros(shape, dtype=dtype) if given is None else given
+        for given, (shape, dtype) in zip(dys, ctx.outputs, strict=True)
+    ]
     dx, dgate, da, db = _backward(
         dy, x, weight, lora_a, lora_b, gate, h, ctx.scale, cu_seqlens, tiles, ctx.dropout, seed, needs
     )

@@ -218,13 +218,32 @@ def _band(query: Tensor, sliding_window: int | None) -> Tensor | None:
 
 
 def _find_varlen_attn() -> Any:
-    """torch's flash attention over segments; None where this version's heads cannot share keys."""
+    """torch's flash attention over segments; None where this version has none, or none with windows."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:  # torch before 2.10
         return None
-    return varlen_attn if "enable_gqa" in inspect.signature(varlen_attn).parameters else None
+    parameters = inspect.signature(varlen_attn).parameters
+    if not {"scale", "window_size"} <= parameters.keys():
+        return None
+    return varlen_attn if "enable_gqa" in parameters else _for_each_head(varlen_attn)
+
+
+def _for_each_head(varlen_attn: Any) -> Any:
+    """Flash attention whose heads have keys of their own, for those that share some: torch before 2.12."""
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, *args: Any, enable_gqa: bool, **options: Any
+    ) -> Any:
+        shared = query.shape[1] // key.shape[1]
+        if enable_gqa and shared > 1:
+            key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
+        return varlen_attn(query, key, value, *args, **options)
+
+    return attend
 
 
 def _takes_flash(x: Tensor) -> bool:
-    return _varlen_attn is not None and x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    if _varlen_attn is None or not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (8, 0)

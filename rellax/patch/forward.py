@@ -136,14 +136,16 @@ class Projection(CFLoRA):
         waiting = [layer for layer in self.sharing if layer.in_flight.handed is not None]
         likeness = self.likeness() if waiting else None
         waiting = [layer for layer in waiting if layer.likeness() == likeness]
-        gates: list[Any] = [layer.in_flight.handed.gate for layer in waiting if layer.in_flight.handed]
         rows = x if handed.cu_seqlens is None else x.squeeze(0)
+        gates: list[Any] = [layer.in_flight.handed.gate for layer in waiting if layer.in_flight.handed]
+        # Layers of a model may be on several GPUs.
+        gate, cu_seqlens, tiles = (None if part is None else part.to(x.device) for part in handed)
         first, *others = forward_together(
             [self, *waiting],
             rows,
-            None if handed.gate is None else [handed.gate, *gates],
-            cu_seqlens=handed.cu_seqlens,
-            tiles=handed.tiles,
+            None if gate is None else [gate, *(other.to(x.device) for other in gates)],
+            cu_seqlens=cu_seqlens,
+            tiles=tiles,
         )
         for layer, y in zip(waiting, others, strict=True):
             layer.in_flight.ready = (x, y.view(*x.shape[:-1], y.shape[-1]))
