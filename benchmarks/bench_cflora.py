@@ -16,6 +16,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import floors
@@ -76,10 +77,10 @@ VARIANTS: dict[str, Run] = {
     "published": peers.published_cflora,
     "compiled": peers.compiled_cflora,
     "plain_lora": peers.plain_lora,
-    "peft": peers.peft_lora,
-    "peft_narrow": peers.peft_lora_narrow,
     "addmm": peers.addmm_chain,
 }
+if find_spec("peft"):
+    VARIANTS |= {"peft": peers.peft_lora, "peft_narrow": peers.peft_lora_narrow}
 if GPU:
     from peers.lorafusion import lorafusion
 
@@ -132,6 +133,7 @@ def _measure(
     benchmark: Any, direction: str, run: Run, frozen: Run, inputs: list[dict[str, Any]], d: int
 ) -> None:
     """Fewer rounds of what takes longer."""
+    torch._dynamo.reset()  # after a few other sizes, `compiled` would silently be eager
     rounds = max(1, ROUNDS * 2048 // d)
     step = _forward if direction == "forward" else _both
     cycle, frozen_seconds = itertools.cycle(inputs), []

@@ -32,6 +32,7 @@ PEERS: dict[str, Run] = {
     "published_loop": peers.published_loop,
     "masked_scatter": peers.masked_scatter,
     "one_assignment": peers.one_assignment,
+    "where": peers.where,
 }
 LOOKUPS: dict[str, Run] = {"lookup": peers.lookup, "ready_lookup": peers.ReadyLookup()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import multiprocessing
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +26,16 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, 2**30)
 
 
+def apart(measure: Callable[..., int], *arguments: object) -> int:
+    """`measure` in a process of its own; on a GPU, whose allocator knows its peak, in this one."""
+    if DEVICE.type == "cuda":
+        return measure(*arguments)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure, arguments)
+
+
 def peak_growth(run: Callable[[], object]) -> int:
-    """Bytes that the device's memory grows by during the run, at most; for a process of its own."""
+    """Bytes that the device's memory grows by during the run, at most; to be called `apart`."""
     gc.collect()
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -168,7 +168,7 @@ def sweep(records: Records) -> Figure | None:
         for axes, (size, title) in zip(row, titles.items(), strict=True):
             line = [point for point in points if all(point[0][s] == usual[s] for s in "TdrB" if s != size)]
             line.sort(key=lambda point: point[0][size])
-            for variant in line[-1][1]:
+            for variant in dict.fromkeys(variant for _, over in line for variant in over):
                 ys = [(sizes[size], 100 * over[variant]) for sizes, over in line if variant in over]
                 style = {"color": "black", "lw": 2, "zorder": 3} if variant == OURS else {"lw": 1.2}
                 axes.plot(*zip(*ys, strict=True), marker="o", ms=3, label=variant, **style)

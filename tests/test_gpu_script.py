@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import report, sanitizer
+from benchmarks.gpu import correctness, report, sanitizer, sweep
 from benchmarks.gpu.__main__ import PYTEST, main
 from benchmarks.gpu.bars import BARS, Bar, Source
 from benchmarks.gpu.sections import Section, run_sections
@@ -246,8 +246,11 @@ def test_what_was_found_is_kept_for_an_architecture_that_no_table_lists(
 def test_verdicts() -> None:
     records = {"a 1": {"t": {"rellax": 2.0}}, "a 2": {"t": {"rellax": 3.0}}, "b": {"t": 4}}
     parts = {"one": {"status": "stopped", "reason": "time was over", "records": records}}
-    bar = Bar("", Source("one", "a .*", "t.rellax"), "<=", 3.0)
-    assert bar.judge(parts) == ("met", 3.0)
+    bar = Bar("", Source("one", "a 1", "t.rellax"), "<=", 3.0)
+    assert bar.judge(parts) == ("met", 2.0)
+    bar = Bar("", Source("one", "a .*", "t.rellax", max), "<=", 3.0)
+    assert bar.judge(parts) == ("partial", 3.0)
+    assert bar.judge({"one": parts["one"] | {"status": "done"}}) == ("met", 3.0)
     bar = Bar("", Source("one", "a .*", "t.rellax", min), ">=", 0.6, Source("one", "b", "t"))
     assert bar.judge(parts) == ("missed", 0.5)
     verdict, value = Bar("", Source("one", "c", "t"), "<=", 1.0).judge(parts)
@@ -255,6 +258,32 @@ def test_verdicts() -> None:
     assert verdict == "not measured: section one (stopped, time was over) has no t of c"
     verdict, _ = Bar("", Source("two", "c", "t"), "<=", 1.0).judge(parts)
     assert verdict == "not measured: section two was not run"
+
+
+def test_a_peer_that_fails_takes_no_other_with_it() -> None:
+    def broken() -> None:
+        raise RuntimeError("so it goes")
+
+    runs = {"rellax": lambda: None, "peer": lambda: None, "broken": broken}
+    found = sweep._time(runs, 1.0, 1.0)
+    assert found["failed"] == {"broken": "RuntimeError: so it goes"}
+    assert list(found["over_rellax"]) == ["peer"]
+    with pytest.raises(RuntimeError, match="so it goes"):
+        sweep._time({"rellax": broken}, 1.0, 1.0)
+
+
+def test_near_scores_may_swap_and_equal_ones_may_not() -> None:
+    items = {"embeddings": torch.tensor([[1.0], [0.5], [0.5], [0.5 + 2.0**-22], [0.4]])}
+    ends = {"target": torch.tensor([0]), "user": torch.tensor([1]), "end": torch.tensor([4])}
+    history = {"items": torch.tensor([4, 1, 2, 3, 4]), "offsets": torch.tensor([0, 1, 5]), **ends}
+    for inputs, first in (({"queries": torch.tensor([0])}, 1), (history, 0)):
+        expected = torch.tensor([[2, 0, 1, 3]]) + first
+        near, equal, wrong = (expected[:, order] for order in ([1, 0, 2, 3], [0, 2, 1, 3], [0, 1, 3, 2]))
+        correctness.assert_same(items | inputs, near, expected)
+        with pytest.raises(AssertionError, match="in another order"):
+            correctness.assert_same(items | inputs, equal, expected)
+        with pytest.raises(AssertionError, match=r"by up to 0\.1"):
+            correctness.assert_same(items | inputs, wrong, expected)
 
 
 @pytest.mark.parametrize(

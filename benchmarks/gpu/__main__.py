@@ -45,11 +45,14 @@ DRY_RUN = {
 def sections(dry: bool) -> list[Section]:
     """In order: the cheapest and most telling first."""
     tests = [*PYTEST, "--continue-on-collection-errors", "-m", "not slow"]  # the slow ones need a network
+    tests += ["--ignore=tests/test_gpu_script.py"]  # its sections would outlive this one
     if dry:
         tests += ["tests/test_oracle.py"]
     elif find_spec("xdist"):
-        tests += ["-n", "auto", "--maxprocesses", "16"]
+        tests += ["-n", "auto", "--maxprocesses", "16", "--dist", "loadfile"]
     files = {path.name: str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("benchmarks/bench_*.py"))}
+    if not dry:
+        del files["bench_item_topk.py"]  # it runs on the CPU
     step, last = files.pop("bench_step.py", None), files.pop("bench_cflora.py")
     files["bench_cflora.py"] = last  # the sweep has measured most of it
     timed = [*PYTEST, "--benchmark-only"]

@@ -28,10 +28,10 @@ PEERS = ("peft", "liger-kernel", "unsloth", "faiss-gpu", "faiss-gpu-cuvs", "fais
 
 def main() -> None:
     emit("packages", **{name: _version(name) for name in (*PACKAGES, *PEERS)})
-    emit("extension", **_extension())
     emit("device", **_device())
     for name, value in _ceilings():
         emit(name, **value)
+    emit("extension", **_extension())  # may take longer than the section has
 
 
 def _version(package: str) -> str:

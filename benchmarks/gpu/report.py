@@ -139,6 +139,7 @@ def _sweep(results: Results) -> Iterator[str]:
         if "over_rellax" not in record:
             continue
         peers = ", ".join(f"{peer} {ratio:.2f}" for peer, ratio in record["over_rellax"].items())
+        peers += "".join(f", {peer} failed" for peer in record.get("failed", ()))
         overhead = record.get("overhead", {}).get("rellax")
         eager, ours = record.get("eager_s"), record["seconds"]["rellax"]
         rows.append(

@@ -8,10 +8,11 @@ names come first, then one at a time is varied.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,10 @@ from peers.cflora import frozen_linear
 from sizes import DRY
 
 Run = Callable[[], object]
+Found = TypeVar("Found")
 DIRECTIONS = ("forward", "both")
+NEEDED = ("rellax", "frozen")
+"""Variants without which there is no record; the others are peers."""
 
 
 class Point(NamedTuple):
@@ -97,19 +101,33 @@ def _copy_bandwidth() -> float:
 def _time(variants: dict[str, Run], moved: float, flops: float) -> dict[str, Any]:
     """Of all variants, each replayed twice in turn: the smaller median; and what ours reaches.
 
-    A peer that cannot be replayed is compared in eager mode, as ours then is.
+    A peer that cannot be replayed is compared in eager mode, as ours then is; one that fails is left out.
     """
-    eager = {name: median_seconds(run) for name, run in variants.items()}
-    graphs = {name: replay(run) if eager[name] < LONG else None for name, run in variants.items()}
-    runs = {name: graphs[name] or run for name, run in variants.items()}
-    first, second = ({name: median_seconds(run) for name, run in runs.items()} for _ in range(2))
-    seconds = {name: min(first[name], second[name]) for name in variants}
+    failed: dict[str, str] = {}
+
+    def each(names: Iterable[str], measure: Callable[[str], Found]) -> dict[str, Found]:
+        found = {}
+        for name in names:
+            try:
+                found[name] = measure(name)
+            except Exception as error:  # noqa: PERF203, some seconds each
+                if name in NEEDED:
+                    raise
+                failed[name] = f"{type(error).__name__}: {error}"[:300]
+        return found
+
+    eager = each(variants, lambda name: median_seconds(variants[name]))
+    graphs = each(eager, lambda name: replay(variants[name]) if eager[name] < LONG else None)
+    first = each(graphs, lambda name: median_seconds(graphs[name] or variants[name]))
+    second = each(first, lambda name: median_seconds(graphs[name] or variants[name]))
+    seconds = {name: min(first[name], again) for name, again in second.items()}
     mine = seconds["rellax"]
-    like = {name: eager if graphs[name] is None else seconds for name in variants if name != "rellax"}
+    like = {name: eager if graphs[name] is None else seconds for name in seconds if name != "rellax"}
     return {
         "seconds": seconds,
-        "eager_s": eager,
+        "eager_s": {name: eager[name] for name in seconds},
         "over_rellax": {name: times[name] / times["rellax"] for name, times in like.items()},
+        "failed": failed,
         "bytes": moved,
         "flops": flops,
         "bytes_per_s": moved / mine,
@@ -161,7 +179,8 @@ def cflora(point: Point, bandwidth: float, shared: bool = False) -> None:
             "over_floor": (seconds["rellax"] - base) / (update / bandwidth),
         }
         del found["over_rellax"]["frozen"]
-        found["best_peer_over_rellax"] = min(found["over_rellax"].values())
+        if found["over_rellax"]:
+            found["best_peer_over_rellax"] = min(found["over_rellax"].values())
         if DEVICE.type == "cuda" and direction == "both":
             found["kept_over_tr"] = _kept(functions["rellax"]) / (4 * T * r * layers)
         emit(f"cflora {'qkv ' if shared else ''}{direction} {point}", **found)
@@ -198,6 +217,7 @@ def soft_prompts(B: int, L: int, d: int) -> None:
         "rellax": lambda: [soft_prompt(ids, words, rows, index)],
         "masked_scatter": lambda: [soft_peers.masked_scatter(ids, words, rows, index)],
         "one_assignment": lambda: [soft_peers.one_assignment(ids, words, rows, index)],
+        "where": lambda: [soft_peers.where(ids, words, rows, index)],
     }
     dy, row = _random(B, L, d), d * words.element_size()
     for direction in DIRECTIONS:
@@ -253,8 +273,9 @@ def item_lists() -> None:
         "rellax": lambda: item_topk(embeddings, k, queries=chosen),
         "matmul_topk": lambda: _matmul_topk(embeddings, chosen, k),
     }
-    if faiss := _faiss_gpu(embeddings):
-        runs["faiss_gpu"] = lambda: faiss.search(embeddings[chosen].float(), k)
+    if _faiss_has_gpu():
+        index = functools.cache(lambda: _faiss_gpu(embeddings))
+        runs["faiss_gpu"] = lambda: index().search(embeddings[chosen].float(), k)
     found = _time(runs, embeddings.nbytes + 12 * queries * k, 2 * queries * items * D)
     found["all_queries_s"] = {name: t * items / queries for name, t in found["seconds"].items()}
     emit(f"item_topk bf16 N={items} D={D} k={k}", **found)
@@ -265,15 +286,19 @@ def _matmul_topk(embeddings: Tensor, queries: Tensor, k: int) -> list[Tensor]:
     return [torch.topk(embeddings[part] @ embeddings.t(), k).indices for part in queries.split(4096)]
 
 
-def _faiss_gpu(embeddings: Tensor) -> Any:
-    """An exact index on the GPU that takes tensors, or None where faiss has no GPU."""
+def _faiss_has_gpu() -> bool:
     try:
         import faiss
-        import faiss.contrib.torch_utils
     except ImportError:
-        return None
-    if DEVICE.type != "cuda" or not hasattr(faiss, "GpuIndexFlatIP"):
-        return None
+        return False
+    return DEVICE.type == "cuda" and hasattr(faiss, "GpuIndexFlatIP")
+
+
+def _faiss_gpu(embeddings: Tensor) -> Any:
+    """An exact index on the GPU that takes tensors."""
+    import faiss
+    import faiss.contrib.torch_utils
+
     config = faiss.GpuIndexFlatConfig()
     config.useFloat16 = True  # half precision for either side
     index = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), embeddings.shape[1], config)

@@ -26,9 +26,17 @@ compiled_cflora = torch.compile(published_cflora, dynamic=False)
 """The same through Inductor."""
 
 
+def narrow(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A frozen factor in this dtype, cast once; the copy is kept with it."""
+    copies: dict[torch.dtype, Tensor] = vars(factor).setdefault("copies", {})
+    if dtype not in copies:
+        copies[dtype] = factor.to(dtype)
+    return copies[dtype]
+
+
 def plain_lora(x: Tensor, weight: Tensor, *, a: Tensor, b: Tensor, gate: Tensor, scale: float) -> Tensor:
     """LoRA written by hand as PEFT computes it, the adapter in x's dtype; no gate, so it does less."""
-    return F.linear(x, weight) + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * scale
+    return F.linear(x, weight) + F.linear(F.linear(x, narrow(a, x.dtype)), narrow(b, x.dtype)) * scale
 
 
 class _AddmmChain(torch.autograd.Function):
@@ -56,7 +64,8 @@ class _AddmmChain(torch.autograd.Function):
 
 
 def addmm_chain(x: Tensor, weight: Tensor, *, a: Tensor, b: Tensor, gate: Tensor, scale: float) -> Tensor:
-    y: Tensor = _AddmmChain.apply(x, weight, a.to(x.dtype), b.to(x.dtype), gate.to(x.dtype), scale)
+    a, b = narrow(a, x.dtype), narrow(b, x.dtype)
+    y: Tensor = _AddmmChain.apply(x, weight, a, b, gate.to(x.dtype), scale)
     return y
 
 

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .cflora import narrow
+
 _BLOCK = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}
 _GROUP = tl.constexpr(8)  # rows of blocks that share columns of W in the L2 cache
 
@@ -93,5 +95,6 @@ class _LoRAFusion(torch.autograd.Function):
 
 
 def lorafusion(x: Tensor, weight: Tensor, *, a: Tensor, b: Tensor, gate: Tensor, scale: float) -> Tensor:
-    y: Tensor = _LoRAFusion.apply(x, weight, a.to(x.dtype), b.to(x.dtype), gate.to(x.dtype), scale)
+    a, b = narrow(a, x.dtype), narrow(b, x.dtype)
+    y: Tensor = _LoRAFusion.apply(x, weight, a, b, gate.to(x.dtype), scale)
     return y
