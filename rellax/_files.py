@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import glob
 import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -134,6 +136,45 @@ def sha256_file(path: str | Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+_PLACE = "place.json"
+
+
+def write_place(folder: str | Path) -> None:
+    """Note where a folder is made, and from where the paths in its configuration are seen."""
+    write_json(Path(folder) / _PLACE, {"folder": str(Path(folder).resolve()), "cwd": str(Path.cwd())})
+
+
+def located(folder: str | Path, path: str) -> str:
+    """Where that is now what the configuration in `folder` calls `path`.
+
+    That is beside `folder` as it was when that was made, where both have been moved or copied together; or
+    where it was, whichever folder is the current one. What is found at neither place stays as it is called.
+    """
+    place = Path(folder) / _PLACE
+    if not place.exists():
+        return path
+    made = read_json(place)
+    then = Path(made["cwd"], path)
+    beside = Path(os.path.normpath(Path(folder).resolve() / os.path.relpath(then, made["folder"])))
+    for found in (beside, then):
+        if found.exists():
+            return path if found == Path(path).resolve() else str(found)
+    return path
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove what `atomic_folder` had begun for a folder where its process was killed.
+
+    Only while no other process makes that folder. One that was put aside, and may be the only one, stays.
+    """
+    folder = Path(folder).resolve()
+    found = [path for path in folder.parent.glob(f".{glob.escape(folder.name)}.????????*") if path.is_dir()]
+    if not any(path.suffix == ".old" for path in found):
+        for path in found:
+            if re.fullmatch("[0-9a-f]{8}", path.name.rpartition(".")[2]):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _beside(path: Path, suffix: str = "") -> Path:

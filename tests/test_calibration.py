@@ -224,6 +224,11 @@ def test_a_run_stacked_on_a_classical_model(
             Predictor(run)
     with pytest.raises(InputError, match=r"predictions.parquet: expected predictions, found none"):
         calibrate(run, crm=tmp_path)
+    shutil.copytree(workspace.crm, tmp_path / "newer")
+    inputs = json.loads((tmp_path / "newer" / "inputs.json").read_text())
+    (tmp_path / "newer" / "inputs.json").write_text(json.dumps(inputs | {"samples.parquet": "0"}))
+    with pytest.raises(InputError, match=r"crm: expected one of the samples that .* was trained on"):
+        calibrate(run, crm=tmp_path / "newer")
     shutil.copytree(workspace.crm, tmp_path / "other")
     table = pq.read_table(workspace.crm / "predictions.parquet")
     pq.write_table(table.slice(0, 5), tmp_path / "other" / "predictions.parquet")

@@ -20,10 +20,11 @@ from rellax._files import read_json, write_json
 from rellax.ctr import evaluate as evaluation
 from rellax.ctr.batches import Example
 from rellax.ctr.checkpoints import Checkpoints
+from rellax.ctr.config import read_config
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.evaluate import evaluate, evaluate_share, evaluate_zero_shot, predict_probabilities
 from rellax.ctr.predictor import Predictor
-from rellax.ctr.retrieval import read_positions
+from rellax.ctr.retrieval import embeddings_folder, read_positions
 from rellax.ctr.task import Task, load_inputs
 from rellax.ctr.train import train
 from rellax.errors import InputError
@@ -111,15 +112,46 @@ def test_evaluation_needs_the_files_of_training(workspace: Workspace, tmp_path: 
     train(workspace.config(data=str(tmp_path / "data")), tmp_path / "other", progress=False)
     meta = tmp_path / "data" / "dataset.json"
     write_json(meta, read_json(meta) | {"question": "Would they?"})
-    with pytest.raises(InputError, match="expected the files it was trained with, but one has changed"):
+    with pytest.raises(InputError, match=r"files it was trained with, but dataset.json changed since"):
         evaluate(tmp_path / "other", progress=False)
 
     shutil.copytree(workspace.retrieved, tmp_path / "retrieved")
     train(workspace.config(retrieved=str(tmp_path / "retrieved")), tmp_path / "run", progress=False)
     path = tmp_path / "retrieved" / "retrieved.parquet"
     pq.write_table(pq.read_table(path), path, compression="none")
-    with pytest.raises(InputError, match="expected the files it was trained with, but one has changed"):
+    with pytest.raises(InputError, match=r"files it was trained with, but retrieved.parquet changed since"):
         evaluate(tmp_path / "run", progress=False)
+
+
+def test_a_run_finds_what_it_reads_wherever_both_are(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained with paths as the command line has them; then read from elsewhere, copied, and moved."""
+    names = ("data", "retrieved", "model", "crm", "embeddings")
+    for name in names:
+        shutil.copytree(workspace.root / name, tmp_path / "a" / "work" / name)
+    monkeypatch.chdir(tmp_path / "a")
+    paths = {name: f"work/{name}" for name in names[:4]}
+    train(workspace.config(**paths), "work/run", progress=False)
+    assert read_config("work/run").data == "work/data"
+    expected = evaluate("work/run", progress=False)
+    scored = Path("work/run/test/predictions.parquet").stat().st_mtime_ns
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "work").mkdir()
+    assert evaluate(tmp_path / "a/work/run", folder=tmp_path / "one", progress=False) == expected
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    copied = read_config("b/work/run")
+    assert {name: getattr(copied, name) for name in names[:4]} == {
+        name: str(tmp_path / "b/work" / name) for name in names[:4]
+    }
+    shutil.rmtree("b/work/data")
+    assert read_config("b/work/run").data == str(tmp_path / "a/work/data")
+    Path("a").rename("c")
+    assert evaluate("c/work/run", folder=tmp_path / "two", progress=False) == expected
+    assert evaluate("c/work/run", progress=False) == expected
+    assert Path("c/work/run/test/predictions.parquet").stat().st_mtime_ns == scored
+    assert embeddings_folder(read_config("c/work/run").retrieved) == tmp_path / "c/work/embeddings"
 
 
 def test_a_run_needs_the_weights_that_it_was_trained_on(workspace: Workspace, tmp_path: Path) -> None:

@@ -277,6 +277,8 @@ def test_retrieved_behaviours(workspace: Workspace, tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_tables_to_predict(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Indifferent:
+        timed = True
+
         def predict(self, rows: list[dict[str, Any]], **_: Any) -> np.ndarray:
             return np.full(len(rows), 0.5)
 

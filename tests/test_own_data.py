@@ -198,17 +198,155 @@ def test_times_with_zones_and_fractions(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_whole_times_with_a_point(tmp_path: Path, suffix: str) -> None:
-    """What pandas writes of a column of whole numbers that had gaps."""
+def test_fractions_of_times_are_cut(tmp_path: Path, suffix: str) -> None:
+    """Where a column of whole numbers had gaps, pandas writes 3.0."""
     events = MAP["interactions"] | {"file": f"clicks.{suffix}"}
     rows = [(*row[:3], float(1_702_042_297 + i), *row[4:]) for i, row in enumerate(EVENTS)]
     source = read_own(write(tmp_path, MAP | {"interactions": events}, rows))
     assert source.interactions["time"].to_pylist() == [1_702_042_297 + i for i in range(len(EVENTS))]
     assert not source.dates
-    rows[4] = (*rows[4][:3], 5.5, *rows[4][4:])
-    path = write(tmp_path, MAP | {"interactions": events}, rows)
-    with pytest.raises(InputError, match=r"clicks\..*: expected a whole number as 'moment'.* '?5\.5"):
+    rows = [(*row[:3], row[3] + (0.5 if i else 0), *row[4:]) for i, row in enumerate(rows)]
+    again = read_own(write(tmp_path, MAP | {"interactions": events}, rows))
+    assert again.interactions["time"].equals(source.interactions["time"])
+
+
+def test_whole_times_may_be_followed_by_fractions(tmp_path: Path) -> None:
+    rows = [(*row[:3], f"{100 + i}" + ".25" * (i % 2), *row[4:]) for i, row in enumerate(EVENTS)]
+    path = write(tmp_path, MAP)
+    (tmp_path / "clicks.csv").write_text("\n".join(",".join(map(str, row)) for row in (NAMES, *rows)))
+    assert read_own(path).interactions["time"].to_pylist() == [100 + i for i in range(len(EVENTS))]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_dates_in_parquet_may_be_text(tmp_path: Path, kind: pa.DataType) -> None:
+    expected = read_own(write(tmp_path, MAP)).interactions["time"]
+    events = MAP["interactions"] | {"file": "clicks.parquet"}
+    path = write(tmp_path, MAP | {"interactions": events})
+    table = pq.read_table(tmp_path / "clicks.parquet")
+    moments = [row[3] for row in EVENTS]
+    pq.write_table(table.set_column(3, "moment", pa.array(moments, kind)), tmp_path / "clicks.parquet")
+    source = read_own(path)
+    assert source.dates
+    assert source.interactions["time"].to_pylist() == expected.to_pylist()
+    moments[5] = "soon"
+    pq.write_table(table.set_column(3, "moment", pa.array(moments, kind)), tmp_path / "clicks.parquet")
+    with pytest.raises(
+        InputError, match=r"parquet, row 6: expected a date and time as 'moment', found 'soon'"
+    ):
         read_own(path)
+
+
+@pytest.mark.parametrize("words", [("false", "true"), ("False", "True"), ("FALSE", "TRUE")])
+def test_labels_may_be_words(tmp_path: Path, words: tuple[str, str]) -> None:
+    expected = read_own(write(tmp_path, MAP)).interactions["rating"]
+    rows = [(*row[:2], words[row[2]], *row[3:]) for row in EVENTS]
+    for suffix in ("csv", "parquet"):
+        events = MAP["interactions"] | {"file": f"clicks.{suffix}"}
+        source = read_own(write(tmp_path, MAP | {"interactions": events}, rows))
+        assert source.interactions["rating"].to_pylist() == expected.to_pylist()
+
+
+def test_a_first_time_that_is_missing_may_become_either(tmp_path: Path) -> None:
+    path = write(tmp_path, MAP)
+    lines = [",".join(map(str, row)) for row in (NAMES, (*EVENTS[0][:3], "", *EVENTS[0][4:]), *EVENTS[1:])]
+    (tmp_path / "clicks.csv").write_text("\n".join(lines))
+    words = r"clicks.csv, row 2: expected a whole number or a date as ISO 8601 in 'moment', found none"
+    with pytest.raises(InputError, match=words):
+        read_own(path)
+
+
+def split(folder: Path, suffix: str) -> None:
+    """EVENTS as three files in a folder `log`, and one of no rows before them."""
+    (folder / "log").mkdir()
+    for day in range(4):
+        rows = EVENTS[10 * day - 10 : 10 * day] if day else []
+        lines = [",".join(NAMES), *(",".join(map(str, row)) for row in rows)]
+        if suffix == "csv":
+            (folder / "log" / f"{day}.csv").write_text("\n".join(lines) + "\n")
+        else:
+            table = pa.table(
+                dict(zip(NAMES, map(list, zip(*rows, strict=True)), strict=True)) if rows else {}
+            )
+            none = pa.table({name: pa.array([], pa.null()) for name in NAMES})
+            pq.write_table(table if rows else none, folder / "log" / f"{day}.parquet")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_table_may_be_of_several_files(tmp_path: Path, suffix: str) -> None:
+    one = read_own(write(tmp_path, MAP))
+    prepare(one, tmp_path / "one")
+    split(tmp_path, suffix)
+    names = [f"log/{day}.{suffix}" for day in range(4)]
+    said = {f"log/*.{suffix} (4 files)": f"log/*.{suffix}", f"{names[0]}, … (4 files)": [*names, names[0]]}
+    for number, (called, file) in enumerate(said.items()):
+        path = write(tmp_path, MAP | {"interactions": MAP["interactions"] | {"file": file}})
+        source = read_own(path)
+        for name in ("interactions", "items", "users"):
+            assert getattr(source, name).to_pylist() == getattr(one, name).to_pylist()
+        assert source.files == tuple(tmp_path / name for name in names)
+        meta = prepare(source, tmp_path / str(number))
+        assert meta["rows"] == {called: 30}
+        assert meta["source_sha256"].keys() == {Path(name).name for name in names}
+        dataset = pq.read_table(tmp_path / "one" / "behaviours.parquet")
+        assert pq.read_table(tmp_path / str(number) / "behaviours.parquet").equals(dataset)
+
+
+def test_files_of_one_name_in_several_folders_keep_their_hashes(tmp_path: Path) -> None:
+    split(tmp_path, "csv")
+    for day in range(4):
+        (tmp_path / "log" / f"day={day}").mkdir()
+        (tmp_path / "log" / f"{day}.csv").rename(tmp_path / "log" / f"day={day}" / "part.csv")
+    events = MAP["interactions"] | {"file": "log/day=*/part.csv"}
+    meta = prepare(read_own(write(tmp_path, MAP | {"interactions": events})), tmp_path / "data")
+    assert list(meta["source_sha256"]) == [f"day={day}/part.csv" for day in range(4)]
+
+
+def test_a_row_of_several_files_is_named_with_its_file(tmp_path: Path) -> None:
+    split(tmp_path, "csv")
+    path = write(tmp_path, MAP | {"interactions": MAP["interactions"] | {"file": "log/*.csv"}})
+    second = tmp_path / "log" / "2.csv"
+    text = second.read_text()
+    lines = text.splitlines()
+    second.write_text(
+        "\n".join([*lines[:4], lines[4].replace(",i3,0,", ",i3,7,")]).replace(",i3,1,", ",i3,7,")
+    )
+    with pytest.raises(InputError, match=r"log/2.csv, line 5: expected a label 0 or 1, found 7"):
+        prepare(read_own(path), tmp_path / "data")
+    second.write_text(text.replace("2026-01-04", "soon"))
+    with pytest.raises(
+        InputError, match=r"log/2.csv, row 5: expected a date and time as 'moment', found 'soon"
+    ):
+        read_own(path)
+    numbers = pq.read_table(tmp_path / "clicks.parquet").set_column(3, "moment", pa.array(range(len(EVENTS))))
+    pq.write_table(numbers, tmp_path / "log" / "3.parquet")
+    path = write(
+        tmp_path, MAP | {"interactions": MAP["interactions"] | {"file": ["log/1.csv", "log/3.parquet"]}}
+    )
+    with pytest.raises(InputError, match=r"3.parquet: expected a date and time as 'moment', found int64"):
+        read_own(path)
+
+
+def test_parquet_is_recognised_by_its_first_bytes(tmp_path: Path) -> None:
+    path = write(tmp_path, MAP | {"interactions": MAP["interactions"] | {"file": "clicks.pq"}})
+    (tmp_path / "clicks.parquet").rename(tmp_path / "clicks.pq")
+    source = read_own(path)
+    assert source.interactions.num_rows == len(EVENTS)
+    assert source.line(3).endswith("clicks.pq, row 4")
+
+
+def test_a_feature_of_nearly_as_many_values_as_rows_is_warned_of(tmp_path: Path) -> None:
+    def warnings(rows: int, values: int) -> list[str]:
+        lines = [f"i{i},N{i},{i % values}.5,red" for i in range(rows)]
+        (tmp_path / "items.csv").write_text("\n".join(["what,name,price,colour", *lines]))
+        items = {"file": "items.csv", "item": "what", "title": "name", "features": ["price", "colour"]}
+        meta = prepare(read_own(write(tmp_path, MAP | {"items": items})), tmp_path / "data")
+        assert "scattered" not in json.loads((tmp_path / "data" / "dataset.json").read_text())
+        return [line for line in summary(meta).splitlines() if "category" in line]
+
+    assert warnings(120, 61) == [
+        "  warning  items: 'price' has 61 values in 120 rows, each a category of its own"
+    ]
+    assert warnings(120, 60) == warnings(99, 99) == []
 
 
 def test_of_a_repeated_interaction_the_last_row_counts(tmp_path: Path) -> None:
@@ -270,7 +408,11 @@ def test_strictly_before_needs_times(tmp_path: Path) -> None:
 def test_unknown_ids(tmp_path: Path) -> None:
     (tmp_path / "items.csv").write_text("what;name\n" + "".join(f"i{i};N{i}\n" for i in range(9)))
     items = {"file": "items.csv", "delimiter": ";", "item": "what", "title": "name"}
-    with pytest.raises(InputError, match=r"clicks.csv, line 11: item 'i9' is not in the table of items"):
+    words = (
+        r"clicks.csv, line 11: item 'i9' is not in the table of items, which lacks those of 3 of 30 rows; "
+        '"unknown_ids": "drop" in a column map leaves such rows out'
+    )
+    with pytest.raises(InputError, match=words):
         prepare(read_own(write(tmp_path, MAP | {"items": items})), tmp_path / "data")
     path = write(tmp_path, MAP | {"items": items, "unknown_ids": "drop"})
     meta = prepare(read_own(path), tmp_path / "data")
@@ -294,6 +436,23 @@ def test_the_files_may_be_elsewhere(tmp_path: Path) -> None:
 
 BAD_MAPS: dict[str, tuple[dict[str, Any], str]] = {
     "no name": ({"name": 3}, r"columns.json: name: expected text, found 3"),
+    "no file": (
+        {"interactions": MAP["interactions"] | {"file": []}},
+        r"interactions: file: expected the name of a file, a pattern, or a list of these, found \[\]",
+    ),
+    "no match": (
+        {"interactions": MAP["interactions"] | {"file": "log-*.csv"}},
+        r"log-\*.csv: expected files that match this pattern, found none",
+    ),
+    "surrogate": (
+        {"interactions": MAP["interactions"] | {"file": "\ud800/*"}},
+        r"file: expected the name of a file, .*, found '.ud800/\*' \(.*surrogates not allowed",
+    ),
+    "too long": ({"items": MAP["items"] | {"file": "a" * 300}}, r"file: expected the name .* too long"),
+    "folder": (
+        {"interactions": MAP["interactions"] | {"file": "../"}},
+        r"expected a file, or a pattern such as '../\*.csv', found a folder",
+    ),
     "typo": ({"itmes": {}}, r"columns.json: expected entries name, .*, found 'itmes'"),
     "no items": ({"items": None}, r"columns.json: items: expected an object, found None"),
     "no title": ({"items": {"item": "what"}}, r"items: expected an entry 'title', found 'item'"),
@@ -341,7 +500,10 @@ def changed(column: int, value: Any) -> list[tuple[Any, ...]]:
     [
         (changed(0, ""), r"clicks.csv, line 6: expected a value of 'who', found none"),
         (changed(2, 0.5), r"clicks.csv, line 6: expected a label 0 or 1, found 0.5"),
-        (changed(2, "yes"), r"clicks.csv, row 6: expected a number as 'bought', found 'yes'"),
+        (
+            changed(2, "yes"),
+            r"clicks.csv, row 6: expected a label 0, 1, true or false as 'bought', found 'yes'",
+        ),
         (changed(3, "soon"), r"clicks.csv, row 6: expected a date and time as 'moment', found 'soon'"),
         (
             changed(3, "2026-02-30T10:00Z"),
@@ -397,7 +559,9 @@ def test_bad_parquet(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"clicks.parquet, row 1: expected a label 0 or 1, found 3"):
         prepare(read_own(path), tmp_path / "data")
     pq.write_table(table.set_column(2, "bought", table["name"]), tmp_path / "clicks.parquet")
-    with pytest.raises(InputError, match=r"clicks.parquet: expected a number as 'bought' \(.*Item \d"):
+    with pytest.raises(
+        InputError, match=r"clicks.parquet, row 1: expected a label .* as 'bought', found 'Item 0'"
+    ):
         read_own(path)
     (tmp_path / "clicks.parquet").write_text("no Parquet")
     with pytest.raises(InputError, match=r"clicks.parquet: expected Parquet, but it is damaged"):

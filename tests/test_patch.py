@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -1024,6 +1025,22 @@ def _wrong(**changes: Any) -> Any:
             _wrong(attention_mask=lambda a: a["input_ids"]),
             "attention_mask: expected None for a packed",
         ),
+        (
+            "right",
+            _wrong(attention_mask=lambda a: a["attention_mask"].tolist()),
+            "attention_mask: expected a tensor, got list",
+        ),
+        (
+            "right",
+            _wrong(attention_mask=lambda a: a["attention_mask"][:, 1:]),
+            r"attention_mask: expected shape \(3, \d+\), that of the tokens, got",
+        ),
+        (
+            "right",
+            _wrong(item_id=1),
+            "item_id: expected an argument of the patched forward, perhaps item_ids",
+        ),
+        ("right", _wrong(instance_embeds=None), "instance_embeds: expected .*, perhaps instance_embed"),
         ("packed", _wrong(use_cache=True), "use_cache: expected no key-value cache"),
         ("packed", _wrong(max_seqlen=9), "max_seqlen: expected the longest instance's 10 at least, got 9"),
         ("right", _wrong(base_logit=torch.zeros(3, 1)), r"base_logit: expected shape \(3,\), got \(3, 1\)"),
@@ -1035,6 +1052,19 @@ def test_arguments_that_do_not_fit(layout: str, change: Any, message: str) -> No
     model, _ = pair()
     with pytest.raises(InputError, match=message):
         model(**change(tiny.batch(tiny.instances(), layout)))
+
+
+def test_gates_that_nobody_feeds_are_noticed() -> None:
+    model, _ = pair()
+    arguments = tiny.batch(tiny.instances())
+    del arguments["instance_embed"]
+    with pytest.warns(UserWarning, match="instance_embed: expected one where gates are trained, got None"):
+        model.train()(**arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.eval()(**arguments)
+        model.rellax.set_trainable(gates=False)
+        model.train()(**arguments)
 
 
 def test_a_replica_of_data_parallel_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -147,29 +148,67 @@ def test_without_a_time_everything_known_is_history(workspace: Workspace, run: P
     assert one.to_pylist() == two.to_pylist()
 
 
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ("user_id,item_id,timestamp", ["new.csv: no column 'time', so every row is answered from all that"]),
+        ("user_id,item_id,time", []),
+    ],
+)
+def test_a_table_without_a_column_of_times_is_told_once(
+    run: Path,
+    tmp_path: Path,
+    header: str,
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(predict_module, "_ROWS", 1)
+    caplog.set_level("INFO", "rellax.ctr.predict")
+    (tmp_path / "new.csv").write_text(f"{header}\n3,4,999999\n5,17,999999\n")
+    predict(run, tmp_path / "new.csv", tmp_path / "out.csv", progress=False)
+    assert len(caplog.messages) == len(words)
+    assert all(word in message for word, message in zip(words, caplog.messages, strict=True))
+
+
+def test_nothing_is_told_of_times_where_the_data_have_none(
+    workspace: Workspace, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "rellax.ctr.predict")
+    shutil.copytree(workspace.data, tmp_path / "data")
+    path = tmp_path / "data" / "dataset.json"
+    path.write_text(path.read_text().replace('"timed": true', '"timed": false'))
+    (tmp_path / "new.csv").write_text("user_id,item_id\n3,4\n")
+    predict(run, tmp_path / "new.csv", tmp_path / "out.csv", data=tmp_path / "data", progress=False)
+    assert not caplog.messages
+
+
 def test_a_time_where_the_data_have_none(workspace: Workspace, run: Path, tmp_path: Path) -> None:
     shutil.copytree(workspace.data, tmp_path / "data")
     path = tmp_path / "data" / "dataset.json"
     path.write_text(path.read_text().replace('"timed": true', '"timed": false'))
     (tmp_path / "new.csv").write_text("user_id,item_id,time\n3,4,5\n")
-    with pytest.raises(InputError, match=r"new.csv, row 1: expected no time, the data in .* have no times"):
+    with pytest.raises(InputError, match=r"new.csv, line 2: expected no time, the data in .* have no times"):
         predict(run, tmp_path / "new.csv", tmp_path / "out.csv", data=tmp_path / "data", progress=False)
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("user_id,item_id\n3,4\n99,4\n", r"new.csv, row 2: user_id '99' is not in the data"),
-        ("user_id,item_id\n3,x 1\n", r"new.csv, row 1: item_id 'x 1' is not in the data"),
-        ("user_id,film\n3,4\n", r"new.csv: expected a column 'item_id', found user_id, film"),
-        ("user_id,item_id\n3,\n", r"new.csv, row 1: expected a value of item_id, found none"),
+        ("user_id,item_id\n3,4\n99,4\n", r"new.csv, line 3: user_id '99' is not in the data"),
+        ("user_id,item_id\n3,x 1\n", r"new.csv, line 2: item_id 'x 1' is not in the data"),
+        (
+            "user_id,film\n3,4\n",
+            r"new.csv: expected a column 'item_id', found user_id, film; --columns takes a column map",
+        ),
+        ("user_id,item_id\n3,\n", r"new.csv, line 2: expected a value of item_id, found none"),
         (
             "user_id,item_id,time\n3,4,soon\n",
-            r"new.csv, row 1: expected time as a whole number, found 'soon'",
+            r"new.csv, line 2: expected time as a number, found 'soon'",
         ),
-        ("user_id,item_id,time\n3,4,1997-01-02\n", r"row 1: expected time as a whole number, found '1997-"),
+        ("user_id,item_id,time\n3,4,1997-01-02\n", r"line 2: expected time as a number, found '1997-"),
         ("user_id,item_id,user_id\n3,4,5\n", r"new.csv: expected each column once"),
-        ("user_id,item_id,time\n3,4,5\n", r"row 1: expected a user with behaviours before that time.*'3'"),
+        ("user_id,item_id,time\n3,4,5\n", r"line 2: expected a user with behaviours before that time.*'3'"),
         ("user_id,item_id\n", r"new.csv: expected at least one row, found none"),
         ("user_id,item_id\n3,4,5\n", r"new.csv: expected a readable table"),
         ("user_id,item_id,probability\n3,4,0.5\n", r"new.csv: expected no column 'probability'"),
@@ -199,8 +238,8 @@ def test_bad_tables(run: Path, tmp_path: Path, text: str, words: str) -> None:
     ("column", "words"),
     [
         ({"user_id": [3.5]}, "row 1: expected user_id as text or a whole number, found 3.5"),
-        ({"time": [True]}, "row 1: expected time as a whole number, found True"),
-        ({"time": [2.5]}, "row 1: expected time as a whole number, found 2.5"),
+        ({"time": [True]}, "row 1: expected time as a number, found True"),
+        ({"time": [math.inf]}, "row 1: expected time as a number, found inf"),
         (
             {"history": [[{"item_id": 4}]]},
             r"row 1: history\[0\]: expected a rating of the data, .*found None",
@@ -212,6 +251,19 @@ def test_bad_parquet(run: Path, tmp_path: Path, column: dict[str, Any], words: s
     pq.write_table(pa.table({"user_id": [3], "item_id": [4]} | column), tmp_path / "new.parquet")
     with pytest.raises(InputError, match=words):
         predict(run, tmp_path / "new.parquet", tmp_path / "out.csv", progress=False)
+
+
+def test_whole_ids_with_a_point(run: Path, tmp_path: Path) -> None:
+    """As a data frame has whole numbers beside gaps: in `rellax prepare` these are the same ids."""
+    for name, kind in (("whole", pa.int64()), ("point", pa.float64()), ("short", pa.float32())):
+        table = pa.table({"user_id": pa.array([3, 5], kind), "item_id": pa.array([4, 17], kind)})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        predict(run, tmp_path / f"{name}.parquet", tmp_path / f"{name}-out.parquet", progress=False)
+    one, two, three = (
+        read(tmp_path / f"{name}-out.parquet")["probability"].to_pylist()
+        for name in ("whole", "point", "short")
+    )
+    assert one == two == three
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".csv"])
@@ -239,6 +291,8 @@ def test_names_of_own_data(run: Path, tmp_path: Path) -> None:
     one, two = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("a", "b"))
     assert one.column_names == ["what", "note", "who", "probability"]
     assert one["probability"].to_pylist() == two["probability"].to_pylist()
+    with pytest.raises(InputError, match=r"expected a column 'who', found user_id,item_id$"):
+        predict(run, tmp_path / "b.csv", tmp_path / "c.csv", columns=tmp_path / "map.json", progress=False)
     predict(run, tmp_path / "a.csv", tmp_path / "c.csv", columns=tmp_path / "map.json", progress=False)
     like_what_was_read = pa.csv.ParseOptions(delimiter=";")
     assert pa.csv.read_csv(tmp_path / "c.csv", parse_options=like_what_was_read).equals(
@@ -296,8 +350,8 @@ def test_columns_that_csv_cannot_hold(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
-def test_whole_times_with_a_point(run: Path, tmp_path: Path, suffix: str) -> None:
-    for name, moments in (("whole", ["999998", "999999"]), ("point", ["999998.0", "999999."])):
+def test_times_with_a_fraction(run: Path, tmp_path: Path, suffix: str) -> None:
+    for name, moments in (("whole", ["999998", "999999"]), ("point", ["999998.0", "999999.5"])):
         ids = pa.table({"user_id": ["3", "5"], "item_id": ["4", "17"]})
         numbers = pa.array(list(map(float, moments))) if suffix != ".csv" else pa.array(moments)
         if name == "whole":
@@ -361,12 +415,15 @@ BAD = [
     (b"[" * 100_000, "expected a JSON object, but maximum recursion depth exceeded"),
     (b"\xff\xfe{", "expected a JSON object, but "),
     (b"[3, 4]", r"expected a JSON object, found \[3, 4\]"),
+    (b'"' + b"x" * 1000 + b'"', "expected a JSON object, found 'x{79}…$"),
     (b'{"user_id": 99, "item_id": 4}', "user_id '99' is not in the data"),
     (b'{"user_id": 3}', "expected a value of item_id, found none"),
 ]
 
 
-@pytest.mark.parametrize(("line", "words"), BAD, ids=["json", "deep", "bytes", "list", "user", "missing"])
+@pytest.mark.parametrize(
+    ("line", "words"), BAD, ids=["json", "deep", "bytes", "list", "long", "user", "missing"]
+)
 def test_a_line_that_is_wrong(run: Path, monkeypatch: pytest.MonkeyPatch, line: bytes, words: str) -> None:
     streams = Streams(monkeypatch, b"\n" + A + line + b"\n" + B)
     with pytest.raises(InputError, match=f"standard input, line 3: {words}"):

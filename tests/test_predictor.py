@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
+import math
+import os
 import shutil
+import signal
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,20 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from workspace import GATED, Workspace
+import torch
+from raw_data import random_interactions, write_ml_100k
+from workspace import GATED, ITEMS, USERS, Workspace, make_model
 
 import rellax.ctr
 from rellax.ctr import predictor as module
-from rellax.ctr.dataset import Dataset
+from rellax.ctr.config import CRMConfig
+from rellax.ctr.crm import train_crm
+from rellax.ctr.dataset import WORDING, Dataset
 from rellax.ctr.predictor import Predictor
 from rellax.ctr.prepare import prepare
 from rellax.ctr.requests import Requests
-from rellax.ctr.sources import read_own
+from rellax.ctr.retrieval import retrieve
+from rellax.ctr.sources import read_ml_100k, read_own
 from rellax.ctr.train import train
 from rellax.errors import InputError
+from rellax.subr import save_embeddings
 
 ROUNDING = 2e-6  # of fp32, where other rows share the batch
 
@@ -152,10 +162,10 @@ def test_what_is_not_told_of_a_new_user_is_what_most_have(predictor: Predictor, 
             "user_id '99' is not in the data, expected one that is, or a history",
         ),
         ({"user_id": "3", "item_id": "x"}, "item_id 'x' is not in the data"),
-        ({"user_id": "3", "item_id": "4", "time": "now"}, "expected time as a whole number, found 'now'"),
+        ({"user_id": "3", "item_id": "4", "time": "now"}, "expected time as a number, found 'now'"),
         (
             {"user_id": "3", "item_id": "4", "time": 2**63},
-            "expected time as a whole number, found 9223372036",
+            "expected time as a number, found 9223372036",
         ),
         (
             {"user_id": "3", "item_id": "4", "time": 0},
@@ -351,8 +361,139 @@ def test_it_is_found_where_one_would_look() -> None:
     assert rellax.ctr.Predictor is Predictor
     with pytest.raises(AttributeError, match="no attribute 'Predicter'"):
         _ = rellax.ctr.Predicter
-    with pytest.raises(InputError, match="batch_size: expected a positive number, got 0"):
-        Predictor("x", batch_size=0)
+    for wrong in (0, "16", 1.5, True):
+        with pytest.raises(InputError, match=f"batch_size: expected a whole number, .*, got {wrong!r}$"):
+            Predictor("x", batch_size=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (5, "5"),
+        (None, "None"),
+        ("rows", "'rows'"),
+        ({"user_id": 3, "item_id": 4}, "{'user_id': 3, 'item_id': 4}"),
+        (pandas.DataFrame({"user_id": [3], "item_id": [4]}), "a DataFrame"),
+        (pa.table({"user_id": [3], "item_id": [4]}), "a Table"),
+    ],
+    ids=["number", "none", "text", "object", "frame", "table"],
+)
+def test_what_is_no_list_of_rows(predictor: Predictor, rows: Any, words: str) -> None:
+    for ask in (predictor.predict, predictor.predict_each):
+        with pytest.raises(InputError, match=f"^rows: expected a list of objects, got {words}$"):
+            ask(rows)
+
+
+def test_a_forked_process_is_told_to_make_its_own(predictor: Predictor, dataset: Dataset) -> None:
+    """The thread that computes is in the parent alone: without a word the child would wait for ever."""
+    source, sink = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            signal.alarm(20)
+            predictor.predict(pairs(dataset)[:1])
+        except InputError as error:
+            os.write(sink, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(sink)
+    with os.fdopen(source) as told:
+        assert told.read() == (
+            "Predictor: expected the process that made it, found a child of that; make one in each worker"
+        )
+    os.waitpid(child, 0)
+    assert len(predictor.predict(pairs(dataset)[:1])) == 1
+
+
+def test_an_error_shows_the_beginning_of_what_came(predictor: Predictor) -> None:
+    long, good = "9" * 10**6, {"user_id": 3, "item_id": 4}
+    behaviour = {"item_id": 2, "rating": 1, "time": 1}
+    wrong = [
+        long,
+        good | {"user_id": long},
+        good | {"item_id": long},
+        good | {"item_id": [long]},
+        good | {"time": long},
+        good | {"history": long},
+        good | {"history": [long]},
+        good | {"history": [behaviour | {"rating": long}]},
+        good | {"history": [behaviour], "user_id": None, "user": long},
+        good | {"history": [behaviour], "user_id": None, "user": {"profile": long + "\ud83d"}},
+        good | {"history": [], "user_id": long},
+    ]
+    for error in predictor.predict_each(wrong):  # type: ignore[arg-type]
+        assert isinstance(error, InputError)
+        assert "9999999999" in str(error)
+        assert len(str(error)) < 250
+
+
+@pytest.mark.parametrize("none", [None, math.nan, pandas.NaT, pandas.NA, np.datetime64("NaT")], ids=repr)
+def test_what_pandas_has_for_none_is_none(predictor: Predictor, none: Any) -> None:
+    row = {"user_id": 3, "item_id": 4}
+    expected = predictor.predict([row])
+    assert (
+        predictor.predict([row | {"time": none, "history": none, "user": none}]).tolist() == expected.tolist()
+    )
+    for name in row:
+        with pytest.raises(InputError, match=f"expected a value of {name}, found none"):
+            predictor.predict([row | {name: none}])
+    with pytest.raises(InputError, match=r"history\[0\]: expected a value of time, found none"):
+        predictor.predict([row | {"history": [{"item_id": 2, "rating": 1, "time": none}]}])
+
+
+def test_a_changed_wording_is_refused(run: Path, workspace: Workspace, tmp_path: Path) -> None:
+    """The adapter has learnt the question as it was put; a run of an earlier version does not know how."""
+    served, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(run, served)
+    shutil.copytree(workspace.data, data)
+    meta = json.loads((data / "dataset.json").read_text())
+    known = {name: meta.get(name) for name in WORDING}
+    (served / "wording.json").write_text(json.dumps(known))
+    Predictor(served, data=data)
+    (data / "dataset.json").write_text(json.dumps(meta | {"item_noun": "book", "positive_above": 2}))
+    found = (
+        "data: .* wording .*, found item_noun 'book' in the place of 'film', positive_above 2 in the place"
+    )
+    with pytest.raises(InputError, match=found):
+        Predictor(served, data=data)
+    (served / "wording.json").unlink()
+    Predictor(served, data=data)
+
+
+def test_new_items_need_a_run_of_their_own(workspace: Workspace, tmp_path: Path) -> None:
+    """Where embeddings alone tell: made anew, as the advice was, they are those of no run."""
+    config = workspace.config(crm=None, epochs=1)
+    train(config, tmp_path / "run", progress=False)
+    shutil.copytree(workspace.data, tmp_path / "data")
+    path = tmp_path / "data" / "items.parquet"
+    items = pq.read_table(path)
+    renamed = pa.array([f"{name} new" for name in items["item_id"].to_pylist()])
+    pq.write_table(items.set_column(items.column_names.index("item_id"), "item_id", renamed), path)
+    with pytest.raises(InputError, match="a run knows the items that it was trained with, new ones need"):
+        Predictor(tmp_path / "run", data=tmp_path / "data")
+
+
+def test_empty_histories_where_the_run_was_trained_on_them(tmp_path: Path) -> None:
+    raw = write_ml_100k(tmp_path / "raw", random_interactions(USERS, ITEMS, 4, seed=0), USERS, ITEMS)
+    source = read_ml_100k(raw)
+    row = {"user_id": 3, "item_id": 4, "time": 0}
+    prepare(source, tmp_path / "one", min_history=1)
+    with pytest.raises(InputError, match="expected a user with behaviours before that time, found none"):
+        Requests(Dataset.load(tmp_path / "one")).read(row)
+    work = Workspace(tmp_path)
+    prepare(source, work.data, min_history=0)
+    dataset = Dataset.load(work.data)
+    make_model(work.model, dataset)
+    train_crm(dataset, work.crm, CRMConfig(embedding_dim=4, hidden=(8, 6), epochs=1, max_len=6))
+    save_embeddings(work.embeddings, torch.randn(ITEMS, 8), dataset.items["item_id"].to_pylist(), "random")
+    retrieve({"data": str(work.data), "embeddings": str(work.embeddings), "k": 4}, work.retrieved)
+    train(work.config(stage="joint", epochs=1, **GATED, crm_logit=True), tmp_path / "run", progress=False)
+    predictor = Predictor(tmp_path / "run")
+    user = person(dataset, dataset.users["user_id"].to_pylist().index("3"))
+    new = {"item_id": 4, "history": [], "user": user}
+    (alone,) = predictor.predict([row])
+    found = predictor.predict([row, new, row | {"time": None}])
+    assert found[:2] == pytest.approx([alone, alone], abs=ROUNDING)
+    assert abs(found[2] - alone) > 1e-5
 
 
 def test_dates_and_missing_times(tmp_path: Path) -> None:
@@ -380,11 +521,17 @@ def test_dates_and_missing_times(tmp_path: Path) -> None:
     for moment in ("2026-01-04T01:00:00", "2026-01-04T02:00:00+01:00", "2026-01-04 01:00:00Z", 1767488400000):
         assert dated.read({"user_id": 1, "item_id": 5, "time": moment}).position == 3
     assert dated.read({"user_id": 1, "item_id": 5, "time": "2026-01-04"}).position == 3
-    for wrong in ("May", 3.5):
+    for wrong in ("May", math.inf):
         with pytest.raises(InputError, match=f"as a date, or milliseconds since 1970, found {wrong!r}"):
             dated.read({"user_id": 1, "item_id": 5, "time": wrong})
+    for cut in (1767488400000.9, "1767488400000.9", np.float64(1767488400000.9)):
+        assert dated.read({"user_id": 1, "item_id": 5, "time": cut}).position == 3
+    for unit in ("ms", "ns", "D"):
+        moment = np.datetime64("2026-01-04T01:00:00", unit) if unit != "D" else np.datetime64("2026-01-05")
+        expected = 3 if unit != "D" else 4
+        assert dated.read({"user_id": 1, "item_id": 5, "time": moment}).position == expected
     added = dated.read(
-        {"user_id": 1, "item_id": 5, "history": [{"item_id": 7, "rating": 1, "time": "2026-01-01"}]}
+        {"user_id": 1, "item_id": 5, "history": [{"item_id": 7, "rating": True, "time": "2026-01-01"}]}
     )
     assert added.history is not None
     assert added.history[0].tolist() == [7, 0, 1, 2, 3, 4, 5, 6, 7]

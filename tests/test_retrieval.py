@@ -328,7 +328,10 @@ def test_a_result_of_other_samples_is_named(work: Path) -> None:
     )
     with pytest.raises(InputError, match=r"expected the \d+ samples of .* brings it up to date"):
         read_positions(work / "retrieved", Dataset.load(work / "data"), K)
-    with pytest.raises(InputError, match=f"k: expected at most the {K} behaviours of .*, got 9"):
+    with pytest.raises(
+        InputError,
+        match=f"k: expected at most the {K} behaviours of .*, got 9; `rellax retrieve --k 9 --redo`",
+    ):
         read_positions(work / "retrieved", Dataset.load(work / "data"), 9)
 
 

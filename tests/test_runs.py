@@ -14,7 +14,7 @@ from rellax.ctr.config import CRMConfig, StudyConfig, TrainConfig
 from rellax.ctr.crm import make_crm
 from rellax.ctr.embedding import embed
 from rellax.ctr.retrieval import retrieve
-from rellax.ctr.runs import is_claimed
+from rellax.ctr.runs import is_claimed, locked
 from rellax.errors import InputError
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -59,6 +59,28 @@ def test_only_a_run_of_the_same_command_is_begun_anew(tmp_path: Path, command: s
     with pytest.raises(InputError, match=words):
         begin_anew(command, folder)
     assert len(list(folder.iterdir())) == 2
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    names = (".crm.0123abcd", ".crm.0123abcd.old", ".crm2.0123abcd", ".crm.notes", "crm")
+    for name in names:
+        (tmp_path / name).mkdir()
+    with locked(tmp_path / "crm"):
+        pass
+    assert (tmp_path / ".crm.0123abcd").exists()  # what was put aside for it may be the only one
+    (tmp_path / ".crm.0123abcd.old").rmdir()
+    with locked(tmp_path / "crm"):
+        assert {path.name for path in tmp_path.iterdir()} == {".crm2.0123abcd", ".crm.notes", "crm"}
+
+
+def test_changed_inputs_are_named_without_their_hashes(tmp_path: Path) -> None:
+    config = {"lr": 1.0, "inputs": {"samples.parquet": "12ab", "items.parquet": "34cd"}}
+    folder = with_config(tmp_path / "run", config)
+    wanted = {"lr": 2.0, "inputs": {"samples.parquet": "56ef", "items.parquet": "34cd"}}
+    with pytest.raises(
+        InputError, match=r"run with lr = 1.0, expected 2.0, and other contents of samples.parquet; "
+    ):
+        is_claimed(folder, wanted)
 
 
 def test_a_file_of_another_form_is_not_a_run(tmp_path: Path) -> None:

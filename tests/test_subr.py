@@ -33,6 +33,7 @@ from rellax.errors import InputError
 from rellax.subr import (
     PCA,
     Retrieved,
+    check_embeddings,
     embed_items,
     history_keys,
     load_embeddings,
@@ -301,6 +302,8 @@ def test_embeddings_come_back_for_the_same_items_only(tmp_path: Path) -> None:
     for others in (["", "10", "Łódź"], ["10", ""], ["1", "0", "Łódź"]):
         with pytest.raises(InputError, match="got those of other items"):
             load_embeddings(tmp_path / "new", others)
+        with pytest.raises(InputError, match=r"got those of other items; `rellax embed` makes them anew"):
+            check_embeddings(tmp_path / "new", others)
     with pytest.raises(InputError, match="N = 2 item ids"):
         save_embeddings(tmp_path / "bad", embeddings, ["1", "2"], "tiny")
     assert not (tmp_path / "bad").exists()

@@ -33,7 +33,7 @@ from rellax.ctr.evaluate import evaluate
 from rellax.ctr.optimiser import learning_rate
 from rellax.ctr.options import make_parser
 from rellax.ctr.task import Task, load_inputs
-from rellax.ctr.train import train
+from rellax.ctr.train import _Trainer, train
 from rellax.errors import InputError
 from rellax.patch import adapter as adapters
 
@@ -130,6 +130,8 @@ def test_run_folder(stage_1: Path, workspace: Workspace) -> None:
     assert names == {
         "config.json",
         "environment.json",
+        "place.json",
+        "wording.json",
         "log.jsonl",
         "metrics.json",
         "predictions.parquet",
@@ -317,6 +319,29 @@ def test_resume_after_ctrl_c(
             train(config, tmp_path / "run", progress=False)
     assert not (tmp_path / "run" / "metrics.json").exists()
     torch.manual_seed(step)
+    train(config, tmp_path / "run", progress=False)
+    assert_same_run(expected, tmp_path / "run")
+
+
+@pytest.mark.parametrize("reason", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_what_stops_a_step_before_its_update_loses_none(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: type[BaseException]
+) -> None:
+    config = workspace.config(stage="joint", **GATED)
+    expected = workspace.root / "joint-whole"
+    train(config, expected, progress=False)
+    backward = _Trainer._backward
+
+    def stop(self: Any, *rows: Any) -> torch.Tensor:
+        if self.step == 5:
+            raise reason
+        return backward(self, *rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Trainer, "_backward", stop)
+        with pytest.raises(reason):
+            train(config, tmp_path / "run", progress=False)
+    assert saved_steps(tmp_path / "run") == [4, 5]
     train(config, tmp_path / "run", progress=False)
     assert_same_run(expected, tmp_path / "run")
 

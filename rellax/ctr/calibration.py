@@ -28,7 +28,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 
-from rellax._files import read_json, sha256_file, write_json
+from rellax._files import located, read_json, sha256_file, write_json
 from rellax.ctr import metrics
 from rellax.ctr.crm import WEIGHTS, crm_file
 from rellax.errors import InputError
@@ -201,7 +201,7 @@ def calibration_of(found: Any, path: Path) -> Calibration:
                 raise InputError(f"{path}: expected a number for {name}, got {values.get(name)!r}")
         if not isinstance(crm, str):
             raise InputError(f"{path}: expected the folder of a model for crm, got {crm!r}")
-        return Calibration(**{name: float(values[name]) for name in _NUMBERS}, crm=crm)
+        return Calibration(**{name: float(values[name]) for name in _NUMBERS}, crm=located(path.parent, crm))
     temperature: Any = values.get("temperature")
     if not is_number(temperature) or temperature < sys.float_info.min:
         raise InputError(f"{path}: expected a positive temperature, got {temperature!r}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rellax._files import read_json
+from rellax._files import located, read_json
 from rellax.errors import InputError
 
 DATASETS = ("ml-100k", "ml-1m", "ml-25m", "bookcrossing")
@@ -409,8 +409,14 @@ def recent_behaviours(share: float, k: int) -> int:
     return int(share * k)
 
 
+PATHS = ("data", "model", "retrieved", "crm", "start")
+"""What of a run's configuration may have been moved together with it."""
+
+
 def read_config(run: str | Path) -> TrainConfig:
     """The configuration of a finished training run; what an earlier version did not know is as by default.
+
+    Its paths lead to where things are now, if they have been moved or copied together with the run.
 
     Raises:
         InputError: there is none, one of another kind of run or of a later version, or the run is not
@@ -431,6 +437,7 @@ def read_config(run: str | Path) -> TrainConfig:
             f"{run}: expected a finished run, found one that was stopped; its command finishes it"
         )
     modules = values.get("target_modules", TrainConfig.target_modules)
+    values |= {name: located(run, values[name]) for name in PATHS if values.get(name) is not None}
     return TrainConfig(**values | {"target_modules": tuple(modules)})
 
 

@@ -30,6 +30,9 @@ COLUMNS = {
 }
 _META = ("item_noun", "timed", "rating_scale", "positive_above", "unrated", "answers", "question", "features")
 
+WORDING = ("item_noun", "question", "answers", "positive_above", "rating_scale", "unrated")
+"""What of dataset.json decides how prompts read."""
+
 
 @dataclass(frozen=True)
 class Samples:

@@ -17,7 +17,7 @@ from rellax._files import atomic_folder, read_json, sha256_file, write_json
 from rellax.ctr import metrics, runs
 from rellax.ctr.batches import Collator, Example, on_device, scoring_batches
 from rellax.ctr.calibration import Calibration, calibrated_metrics, read_calibration, write_calibration
-from rellax.ctr.config import TrainConfig, read_config
+from rellax.ctr.config import PATHS, TrainConfig, read_config
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.llm import resolve_device
 from rellax.ctr.predictions import Predictions
@@ -111,10 +111,20 @@ def evaluate(
         if batch_size < 1:
             raise InputError(f"batch_size: expected a positive number or None, got {batch_size!r}")
         config = dataclasses.replace(config, eval_batch_size=batch_size)
-    if read_json(run / "config.json")["inputs"] != input_hashes(config):
-        raise InputError(f"{run}: expected the files it was trained with, but one has changed since")
+    recorded = read_json(run / "config.json")
+    known, inputs = recorded["inputs"], input_hashes(config)
+    if changed := sorted(name for name in known | inputs if known.get(name) != inputs.get(name)):
+        raise InputError(
+            f"{run}: expected the files it was trained with, but {', '.join(changed)} changed since; "
+            "`rellax predict` answers for newer data, and a run of a new name can be trained on them"
+        )
     folder = run / split if folder is None else Path(folder)
-    result = _evaluate(config, run / "adapter", folder, split, samples, seed, at_most, device, progress)
+    asked = config.to_json() | {
+        name: recorded.get(name) for name in PATHS
+    }  # a moved run's result is the same
+    result = _evaluate(
+        config, asked, run / "adapter", folder, split, samples, seed, at_most, device, progress
+    )
     return _with_calibration(result, folder, read_calibration(run), config.data, seed)
 
 
@@ -129,13 +139,20 @@ def calibrate(run: str | Path, *, crm: str | Path | None = None) -> dict[str, An
 
     Raises:
         InputError: the run is not finished, its validation samples have one label, or the CRM is of other
-            data.
+            data or samples.
     """
     run = Path(run)
     read_config(run)
     found = Predictions.read(run)
     if crm is None:
         return write_calibration(run, found.labels, found.probabilities)
+    samples, of_crm = "samples.parquet", Path(crm) / "inputs.json"
+    known = read_json(run / "config.json")["inputs"].get(samples)
+    if of_crm.exists() and read_json(of_crm).get(samples) != known:
+        raise InputError(
+            f"crm: expected one of the samples that {run} was trained on, found one of others in {crm}, "
+            "which may have been trained on those that this is fitted to"
+        )
     beside = _of_crm(str(crm), found)
     return write_calibration(run, found.labels, found.probabilities, crm=str(crm), crm_probabilities=beside)
 
@@ -152,7 +169,8 @@ def evaluate_zero_shot(
     progress: bool = True,
 ) -> dict[str, Any]:
     """Score the language model as it is, with the prompts of `config`; else as `evaluate`."""
-    return _evaluate(config, None, Path(folder), split, samples, seed, at_most, device, progress)
+    asked = config.to_json()
+    return _evaluate(config, asked, None, Path(folder), split, samples, seed, at_most, device, progress)
 
 
 def evaluate_share(
@@ -207,6 +225,7 @@ def evaluate_share(
 
 def _evaluate(
     config: TrainConfig,
+    asked: dict[str, Any],
     adapter: Path | None,
     folder: Path,
     split: str,
@@ -217,7 +236,7 @@ def _evaluate(
     progress: bool,
 ) -> dict[str, Any]:
     request = {
-        "run": config.to_json(),
+        "run": asked,
         "adapter": None if adapter is None else sha256_file(adapter / TENSOR_FILE),
         "inputs": input_hashes(config),
         "split": split,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -22,13 +23,16 @@ from tqdm import tqdm
 from rellax._files import atomic_file
 from rellax.ctr.predictor import Answer, Predictor
 from rellax.ctr.sources import event_columns
-from rellax.errors import InputError, one_line
+from rellax.errors import InputError, one_line, shown
+
+logger = logging.getLogger(__name__)
 
 COLUMN, ERROR = "probability", "error"
 ERRORS = ("stop", "answer")
 STREAM = "-"
 """In place of a path: standard input, or output."""
 
+_NAMES = {name: name for name in ("user_id", "item_id", "time")}
 _ROWS = 8192
 _BYTES = 1 << 20
 _BROUGHT = ("history", "user")
@@ -73,7 +77,7 @@ def predict(
     _check_kind(table, (".csv", ".parquet", ".jsonl"), stream=True)
     if not is_stream and not Path(table).is_file():
         raise InputError(f"{table}: expected a table, found none")
-    names, delimiter = {name: name for name in ("user_id", "item_id", "time")}, ","
+    names, delimiter = _NAMES, ","
     if columns is not None:
         names, delimiter = event_columns(columns)
 
@@ -106,12 +110,14 @@ class _Table:
             raise InputError(f"{path}: expected each column once, found {', '.join(found)}")
         for name in (names["user_id"], names["item_id"]):
             if name not in found:
-                raise InputError(f"{path}: expected a column {name!r}, found {', '.join(found)}")
+                hint = "; --columns takes a column map with other names" if names is _NAMES else ""
+                raise InputError(f"{path}: expected a column {name!r}, found {', '.join(found)}{hint}")
         self.added = [COLUMN, ERROR] if errors == "answer" else [COLUMN]
         for name in self.added:
             if name in found:
                 raise InputError(f"{path}: expected no column {name!r}, it is what is added")
         brought = [name for name in _brought(names) if name in found and self._is_brought(name)]
+        self.time = names.get("time", "time")
         self.names = {ours: theirs for ours, theirs in names.items() if theirs in found}
         self.names |= {name: name for name in brought}
         self.shown = [name for name in found if name not in brought]
@@ -127,6 +133,12 @@ class _Table:
         if first is None:
             raise InputError(f"{self.path}: expected at least one row, found none")
         predictor, count = load(), 0
+        if predictor.timed and "time" not in self.names:
+            logger.info(
+                "%s: no column %r, so every row is answered from all that is known of its user",
+                self.path,
+                self.time,
+            )
         types = {COLUMN: pa.float64(), ERROR: pa.string()}
         schema = pa.schema(fields + [pa.field(name, types[name]) for name in self.added])
         with (
@@ -174,8 +186,9 @@ class _Table:
         rows = asked.to_pylist()
         if self.errors == "answer":
             return predictor.predict_each(rows, done=bar.update)
+        unit, first = ("line", 2) if self.path.suffix == ".csv" else ("row", 1)
         probabilities = predictor.predict(
-            rows, place=lambda row: f"{self.path}, row {start + row + 1}", done=bar.update
+            rows, place=lambda row: f"{self.path}, {unit} {start + row + first}", done=bar.update
         )
         return list(probabilities.tolist())
 
@@ -277,7 +290,7 @@ def _object(line: bytes) -> dict[str, Any] | InputError:
         found = json.loads(line)
     except (ValueError, RecursionError) as error:
         return InputError(f"expected a JSON object, but {error}")
-    return found if isinstance(found, dict) else InputError(f"expected a JSON object, found {found!r}")
+    return found if isinstance(found, dict) else InputError(f"expected a JSON object, found {shown(found)}")
 
 
 def _probability(answer: Answer) -> float | None:

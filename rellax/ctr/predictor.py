@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError, ThreadPoolExecutor
@@ -24,12 +25,15 @@ from rellax.ctr.requests import Request, Requests
 from rellax.ctr.retrieval import EMBEDDINGS, embeddings_folder, find_positions, load_embeddings
 from rellax.ctr.stream import Table
 from rellax.ctr.task import Examples, Inputs, Task, check_input
-from rellax.errors import InputError
+from rellax.errors import InputError, shown
+from rellax.ops._check import check_count
 
 Row = Mapping[str, Any]
 Answer = float | InputError  # what is wrong with the row
 
-_ITEMS = "items.parquet"
+_ITEMS, _WORDING = "items.parquet", "wording.json"
+_NO_ROWS = (Mapping, str, bytes)
+"""What can be gone through but has no rows in it; nor has a data frame, which gives its columns' names."""
 
 
 class Predictor:
@@ -40,7 +44,7 @@ class Predictor:
 
     Threads may call at the same time. A thread of the predictor's own computes; what has been asked for
     meanwhile it takes along, up to `batch_size` rows: a model does more rows a second in a batch. That thread
-    ends with the predictor, nothing needs to be closed. A process that forks loads its own after that.
+    ends with the predictor, nothing needs to be closed. A forked process has none, and makes its own.
 
     Args:
         run: folder of `rellax train`.
@@ -54,10 +58,11 @@ class Predictor:
 
     Attributes:
         calibration: what becomes of the model's log-odds.
+        timed: whether the data have times.
 
     Raises:
-        InputError: the run is not finished, a file of it is missing, damaged, or of other data, or its
-            language model has other weights now.
+        InputError: the run is not finished, a file of it is missing, damaged, or of other data, its language
+            model has other weights now, or the data another wording.
     """
 
     def __init__(
@@ -70,13 +75,14 @@ class Predictor:
         calibrated: bool = True,
         share_batches: bool = True,
     ) -> None:
-        if batch_size < 1:
-            raise InputError(f"batch_size: expected a positive number, got {batch_size}")
+        check_count("batch_size", batch_size)
         where = resolve_device(device)
         config, inputs = read_config(run), read_json(Path(run) / "config.json")["inputs"]
         dataset = Dataset.load(config.data if data is None else data)
+        _check_wording(dataset, Path(run) / _WORDING)
         crm = config.crm if config.interaction != "none" or config.crm_logit else None
-        self.batch_size, self.share_batches = batch_size, share_batches
+        self.batch_size, self.share_batches, self._process = batch_size, share_batches, os.getpid()
+        self.timed = bool(dataset.meta["timed"])
         self.calibration = read_calibration(run) if calibrated else Calibration()
         if config.soft_prompt or crm is not None or self.calibration.crm is not None:
             _check_items(dataset, config.data, inputs)
@@ -107,8 +113,8 @@ class Predictor:
         """The probability of each row, (n,) float64.
 
         A row has `item_id` and `user_id`, as in the raw data, and may have `time`: its history is then what
-        the user did strictly before, else all that is known. Times are whole numbers in the unit of the raw
-        data, or where these were dates, dates.
+        the user did strictly before, else all that is known. Times are numbers in the unit of the raw data,
+        whose fraction is cut, or where these were dates, dates. NaN, NaT and NA of pandas' are as None.
 
         A row may bring a `history`, a list of behaviours with `item_id`, `rating` and, where the data have
         times, `time`. They are added to what is known of the user, who may also be new, or without an id; in
@@ -122,7 +128,8 @@ class Predictor:
             done: told of each batch of rows that is through, how many they were.
 
         Raises:
-            InputError: a row cannot be answered; the first such row is named.
+            InputError: a row cannot be answered, the first such row is named; `rows` are no rows; or this
+                process was forked from the one that made the predictor.
         """
         requests = self._read(rows)
         _raise_first(requests, place)
@@ -137,6 +144,12 @@ class Predictor:
         return self._answers(self._read(rows), done)
 
     def _read(self, rows: Iterable[Row]) -> list[Request | InputError]:
+        if os.getpid() != self._process:  # whose thread is not there after a fork: it would wait for ever
+            raise InputError(
+                "Predictor: expected the process that made it, found a child of that; make one in each worker"
+            )
+        if not isinstance(rows, Iterable) or isinstance(rows, _NO_ROWS) or hasattr(rows, "columns"):
+            raise InputError(f"rows: expected a list of objects, got {_said(rows)}")
         return [_or_error(self._requests.read, row) for row in rows]
 
     def _answers(
@@ -244,13 +257,36 @@ def _check_items(dataset: Dataset, own: str, inputs: Mapping[str, str]) -> None:
     else:
         same = recorded is None
     if not same:
-        raise InputError(f"{dataset.folder}: expected the items that the run was trained with, found others")
+        raise InputError(
+            f"{dataset.folder}: expected the items that the run was trained with, found others; "
+            "new ones need embeddings and a run of their own"
+        )
+
+
+def _check_wording(dataset: Dataset, path: Path) -> None:
+    """Raise an InputError unless the data put prompts as they did at training; earlier runs do not know."""
+    known = read_json(path) if path.is_file() else {}
+    changed = [
+        f"{name} {shown(dataset.meta.get(name))} in the place of {shown(value)}"
+        for name, value in known.items()
+        if dataset.meta.get(name) != value
+    ]
+    if changed:
+        raise InputError(
+            f"{dataset.folder}: expected the wording that the run was trained with, "
+            f"found {', '.join(changed)}"
+        )
 
 
 def _any_request(dataset: Dataset) -> Request:
     """One that can be answered: the data's first sample."""
     samples = dataset.samples
     return Request(int(samples.user[0]), int(samples.item[0]), int(samples.position[0]))
+
+
+def _said(rows: object) -> str:
+    """A data frame's own words are a table of many lines."""
+    return f"a {type(rows).__name__}" if hasattr(rows, "columns") else shown(rows)
 
 
 def _or_error(function: Callable[[Any], Any], argument: Any) -> Any:

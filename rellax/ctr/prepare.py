@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from rellax.errors import InputError
 
 _BLOCK = 1 << 20
 _FILES = ("dataset.json", "items.parquet", "users.parquet", "behaviours.parquet", "samples.parquet")
+_MANY = 100  # rows, of which a category should have some
 _FEW = 10  # users, of which a bootstrap would draw nearly the same again and again
 _SEED = 0  # of the orders that take the place of time where there is none
 
@@ -51,6 +53,7 @@ def summary(meta: dict[str, Any]) -> str:
     lines += [f"  read     {rows:>12,}  {name}" for name, rows in meta["rows"].items()]
     lines += [f"  dropped  {rows:>12,}  {reason}" for reason, rows in meta["dropped"].items() if rows]
     lines += [f"  mended   {rows:>12,}  {what}" for what, rows in meta["odd"].items() if rows]
+    lines += [f"  warning  {feature}" for feature in meta["scattered"]]
     for name in SPLITS:
         samples, positives = counts[name]["samples"], counts[name]["positives"]
         users = meta["split_users"][name]
@@ -75,7 +78,8 @@ def prepare(
 ) -> dict[str, Any]:
     """Write `source` as a data folder for `Dataset.load`, and return the contents of its dataset.json.
 
-    Beside these stands `split_users`: of how many users each split has samples.
+    Beside these stand `split_users`, of how many users each split has samples, and `scattered`, the features
+    nearly every row of which is a category of its own.
 
     A behaviour with at least `min_history` earlier ones of its user is a sample, labelled 1 where the rating
     is larger than `source.positive_above`. Samples stand in global (time, user, item) order, where ids
@@ -111,7 +115,7 @@ def prepare(
     meta = {
         "name": source.name,
         "item_noun": source.item_noun,
-        "source_sha256": {path.name: sha256_file(path) for path in source.files},
+        "source_sha256": _hashes(source.files),
         "rows": source.rows,
         "counts": {
             "items": items.num_rows,
@@ -146,7 +150,29 @@ def prepare(
             lambda block: _sample_block(behaviours, rows, label, ends, block),
         )
         write_json(part / "dataset.json", meta)
-    return meta | {"split_users": {name: _users_of(behaviours, rows[part]) for name, part in bounds.items()}}
+    return meta | {
+        "split_users": {name: _users_of(behaviours, rows[part]) for name, part in bounds.items()},
+        "scattered": [
+            *_scattered("items", items, source.item_features),
+            *_scattered("users", users, source.user_features),
+        ],
+    }
+
+
+def _hashes(files: tuple[Path, ...]) -> dict[str, str]:
+    """By the names of the files, from the folder on that they share."""
+    base = os.path.commonpath([file.absolute().parent for file in files])
+    return {os.path.relpath(file, base): sha256_file(file) for file in files}
+
+
+def _scattered(name: str, table: pa.Table, features: tuple[str, ...]) -> list[str]:
+    """Of a table's features those that look like numbers or names, in words."""
+    counts = {feature: pc.count_distinct(table[feature]).as_py() for feature in features}
+    return [
+        f"{name}: {feature!r} has {count:,} values in {table.num_rows:,} rows, each a category of its own"
+        for feature, count in counts.items()
+        if table.num_rows >= _MANY and 2 * count > table.num_rows
+    ]
 
 
 def _check_folder(folder: Path, name: str) -> None:
@@ -226,7 +252,11 @@ def _lookup(source: Source, kind: str, table: pa.Table) -> np.ndarray:
         row += len(chunk)
     if not source.drop_unknown and (dense < 0).any():
         row = int(np.flatnonzero(dense < 0)[0])
-        raise InputError(f"{source.line(row)}: {kind} {column[row].as_py()!r} is not in the table of {kind}s")
+        raise InputError(
+            f"{source.line(row)}: {kind} {column[row].as_py()!r} is not in the table of {kind}s, which lacks "
+            f"those of {int((dense < 0).sum()):,} of {len(dense):,} rows; "
+            '"unknown_ids": "drop" in a column map leaves such rows out'
+        )
     return dense
 
 

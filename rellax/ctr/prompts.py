@@ -272,8 +272,10 @@ class PromptBuilder:
         )
 
     def _too_long(self, sample: int, tokens: int) -> InputError:
+        user = self.dataset.users["user_id"][int(self.dataset.samples.user[sample])].as_py()
         return InputError(
-            f"max_tokens: sample {sample} needs {tokens} tokens without any behaviour, got {self.max_tokens}"
+            f"max_tokens: sample {sample} needs {tokens} tokens without any behaviour, got "
+            f"{self.max_tokens}; raise it, or shorten the profile of user {user!r} or the question"
         )
 
     def _count_behaviour(self, item: int, rating: int) -> int:

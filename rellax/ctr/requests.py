@@ -7,6 +7,8 @@ set are those that the rows need, items are those of the prepared data.
 from __future__ import annotations
 
 import datetime
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,10 +18,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rellax.ctr.dataset import Dataset, Samples
-from rellax.ctr.sources.tables import WHOLE
-from rellax.errors import InputError
+from rellax.errors import InputError, shown
 
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
+_NUMBER = re.compile(r"-?\d+(\.\d*)?")
+_NONE = ("NaTType", "NAType")  # of pandas, which need not be there
 
 
 @dataclass(frozen=True)
@@ -59,16 +62,16 @@ class Requests:
                 to go by.
         """
         if not isinstance(row, Mapping):
-            raise InputError(f"expected an object with user_id and item_id, found {row!r}")
-        given = row.get("history")
+            raise InputError(f"expected an object with user_id and item_id, found {shown(row)}")
+        given = _value(row, "history")
         name = _id(row, "user_id", optional=given is not None)
         item_name = _id(row, "item_id")
         user, item = self._users.get(name), self._items.get(item_name)
         if user is None and given is None:
-            raise InputError(f"user_id {name!r} is not in the data, expected one that is, or a history")
+            raise InputError(f"user_id {shown(name)} is not in the data, expected one that is, or a history")
         if item is None:
-            raise InputError(f"item_id {item_name!r} is not in the data")
-        time = self._time(row) if row.get("time") is not None else None
+            raise InputError(f"item_id {shown(item_name)} is not in the data")
+        time = None if _value(row, "time") is None else self._time(row)
         rows = self._known(user, time)
         history, position = None, rows.stop - rows.start
         if given is not None:
@@ -77,11 +80,11 @@ class Requests:
                 raise InputError("expected a history with items that are in the data, found none of them")
             history = self._merged(rows, new, time)
             position = len(history[0])
-        if not position:
+        if not position and self._dataset.meta.get("min_history") != 0:  # else trained on such as well
             before = "" if time is None else " before that time"
-            whose = f" of {name!r}" if name else ""
+            whose = f" of {shown(name)}" if name else ""
             raise InputError(f"expected a user with behaviours{before}, found none{whose}")
-        person = self._person(row.get("user")) if user is None else {}
+        person = self._person(_value(row, "user")) if user is None else {}
         return Request(user, item, position, history, person)
 
     def dataset(self, requests: Sequence[Request]) -> Dataset:
@@ -132,12 +135,12 @@ class Requests:
     def _behaviours(self, given: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Items, ratings and times of what comes with a row; behaviours of unknown items are left out."""
         if not isinstance(given, Sequence) or isinstance(given, str):
-            raise InputError(f"expected history as a list of behaviours, found {given!r}")
+            raise InputError(f"expected history as a list of behaviours, found {shown(given)}")
         items, ratings, times = [], [], []
         for number, behaviour in enumerate(given):
             try:
                 if not isinstance(behaviour, Mapping):
-                    raise InputError(f"expected an object, found {behaviour!r}")
+                    raise InputError(f"expected an object, found {shown(behaviour)}")
                 item = self._items.get(_id(behaviour, "item_id"))
                 rating = self._rating(behaviour)
                 time = self._time(behaviour) if self._dataset.meta["timed"] else 0
@@ -170,39 +173,40 @@ class Requests:
         return items[kept], ratings[kept]
 
     def _rating(self, behaviour: Mapping[str, Any]) -> float:
-        value = behaviour.get("rating")
+        value = _value(behaviour, "rating")
         if value is None:
             value = self._dataset.meta["unrated"]
         is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+        is_number |= isinstance(value, bool | np.bool_) and self._dataset.meta["answers"] is not None
         if not is_number or not abs(value) < 1e30 or float(np.float32(value)) not in self._ratings:
             known = ", ".join(f"{rating:g}" for rating in sorted(self._ratings))
-            raise InputError(f"expected a rating of the data, {known}, found {value!r}")
+            raise InputError(f"expected a rating of the data, {known}, found {shown(value)}")
         return float(value)
 
     def _time(self, row: Mapping[str, Any]) -> int:
-        """A whole number, or where the data's times were dates, a date, in milliseconds since 1970."""
-        data, value = self._dataset, row.get("time")
+        """A number without its fraction, or where the data have dates, a date as milliseconds since 1970."""
+        data, value = self._dataset, _value(row, "time")
         if not data.meta["timed"]:
             raise InputError(f"expected no time, the data in {data.folder} have no times")
         if value is None:
             raise InputError("expected a value of time, found none")
         dates = data.meta.get("dates", False)
         try:
-            return _milliseconds(value) if dates and not _is_whole(value) else _whole(value)
+            return _milliseconds(value) if dates and not _is_number(value) else _whole(value)
         except (ValueError, TypeError):
-            wanted = "a date, or milliseconds since 1970" if dates else "a whole number"
-            raise InputError(f"expected time as {wanted}, found {value!r}") from None
+            wanted = "a date, or milliseconds since 1970" if dates else "a number"
+            raise InputError(f"expected time as {wanted}, found {shown(value)}") from None
 
     def _person(self, given: Any) -> dict[str, str]:
         known = ("profile", *self._dataset.meta["features"]["user"])
         if given is None:
             return {}
         if not isinstance(given, Mapping) or not set(given) <= set(known):
-            raise InputError(f"expected user as an object of {', '.join(known)}, found {given!r}")
-        told = {name: str(value) for name, value in given.items() if value is not None}
+            raise InputError(f"expected user as an object of {', '.join(known)}, found {shown(given)}")
+        told = {name: str(given[name]) for name in given if _value(given, name) is not None}
         for name, text in told.items():
             if any("\ud800" <= character <= "\udfff" for character in text):
-                raise InputError(f"expected {name} of user as Unicode, found {text!r}")
+                raise InputError(f"expected {name} of user as Unicode, found {shown(text)}")
         return told
 
     def _table(self, people: Sequence[int | Mapping[str, str]]) -> pa.Table:
@@ -224,28 +228,37 @@ def _row_of(ids: pa.ChunkedArray) -> dict[str, int]:
     return {name: row for row, name in enumerate(pc.cast(ids, pa.string()).to_pylist())}
 
 
-def _id(row: Mapping[str, Any], name: str, *, optional: bool = False) -> str:
+def _value(row: Mapping[str, Any], name: str) -> Any:
+    """What a row has of that name; None also for what NumPy and pandas have for none."""
     value = row.get(name)
+    is_nan = isinstance(value, float | np.floating | np.datetime64) and value != value
+    return None if is_nan or type(value).__name__ in _NONE else value
+
+
+def _id(row: Mapping[str, Any], name: str, *, optional: bool = False) -> str:
+    value = _value(row, name)
     if value is None or value == "":
         if optional:
             return ""
         raise InputError(f"expected a value of {name}, found none")
+    if isinstance(value, float | np.floating) and value.is_integer():
+        return str(pa.scalar(value).cast(pa.string()))  # as `rellax prepare` reads it
     if isinstance(value, bool) or not isinstance(value, str | int | np.integer):
-        raise InputError(f"expected {name} as text or a whole number, found {value!r}")
+        raise InputError(f"expected {name} as text or a whole number, found {shown(value)}")
     return str(value)
 
 
-def _is_whole(value: Any) -> bool:
-    """Also one that is written as 3.0, which a column of whole numbers with gaps becomes."""
+def _is_number(value: Any) -> bool:
     if isinstance(value, str):
-        return WHOLE.fullmatch(value) is not None
+        return _NUMBER.fullmatch(value.strip()) is not None
     if isinstance(value, float | np.floating):
-        return bool(value.is_integer())
+        return math.isfinite(value)
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _whole(value: Any) -> int:
-    if not _is_whole(value):
+    """A number without its fraction, which `rellax prepare` cuts as well."""
+    if not _is_number(value):
         raise ValueError(value)
     whole = int(value.partition(".")[0] if isinstance(value, str) else value)
     if not -(2**63) <= whole < 2**63:
@@ -254,7 +267,9 @@ def _whole(value: Any) -> int:
 
 
 def _milliseconds(value: Any) -> int:
-    """Of a date, a datetime or ISO 8601 text; without a time zone it is UTC."""
+    """Of a date, a datetime, NumPy's or ISO 8601 text; without a time zone it is UTC."""
+    if isinstance(value, np.datetime64):
+        return int(value.astype("datetime64[ms]").astype(np.int64))
     if isinstance(value, str):
         value = datetime.datetime.fromisoformat(value.replace("Z", "+00:00"))
     elif not isinstance(value, datetime.date):

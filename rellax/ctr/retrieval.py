@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rellax import subr
-from rellax._files import atomic_folder, read_json, scratch_array, sha256_file
+from rellax._files import atomic_folder, located, read_json, scratch_array, sha256_file, write_place
 from rellax.ctr import jobs, runs
 from rellax.ctr.buckets import Buckets
 from rellax.ctr.dataset import Dataset
@@ -53,7 +53,7 @@ def retrieve(
     Args:
         config: `data` (folder of `rellax prepare`), `embeddings` (of `rellax embed`), `k` (most a sample),
             and maybe `scores` (True keeps them as well).
-        folder: gets retrieved.parquet, config.json, inputs.json and environment.json.
+        folder: gets retrieved.parquet, config.json, inputs.json, environment.json and place.json.
         device: "auto", "cpu" or "cuda".
         redo: do it anew.
         cluster: run on Ray, whose nodes share this file system; None runs here.
@@ -92,6 +92,7 @@ def retrieve(
             files = [_part(parts, bucket) for bucket in buckets.jobs()]
             subr.write_retrieved(part / _FILE, map(pq.read_table, files), schema)
             runs.write_record(part, config, inputs)
+            write_place(part)
 
 
 class _Retriever:
@@ -181,7 +182,8 @@ def read_positions(folder: str | Path, dataset: Dataset, k: int, *, progress: bo
     for block in tqdm(subr.read_retrieved(path), "retrieved", unit="block", disable=not progress, delay=2):
         if k > block.positions.shape[1]:
             raise InputError(
-                f"k: expected at most the {block.positions.shape[1]} behaviours of {path}, got {k}"
+                f"k: expected at most the {block.positions.shape[1]} behaviours of {path}, got {k}; "
+                f"`rellax retrieve --k {k} --redo` finds more"
             )
         known = block.sample < len(samples)
         if not known.all() or (block.history != keys[block.sample]).any():
@@ -207,7 +209,9 @@ def load_embeddings(folder: str | Path, dataset: Dataset) -> Tensor:
 
 def embeddings_folder(folder: str | Path) -> Path:
     """The folder of the embeddings that a folder of `rellax retrieve` was made with."""
-    return Path(read_json(Path(folder) / "config.json", maker="rellax retrieve")["embeddings"])
+    return Path(
+        located(folder, read_json(Path(folder) / "config.json", maker="rellax retrieve")["embeddings"])
+    )
 
 
 def retrieved_by(folder: str | Path) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from rellax._files import atomic_file, read_json, write_json
+from rellax._files import atomic_file, read_json, remove_leftovers, write_json
 from rellax.ctr.config import KINDS
 from rellax.errors import InputError
 
@@ -73,12 +73,19 @@ def is_claimed(
                 f"{folder}: expected a run of `rellax {command}` to begin anew, found another kind"
             )
         return False
-    differences = differing(without_execution(found), without_execution(wanted))
-    if differs := ", and ".join(f"{name} = {one}, expected {other}" for name, one, other in differences):
+    differences = list(differing(without_execution(found), without_execution(wanted)))
+    options = [f"{name} = {one}, expected {other}" for name, one, other in differences if not _is_input(name)]
+    files = [name.partition(".")[2] for name, *_ in differences if _is_input(name)]
+    if differs := ", and ".join(options + [f"other contents of {', '.join(files)}"] * bool(files)):
         or_anew = "" if command is None else ", or begin anew with --redo"
         advice = advice or f"choose another folder{or_anew}"
         raise InputError(f"{folder}: holds a run with {differs}; {advice}")
     return True
+
+
+def _is_input(name: str) -> bool:
+    """Whether a difference is one of hashes, which nobody reads."""
+    return name.startswith("inputs.")
 
 
 def without_execution(config: dict[str, Any]) -> dict[str, Any]:
@@ -119,6 +126,7 @@ def locked(folder: str | Path) -> Iterator[None]:
             except BlockingIOError:
                 message = f"{folder}: expected no other process at work there, found one"
                 raise InputError(message) from None
+            remove_leftovers(folder)
         yield
     finally:
         os.close(handle)

@@ -7,6 +7,7 @@ import functools
 import logging
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,12 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from rellax._files import atomic_folder, read_json, write_json
+from rellax._files import atomic_folder, read_json, write_json, write_place
 from rellax.ctr import calibration, metrics, parallel, runs
 from rellax.ctr.batches import EpochBatches, on_device
 from rellax.ctr.checkpoints import Checkpoints
 from rellax.ctr.config import TrainConfig, inherited
-from rellax.ctr.dataset import SPLITS
+from rellax.ctr.dataset import SPLITS, WORDING
 from rellax.ctr.evaluate import predict_probabilities
 from rellax.ctr.llm import resolve_device
 from rellax.ctr.optimiser import adamw, learning_rate
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 _FILES = (
     "metrics.json",
     "environment.json",
+    "place.json",
+    "wording.json",
     "log.jsonl",
     "predictions.parquet",
     "curves.png",
@@ -146,7 +149,7 @@ class _Trainer:
         replicated = accelerator.num_processes > 1 and not sharded
         self.model = accelerator.prepare_model(self.task.model) if replicated else self.task.model
         self.batches = functools.lru_cache(maxsize=1)(self._epoch_batches)
-        self.step = 0
+        self.step = self.finished = 0  # the latter: of those that are done, validation and log included
         self.best: dict[str, Any] | None = None
         self.worse = 0  # validations since the best one
 
@@ -165,16 +168,20 @@ class _Trainer:
         if self.accelerator.is_main_process:
             write_json(self.folder / "config.json", request)
             write_json(self.folder / "environment.json", runs.environment())
+            write_place(self.folder)
+            meta = self.task.inputs.dataset.meta
+            write_json(self.folder / "wording.json", {name: meta.get(name) for name in WORDING})
             board = self.folder / "tensorboard" if tensorboard else None
             log = runs.Log(self.folder / "log.jsonl", up_to_step=self.step, board=board)
         bar = tqdm(total=self.steps, initial=self.step, desc="train", unit="step", disable=not self.progress)
-        with bar:
+        with bar, self._stopping():
             while self.step < self.steps and not self._is_given_up():
                 entry = self._train_step()
                 if self._is_validated():
                     entry |= self._validate()
                 if log is not None:
                     log.append(**entry)
+                self.finished = self.step
                 if self.step % self.config.checkpoint_every == 0:
                     self._save_checkpoint()
                 bar.set_postfix(loss=f"{entry['loss']:.3f}")
@@ -182,6 +189,16 @@ class _Trainer:
         if log is not None:
             self._finish(log)
         self.accelerator.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """Keep what was trained where a step that does not end has changed nothing yet."""
+        try:
+            yield
+        except (KeyboardInterrupt, torch.OutOfMemoryError):
+            if self.finished == self.step and self.step % self.config.checkpoint_every:
+                self._save_checkpoint()
+            raise
 
     def _begin_stage(self) -> None:
         """Stage 2 takes over the A and B of stage 1 and freezes them; the other stages train all there is."""
@@ -231,9 +248,9 @@ class _Trainer:
         norm = clip_grad_norm_(self.trainable.values(), config.clip).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):  # the parameters and checkpoints still are
             raise self._diverged(f"loss {loss} and gradient norm {norm} at step {self.step + 1}")
+        self.step += 1
         self.optimiser.step()
         self.optimiser.zero_grad()
-        self.step += 1
         return {
             "step": self.step,
             "epoch": epoch,
@@ -353,6 +370,7 @@ class _Trainer:
                 f"{self.config.model}"
             )
         self.step, self.best, self.worse = state["step"], state["best"], state["worse"]
+        self.finished = self.step
         self.optimiser.load_state_dict(state["optimiser"])
         with torch.no_grad():
             for name, parameter in self.trainable.items():

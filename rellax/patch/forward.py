@@ -7,13 +7,18 @@ gets the keywords, and the first to run in its layer, also when a checkpointed l
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
 import threading
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -240,6 +245,8 @@ class CausalLM(nn.Module):
             answer_positions=answer_positions,
             labels=labels,
         )
+        _check_mask(attention_mask, tokens, cache)
+        _check_names(kwargs)
         if cu_seqlens is not None:
             longest = given["max_length_q"] if max_seqlen is None else max_seqlen
             _check_packed(tokens, cu_seqlens, longest, attention_mask, cache, use_cache)
@@ -349,9 +356,11 @@ class CausalLM(nn.Module):
         )
 
     def _rellax_gates(self, instance_embed: Tensor | None, instances: int) -> Tensor | None:
-        if instance_embed is None:
-            return None
         bank = self.rellax.active_bank()
+        if instance_embed is None:
+            if self.training and bank is not None and not torch.compiler.is_compiling():
+                _warn_of_idle_gates(bank)
+            return None
         if bank is None:
             raise InputError('instance_embed: expected None, the model was patched with interaction="none"')
         gates: Tensor = bank(instance_embed)
@@ -417,6 +426,38 @@ def _check_tensors(**values: Any) -> None:
     for name, value in values.items():
         if value is not None and not isinstance(value, Tensor):
             raise InputError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def _check_mask(mask: Any, tokens: Tensor, cache: Any) -> None:
+    if isinstance(mask, (list, tuple, np.ndarray)):
+        raise InputError(f"attention_mask: expected a tensor, got {type(mask).__name__}")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and cache is None and mask.shape != tokens.shape[:2]:
+        raise InputError(
+            f"attention_mask: expected shape {tuple(tokens.shape[:2])}, that of the tokens, "
+            f"got {tuple(mask.shape)}"
+        )
+
+
+def _warn_of_idle_gates(bank: nn.Module) -> None:
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in bank.parameters()):
+        warnings.warn(
+            "instance_embed: expected one where gates are trained, got None: for this batch the model is "
+            "plain LoRA, and gates learn nothing from it (Trainer drops columns that forward does not name)",
+            stacklevel=4,
+        )
+
+
+def _check_names(others: Iterable[str]) -> None:
+    """Raise for what is nearly the name of an argument: transformers takes any, and does nothing with it."""
+    for name in () if torch.compiler.is_compiling() else others:
+        if (meant := _meant(name)) is not None:
+            raise InputError(f"{name}: expected an argument of the patched forward, perhaps {meant}")
+
+
+@functools.cache
+def _meant(name: str) -> str | None:
+    own = inspect.signature(CausalLM.forward).parameters.keys() - {"self", "kwargs"}
+    return next(iter(difflib.get_close_matches(name, sorted(own), cutoff=0.9)), None)
 
 
 def _check_no_placeholder(soft_prompt: SoftPrompt, input_ids: Tensor) -> None:

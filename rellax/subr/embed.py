@@ -77,7 +77,8 @@ def check_lengths(lengths: np.ndarray, config: object, ids: Sequence[str] | None
     if longest is not None and (lengths > longest).any():
         item = int(np.argmax(lengths > longest))
         raise InputError(
-            f"texts: expected at most {longest} tokens each, got {lengths[item]} for item {names[item]!r}"
+            f"texts: expected at most {longest} tokens each, got {lengths[item]} for item {names[item]!r}; "
+            "shorten its text in the data"
         )
 
 

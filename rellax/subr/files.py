@@ -61,18 +61,17 @@ def load_embeddings(folder: str | Path, item_ids: Sequence[str] | None = None) -
         InputError: there is no such file, it is damaged, or it was made for other items.
     """
     if item_ids is not None:
-        check_embeddings(folder, item_ids)
+        _check_items(
+            folder,
+            item_ids,
+            "a run knows the items that it was trained with, new ones need embeddings and a run of their own",
+        )
     return _read_embeddings(folder, "embeddings")[1]["embeddings"]
 
 
 def check_embeddings(folder: str | Path, item_ids: Sequence[str]) -> None:
-    """Raise as :func:`load_embeddings` does, without reading the embeddings."""
-    metadata, _ = _read_embeddings(folder)
-    if metadata.get("item_ids_sha256") != _hash(item_ids):
-        raise InputError(
-            f"{Path(folder) / _EMBEDDINGS}: expected embeddings of these {len(item_ids)} items, got those of "
-            "other items; `rellax embed` makes them anew"
-        )
+    """Raise as :func:`load_embeddings` does, without reading the embeddings, which may be made anew."""
+    _check_items(folder, item_ids, "`rellax embed` makes them anew")
 
 
 def load_item_ids(folder: str | Path) -> list[str]:
@@ -84,6 +83,15 @@ def load_item_ids(folder: str | Path) -> list[str]:
     _, tensors = _read_embeddings(folder, "item_ids", "item_id_ends")
     text, ends = tensors["item_ids"].numpy().tobytes(), tensors["item_id_ends"].tolist()
     return [text[start:end].decode() for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _check_items(folder: str | Path, item_ids: Sequence[str], remedy: str) -> None:
+    metadata, _ = _read_embeddings(folder)
+    if metadata.get("item_ids_sha256") != _hash(item_ids):
+        raise InputError(
+            f"{Path(folder) / _EMBEDDINGS}: expected embeddings of these {len(item_ids)} items, got those of "
+            f"other items; {remedy}"
+        )
 
 
 def _read_embeddings(folder: str | Path, *names: str) -> tuple[dict[str, str], dict[str, Tensor]]:

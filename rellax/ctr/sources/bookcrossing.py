@@ -60,7 +60,7 @@ def read_bookcrossing(folder: str | Path) -> Source:
         user_features=("country", "age_group"),
         rating_scale=(1.0, 10.0),
         positive_above=4.0,
-        interactions_file=Path(folder) / "BX-Book-Ratings.csv",
+        interactions_files={Path(folder) / "BX-Book-Ratings.csv": interactions.num_rows},
         first_line=2,
         files=tuple(Path(folder) / name for name in _FILES),
         rows=rows,

@@ -140,7 +140,7 @@ def _source(
         user_features=tuple(column for column in users.column_names if column not in ("user_id", "profile")),
         rating_scale=rating_scale,
         positive_above=3.0,
-        interactions_file=ratings_file,
+        interactions_files={ratings_file: tables[ratings_file].num_rows},
         first_line=first_line,
         files=tuple(tables),
         rows={path.name: table.num_rows for path, table in tables.items()},

@@ -17,34 +17,36 @@ docs/own-data.md explains each entry.
 
 from __future__ import annotations
 
-import csv
+import glob
 from collections.abc import Mapping
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from rellax._files import read_json
 from rellax.ctr.sources.source import Source
 from rellax.ctr.sources.tables import (
     FLOAT_TIME,
     ID,
+    LABEL,
     MOMENT,
     RATING,
     TEXT,
-    TIME,
-    WHOLE,
     Format,
+    is_parquet,
     read_parquet,
     read_text,
+    time_type,
 )
-from rellax.errors import InputError
+from rellax.errors import InputError, one_line
 
+_FILES = str | list
 # For each part of the map its entries: the type, and whether it must be there.
-_TOP: dict[str, tuple[type, bool]] = {
+_TOP: dict[str, tuple[type | UnionType, bool]] = {
     "name": (str, True),
     "item_noun": (str, True),
     "interactions": (dict, True),
@@ -56,8 +58,8 @@ _TOP: dict[str, tuple[type, bool]] = {
     "answers": (list, False),
     "unknown_ids": (str, False),
 }
-_INTERACTIONS: dict[str, tuple[type, bool]] = {
-    "file": (str, True),
+_INTERACTIONS: dict[str, tuple[type | UnionType, bool]] = {
+    "file": (_FILES, True),
     "delimiter": (str, False),
     "user": (str, True),
     "item": (str, True),
@@ -65,23 +67,29 @@ _INTERACTIONS: dict[str, tuple[type, bool]] = {
     "label": (str, False),
     "time": (str, False),
 }
-_ITEMS: dict[str, tuple[type, bool]] = {
-    "file": (str, False),
+_ITEMS: dict[str, tuple[type | UnionType, bool]] = {
+    "file": (_FILES, False),
     "delimiter": (str, False),
     "item": (str, True),
     "title": (str, True),
     "text": (list, False),
     "features": (list, False),
 }
-_USERS: dict[str, tuple[type, bool]] = {
-    "file": (str, False),
+_USERS: dict[str, tuple[type | UnionType, bool]] = {
+    "file": (_FILES, False),
     "delimiter": (str, False),
     "user": (str, True),
     "profile": (list, False),
     "features": (list, False),
 }
 _OURS = ("item", "item_id", "title", "text", "user", "user_id", "profile")
-_KINDS = {str: "text", dict: "an object", list: "a list", float: "a number"}
+_KINDS = {
+    str: "text",
+    dict: "an object",
+    list: "a list",
+    float: "a number",
+    _FILES: "the name of a file, a pattern, or a list of these",
+}
 
 
 def read_own(column_map: str | Path, folder: str | Path | None = None) -> Source:
@@ -102,14 +110,18 @@ def read_own(column_map: str | Path, folder: str | Path | None = None) -> Source
     things = _checked(path, "items", entries["items"], _ITEMS)
     people = _checked(path, "users", entries.get("users", {"user": events["user"]}), _USERS)
     labelled = _is_labelled(path, events)
-    interactions = _interactions(folder, events, labelled)
+    event_files = _files(folder, events["file"])
+    dates = "time" in events and _has_dates(event_files, events)
+    interactions, parts = _interactions(event_files, events, labelled, dates)
     items, item_rows = _items(folder, things, events)
     users, user_rows = _users(folder, people, events)
     scale, positive_above = (0.0, 1.0), 0.0
     if not labelled:
         scale, positive_above = _rating_rule(path, entries)
-    files = {folder / part.get("file", events["file"]): None for part in (events, things, people)}
-    counts = {events["file"]: interactions.num_rows} | item_rows | user_rows
+    files = dict.fromkeys(
+        file for part in (events, things, people) for file in _files(folder, part.get("file", events["file"]))
+    )
+    counts = {_called(events["file"], event_files): interactions.num_rows} | item_rows | user_rows
     return Source(
         name=entries["name"],
         item_noun=entries["item_noun"],
@@ -120,14 +132,14 @@ def read_own(column_map: str | Path, folder: str | Path | None = None) -> Source
         user_features=tuple(people.get("features", [])),
         rating_scale=scale,
         positive_above=positive_above,
-        interactions_file=folder / events["file"],
-        first_line=1 if events["file"].endswith(".parquet") else 2,
+        interactions_files=parts,
+        first_line=2,
         files=tuple(files),
         rows=counts,
         answers=_answers(path, entries) if labelled else None,
         question=entries.get("question"),
         drop_unknown=_drops_unknown(path, entries),
-        dates="time" in events and _has_dates(folder / events["file"], events),
+        dates=dates,
     )
 
 
@@ -181,37 +193,27 @@ def _drops_unknown(path: Path, entries: Mapping[str, Any]) -> bool:
     return bool(choice == "drop")
 
 
-def _interactions(folder: Path, events: Mapping[str, Any], labelled: bool) -> pa.Table:
-    rating = events["label" if labelled else "rating"]
-    wanted = [("user_id", events["user"], ID), ("item_id", events["item"], ID), ("rating", rating, RATING)]
+def _interactions(
+    files: list[Path], events: Mapping[str, Any], labelled: bool, dates: bool
+) -> tuple[pa.Table, dict[Path, int]]:
+    """All interactions, and how many rows each file has."""
+    wanted = [("user_id", events["user"], ID), ("item_id", events["item"], ID)]
+    wanted.append(("rating", events["label"], LABEL) if labelled else ("rating", events["rating"], RATING))
     if "time" in events:
-        wanted.append(("time", events["time"], _time_type(folder / events["file"], events)))
+        wanted.append(("time", events["time"], MOMENT if dates else FLOAT_TIME))
     names = [column for _, column, _ in wanted]
     if len(set(names)) < len(names):
         raise InputError(f"interactions: expected a column of its own for each entry, found {names}")
-    table = _read(folder, events, {column: kind for _, column, kind in wanted})
-    return pa.table({name: table[column] for name, column, _ in wanted})
+    tables = _read(files, events, {column: kind for _, column, kind in wanted})
+    table = pa.concat_tables(tables)
+    counts = {file: part.num_rows for file, part in zip(files, tables, strict=True)}
+    return pa.table({name: table[column] for name, column, _ in wanted}), counts
 
 
-def _has_dates(path: Path, events: Mapping[str, Any]) -> bool:
-    if path.suffix == ".parquet":
-        return bool(pa.types.is_temporal(pq.read_schema(path).field(events["time"]).type))
-    return _time_type(path, events) == MOMENT
-
-
-def _time_type(path: Path, events: Mapping[str, Any]) -> pa.DataType:
-    """Whole numbers, or in a CSV file as its first time is: such as 3.0, or dates and times."""
-    if path.suffix == ".parquet" or not path.is_file():
-        return TIME
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        try:
-            first = next(csv.DictReader(file, delimiter=events.get("delimiter", ",")), {})
-        except csv.Error:
-            first = {}  # the reader of the whole file says what is wrong
-    value = first.get(events["time"]) or "0"
-    if value.removeprefix("-").isdecimal():
-        return TIME
-    return FLOAT_TIME if WHOLE.fullmatch(value) else MOMENT
+def _has_dates(files: list[Path], events: Mapping[str, Any]) -> bool:
+    """Whether times are dates, by the first one that there is."""
+    kinds = (time_type(file, events["time"], events.get("delimiter", ",")) for file in files)
+    return next(filter(None, kinds), FLOAT_TIME) == MOMENT
 
 
 def _items(
@@ -243,9 +245,11 @@ def _distinct(
     ids = part[kind]
     wanted = dict.fromkeys([ids, *columns], TEXT) | {ids: ID}
     if "file" in part and part["file"] != events["file"]:
-        table = _read(folder, part, wanted)
-        return _decoded(table), {part["file"]: table.num_rows}
-    table = _read(folder, {**events, **part}, wanted).unify_dictionaries().combine_chunks()
+        files = _files(folder, part["file"])
+        table = pa.concat_tables(_read(files, part, wanted))
+        return _decoded(table), {_called(part["file"], files): table.num_rows}
+    tables = _read(_files(folder, events["file"]), {**events, **part}, wanted)
+    table = pa.concat_tables(tables).unify_dictionaries().combine_chunks()
     codes = table[ids].combine_chunks().indices.to_numpy()
     return _decoded(table.take(np.sort(np.unique(codes, return_index=True)[1]))), {}
 
@@ -275,15 +279,46 @@ def _filled(texts: Any, instead: Any) -> Any:
     return pc.if_else(pc.equal(pc.utf8_trim_whitespace(texts), ""), instead, texts)
 
 
-def _read(folder: Path, part: Mapping[str, Any], columns: Mapping[str, pa.DataType]) -> pa.Table:
-    path = folder / part["file"]
-    if path.suffix == ".parquet":
-        return read_parquet(path, columns)
-    return read_text(path, columns, Format(delimiter=part.get("delimiter", ","), quoted=True))
+def _files(folder: Path, names: str | list[str]) -> list[Path]:
+    """The files that an entry names, each once: those of a list in its order, those of a pattern sorted."""
+    files: dict[Path, None] = {}
+    for name in [names] if isinstance(names, str) else names:
+        path = folder / name
+        try:
+            is_folder, is_pattern = path.is_dir(), glob.has_magic(name) and not path.exists()
+            matches = sorted(glob.glob(name, root_dir=folder)) if is_pattern else []
+        except (OSError, UnicodeError) as error:  # too long, or half of a surrogate pair
+            raise InputError(f"file: expected {_KINDS[_FILES]}, found {name!r} ({one_line(error)})") from None
+        if is_folder:
+            raise InputError(
+                f"{path}: expected a file, or a pattern such as {str(Path(name, '*.csv'))!r}, found a folder"
+            )
+        if is_pattern:
+            if not (found := [folder / match for match in matches if (folder / match).is_file()]):
+                raise InputError(f"{path}: expected files that match this pattern, found none")
+            files |= dict.fromkeys(found)
+        else:
+            files[path] = None
+    return list(files)
+
+
+def _called(names: str | list[str], files: list[Path]) -> str:
+    """A table's files in few words."""
+    first = names if isinstance(names, str) else names[0]
+    if len(files) == 1:
+        return first
+    return f"{first}{'' if isinstance(names, str) else ', …'} ({len(files)} files)"
+
+
+def _read(files: list[Path], part: Mapping[str, Any], columns: Mapping[str, pa.DataType]) -> list[pa.Table]:
+    form = Format(delimiter=part.get("delimiter", ","), quoted=True)
+    return [
+        read_parquet(file, columns) if is_parquet(file) else read_text(file, columns, form) for file in files
+    ]
 
 
 def _checked(
-    path: Path, name: str, found: Any, entries: Mapping[str, tuple[type, bool]]
+    path: Path, name: str, found: Any, entries: Mapping[str, tuple[type | UnionType, bool]]
 ) -> Mapping[str, Any]:
     """A part of the map, all of whose entries are known and of their types."""
     place = f"{path}: {name}: " if name else f"{path}: "
@@ -297,8 +332,8 @@ def _checked(
             raise InputError(f"{place}{entry}: expected {_KINDS[kind]}, found {value!r}")
         if entry == "delimiter" and (len(value) != 1 or not value.isascii() or value in '\n\r\0"'):
             raise InputError(f"{place}delimiter: expected one ASCII character, found {value!r}")
-        if entry == "file" and "\0" in value:
-            raise InputError(f"{place}file: expected the name of a file, found {value!r}")
+        if entry == "file" and not _are_names([value] if isinstance(value, str) else value):
+            raise InputError(f"{place}file: expected {_KINDS[kind]}, found {value!r}")
         named = value if entry in ("text", "profile", "features") else []
         if not all(isinstance(column, str) for column in named):
             raise InputError(f"{place}{entry}: expected names of columns, found {value!r}")
@@ -310,5 +345,9 @@ def _checked(
     return found
 
 
-def _is_a(value: Any, kind: type) -> bool:
+def _are_names(values: list[Any]) -> bool:
+    return bool(values) and all(isinstance(value, str) and "\0" not in value for value in values)
+
+
+def _is_a(value: Any, kind: type | UnionType) -> bool:
     return isinstance(value, int | float if kind is float else kind) and not isinstance(value, bool)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
+
+from rellax.ctr.sources.tables import is_parquet
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,10 @@ class Source:
         item_features, user_features: categorical columns for the classical model.
         rating_scale: lowest and highest rating.
         positive_above: the label is 1 where the rating is larger than this.
-        interactions_file, first_line: where row 0 of `interactions` came from, for error messages.
+        interactions_files: how many rows of `interactions` came from which file, for error messages.
+        first_line: the line of a file's first row, but for Parquet.
         files: all files that were read.
-        rows: how many rows each file has, by file name.
+        rows: how many rows each table has, by the name of its file.
         odd: how often something irregular was met and mended, by description.
         dropped: how many rows the reader left out, by reason.
         unrated: the rating that stands for an interaction without one, off the scale and labelled 0.
@@ -44,7 +48,7 @@ class Source:
     user_features: tuple[str, ...]
     rating_scale: tuple[float, float]
     positive_above: float
-    interactions_file: Path
+    interactions_files: Mapping[Path, int]
     first_line: int
     files: tuple[Path, ...]
     rows: dict[str, int]
@@ -58,5 +62,9 @@ class Source:
 
     def line(self, row: int) -> str:
         """File and line of an interaction, or row where the file has no lines."""
-        place = "row" if self.interactions_file.suffix == ".parquet" else "line"
-        return f"{self.interactions_file}, {place} {row + self.first_line}"
+        files = iter(self.interactions_files.items())
+        path, rows = next(files)
+        while row >= rows:
+            row -= rows
+            path, rows = next(files)
+        return f"{path}, row {row + 1}" if is_parquet(path) else f"{path}, line {row + self.first_line}"

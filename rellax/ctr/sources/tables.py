@@ -19,15 +19,15 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from rellax.errors import InputError, one_line
+from rellax.errors import InputError, one_line, shortened, shown
 
 ID = pa.dictionary(pa.int32(), pa.string())
 TEXT = pa.string()
 RATING = pa.float32()
 TIME = pa.int64()
-MOMENT = pa.timestamp("ms")  # in text alone, and then read as a TIME
-FLOAT_TIME = pa.float64()  # likewise
-WHOLE = re.compile(r"-?\d+(\.0*)?")  # where a column of whole numbers has gaps, pandas writes 3.0
+MOMENT = pa.timestamp("ms")  # dates, read as a TIME
+FLOAT_TIME = pa.float64()  # numbers, likewise
+LABEL = pa.bool_()  # read as a RATING
 
 _BLOCK_BYTES = 1 << 24
 _BLOCK_ROWS = 1 << 20
@@ -37,10 +37,12 @@ _EXPECTED = {
     RATING: "a number",
     TIME: "a whole number",
     MOMENT: "a date and time",
-    FLOAT_TIME: "a whole number",
+    FLOAT_TIME: "a number",
+    LABEL: "a label 0, 1, true or false",
 }
+_STORED = {MOMENT: TIME, FLOAT_TIME: TIME, LABEL: RATING}
 _OTHERS = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
-_SHOWN = 80  # characters of what is wrong
+_NUMBER = re.compile(r"-?\d+(\.\d*)?")
 _ZONE = r"^.{11,}(Z|[+-]\d\d(:?\d\d)?)$"  # a date alone has hyphens too
 _BAD_VALUE = re.compile(r"In CSV column #(\d+): Row #(\d+): CSV conversion error to [^:]+: (.*)", re.DOTALL)
 _BAD_ROW = re.compile(r"CSV parse error: Row #(\d+): Expected (\d+) columns, got (\d+)")
@@ -73,8 +75,8 @@ class Format:
 def read_text(path: Path, columns: Mapping[str, pa.DataType], form: Format) -> pa.Table:
     """The named columns of a delimited file, in that order, of these types; an `ID` has a value in every row.
 
-    A `MOMENT` is ISO 8601, in UTC where no zone is given, and becomes milliseconds since 1970. A `FLOAT_TIME`
-    is a whole number with a point.
+    A `MOMENT` is ISO 8601, in UTC where no zone is given, and becomes milliseconds since 1970. Of a
+    `FLOAT_TIME` the fraction is cut. A `LABEL` is a number, true or false.
 
     Raises:
         InputError: the file or a column is missing, or a line cannot be read.
@@ -104,14 +106,14 @@ def read_text(path: Path, columns: Mapping[str, pa.DataType], form: Format) -> p
                     invalid_row_handler=None if form.broken is None else _skipper(form.broken),
                 ),
                 convert_options=pa.csv.ConvertOptions(
-                    column_types={name: TEXT if kind in _TIMES else kind for name, kind in columns.items()},
+                    column_types={name: TEXT if kind in _STORED else kind for name, kind in columns.items()},
                     include_columns=list(columns),
                     strings_can_be_null=False,
                     null_values=[],
                 ),
             )
-            schema = pa.schema([(name, TIME if kind in _TIMES else kind) for name, kind in columns.items()])
-            table = pa.Table.from_batches(_timed(path, columns, form, reader, first), schema)
+            batches = _parsed_batches(path, columns, form, reader, first)
+            table = pa.Table.from_batches(batches, _schema(columns))
     except pa.ArrowKeyError:
         raise InputError(_missing(f"{path}, line 1", columns, _header(path, form))) from None
     except (pa.ArrowException, UnicodeError, csv.Error) as error:
@@ -125,7 +127,8 @@ def read_text(path: Path, columns: Mapping[str, pa.DataType], form: Format) -> p
 def read_parquet(path: Path, columns: Mapping[str, pa.DataType]) -> pa.Table:
     """The named columns of a Parquet file, in that order and of these types; an id may also be a number.
 
-    A `TIME` may also be a date or timestamp: it becomes milliseconds since 1970. Only `TEXT` may be missing.
+    A `MOMENT` is a date or timestamp and becomes milliseconds since 1970. It, a `FLOAT_TIME` and a `LABEL`
+    may also be text as in :func:`read_text`. Only `TEXT` may be missing.
 
     Raises:
         InputError: the file or a column is missing, is damaged, or holds something else.
@@ -138,7 +141,7 @@ def read_parquet(path: Path, columns: Mapping[str, pa.DataType]) -> pa.Table:
             if not set(columns) <= set(found):
                 raise InputError(_missing(str(path), columns, found))
             _check_once(str(path), columns, found)
-            schema = pa.schema(list(columns.items()))
+            schema = _schema(columns)
             batches, row = [], 0
             for batch in file.iter_batches(_BLOCK_ROWS, columns=list(columns)):
                 arrays = [_converted(path, name, batch[name], kind, row) for name, kind in columns.items()]
@@ -149,26 +152,86 @@ def read_parquet(path: Path, columns: Mapping[str, pa.DataType]) -> pa.Table:
     return pa.Table.from_batches(batches, schema)
 
 
+def is_parquet(path: Path) -> bool:
+    """By its ending, or by its first bytes: PAR1, and the first field of a header in Thrift's encoding."""
+    if path.suffix == ".parquet" or not path.is_file():
+        return path.suffix == ".parquet"
+    with path.open("rb") as file:
+        return file.read(5) == b"PAR1\x15"
+
+
+def time_type(path: Path, name: str, delimiter: str) -> pa.DataType | None:
+    """What a column of times is by its first value, `MOMENT` or `FLOAT_TIME`; None where there is no value.
+
+    Raises:
+        InputError: the first value is missing.
+    """
+    value: str | None = None
+    try:
+        if is_parquet(path):
+            row = 1
+            with pq.ParquetFile(path, pre_buffer=False) as file:
+                kind = file.schema_arrow.field(name).type
+                batch = next(file.iter_batches(1, columns=[name]), None)
+            if batch is None:
+                return None
+            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+            if not _is_text(kind):
+                return MOMENT if _is_date(kind) else FLOAT_TIME
+            value = batch[name][0].as_py() or ""
+        else:
+            row = 2
+            with path.open(encoding="utf-8-sig", errors="replace", newline="") as text:
+                value = next(csv.DictReader(text, delimiter=delimiter), {}).get(name)
+    except (pa.ArrowException, OSError, UnicodeError, KeyError, csv.Error):
+        pass  # the reader of the whole file says what is wrong
+    if value is None:
+        return None
+    if not value.strip():
+        raise InputError(
+            f"{path}, row {row}: expected a whole number or a date as ISO 8601 in {name!r}, found none"
+        )
+    return FLOAT_TIME if _NUMBER.fullmatch(value.strip()) else MOMENT
+
+
 def strings(table: pa.Table, name: str) -> list[str]:
     """A column of text as a list."""
     return [str(value) for value in table[name].to_pylist()]
 
 
+def _schema(columns: Mapping[str, pa.DataType]) -> pa.Schema:
+    return pa.schema([(name, _STORED.get(kind, kind)) for name, kind in columns.items()])
+
+
+def _is_date(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_timestamp(kind) or pa.types.is_date(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
 def _converted(path: Path, name: str, column: pa.Array, kind: pa.DataType, row: int) -> pa.Array:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    wanted = TEXT if kind == ID else kind
+    wanted = TEXT if kind == ID else _STORED.get(kind, kind)
     try:
         if kind == TEXT:
             column = pc.fill_null(pc.cast(column, TEXT), "")
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise InputError(f"{path}: expected text as {name!r} ({one_line(error)})") from None
-    if kind == TIME and (pa.types.is_timestamp(column.type) or pa.types.is_date(column.type)):
-        column = pc.cast(pc.cast(column, MOMENT, safe=False), TIME)
     if column.null_count:
         where = row + column.is_null().to_pylist().index(True) + 1
         raise InputError(f"{path}, row {where}: expected {_EXPECTED[kind]} as {name!r}, found none")
+    if kind in _STORED and _is_text(column.type):
+        return _parsed(f"{path}, row", name, pc.cast(column, TEXT), kind, row + 1)
+    if kind in (MOMENT, FLOAT_TIME) and _is_date(column.type) != (kind == MOMENT):
+        raise InputError(f"{path}: expected {_EXPECTED[kind]} as {name!r}, found {one_line(column.type)}")
     try:
+        if kind == MOMENT:
+            column = pc.cast(column, MOMENT, safe=False)
+        elif kind == FLOAT_TIME and not pa.types.is_integer(column.type):
+            column = pc.trunc(column)
         column = pc.cast(column, wanted)
         if wanted == TEXT:
             column.validate(full=True)  # nothing else looks whether it is UTF-8
@@ -185,30 +248,30 @@ def _check_is_text(path: Path, form: Format) -> None:
             raise InputError(f"{path}: expected plain text in {form.encoding}, found {name}")
 
 
-def _timed(
+def _parsed_batches(
     path: Path,
     columns: Mapping[str, pa.DataType],
     form: Format,
     batches: Iterable[pa.RecordBatch],
     row: int,
 ) -> Iterator[pa.RecordBatch]:
-    """The batches of a file, the first of which begins in `row`, with numbers where times are text."""
+    """The batches of a file, the first of which begins in `row`, with numbers where text stood for them."""
     place = f"{path}, {'row' if form.quoted else 'line'}"
     for batch in batches:
         arrays = [
-            _times(place, name, batch[name], kind, row) if kind in _TIMES else batch[name]
+            _parsed(place, name, batch[name], kind, row) if kind in _STORED else batch[name]
             for name, kind in columns.items()
         ]
         yield pa.record_batch(arrays, names=list(columns))
         row += batch.num_rows
 
 
-def _times(place: str, name: str, text: pa.Array, kind: pa.DataType, row: int) -> pa.Array:
+def _parsed(place: str, name: str, text: pa.Array, kind: pa.DataType, row: int) -> pa.Array:
     try:
-        return _TIMES[kind](text)
+        return _PARSERS[kind](text)
     except pa.ArrowInvalid:
-        wrong = _first_wrong(text, _TIMES[kind])
-        found = _short(repr(text[wrong].as_py()))
+        wrong = _first_wrong(text, _PARSERS[kind])
+        found = shown(text[wrong].as_py())
         raise InputError(
             f"{place} {row + wrong}: expected {_EXPECTED[kind]} as {name!r}, found {found}"
         ) from None
@@ -223,11 +286,21 @@ def _milliseconds(text: pa.Array) -> pa.Array:
 
 
 def _whole(text: pa.Array) -> pa.Array:
-    return pc.cast(pc.replace_substring_regex(text, r"\.0*$", ""), TIME)
+    """Numbers without their fractions."""
+    text = pc.ascii_trim_whitespace(text)
+    if pc.any(pc.match_substring(text, ".")).as_py():
+        text = pc.replace_substring_regex(text, r"^(-?\d+)\.\d*$", r"\1")
+    return pc.cast(text, TIME)
 
 
-_TIMES = {MOMENT: _milliseconds, FLOAT_TIME: _whole}
-"""What makes a TIME of such text."""
+def _labels(text: pa.Array) -> pa.Array:
+    text = pc.ascii_lower(pc.ascii_trim_whitespace(text))
+    words = pc.index_in(text, value_set=pa.array(["false", "true"]))
+    return pc.cast(pc.coalesce(pc.cast(words, TEXT), text), RATING)
+
+
+_PARSERS = {MOMENT: _milliseconds, FLOAT_TIME: _whole, LABEL: _labels}
+"""What makes of such text what is stored."""
 
 
 def _first_wrong(text: pa.Array, read: Callable[[pa.Array], pa.Array]) -> int:
@@ -272,7 +345,7 @@ def _header(path: Path, form: Format) -> list[str]:
 
 def _missing(place: str, columns: Mapping[str, pa.DataType], found: Sequence[str]) -> str:
     lacking = next((name for name in columns if name not in found), next(iter(columns)))
-    return f"{place}: expected a column {lacking!r}, found {', '.join(_short(repr(name)) for name in found)}"
+    return f"{place}: expected a column {lacking!r}, found {', '.join(shown(name) for name in found)}"
 
 
 def _explained(path: Path, columns: Mapping[str, pa.DataType], form: Format, error: str) -> str:
@@ -286,13 +359,9 @@ def _explained(path: Path, columns: Mapping[str, pa.DataType], form: Format, err
         header = _header(path, form)
         name = header[int(column)] if int(column) < len(header) else ""
         expected = "UTF-8" if "UTF8" in reason else _EXPECTED.get(columns.get(name), "a value")
-        found = _short(reason.removeprefix("invalid value "))
+        found = shortened(reason.removeprefix("invalid value "))
         return f"{path}, {place} {int(row) + form.skip_lines}: expected {expected} as {name!r}, found {found}"
-    return f"{path}: expected fields with {form.delimiter!r} between them ({_short(error)})"
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+    return f"{path}: expected fields with {form.delimiter!r} between them ({shortened(error)})"
 
 
 def _check_once(place: str, columns: Mapping[str, pa.DataType], found: Sequence[str]) -> None:
