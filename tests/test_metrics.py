@@ -49,6 +49,8 @@ def test_ece_is_the_weighted_gap_per_bin() -> None:
             expected += abs(sum(y for y, _ in inside) - sum(p for _, p in inside)) / 301
     assert evaluate(LABELS, PROBABILITIES, bootstrap=0)["ece"] == pytest.approx(expected, abs=1e-12)
     assert evaluate([0, 1], [0.0, 1.0], bootstrap=0)["ece"] == 0.0
+    # One is in the last bin, beside 0.9.
+    assert evaluate([1, 0], [0.9, 1.0], bootstrap=0)["ece"] == pytest.approx(0.45)
 
 
 def test_gauc_weighs_users_with_both_classes() -> None:
@@ -139,7 +141,14 @@ def test_one_user_says_nothing_of_others() -> None:
 def test_same_seed_same_intervals_and_json_ready() -> None:
     first = evaluate(LABELS, PROBABILITIES, USERS, bootstrap=50, seed=3)
     assert first == evaluate(LABELS, PROBABILITIES, USERS, bootstrap=50, seed=3)
-    assert first["auc_interval"] != evaluate(LABELS, PROBABILITIES, bootstrap=50, seed=4)["auc_interval"]
+    assert (
+        first["auc_interval"] != evaluate(LABELS, PROBABILITIES, USERS, bootstrap=50, seed=4)["auc_interval"]
+    )
+    pair = LABELS, PROBABILITIES, PROBABILITIES[::-1], USERS
+    one, again, other = (paired_bootstrap(*pair, bootstrap=50, seed=seed) for seed in (3, 3, 4))
+    assert one == again
+    assert one["difference"] == other["difference"]
+    assert one["interval"] != other["interval"]
     assert json.loads(json.dumps(first)) == first
 
 
@@ -185,6 +194,41 @@ def test_paired_bootstrap_of_several_runs() -> None:
     sure = paired_bootstrap(LABELS, LABELS * 0.9, 1 - LABELS * 0.9, bootstrap=99)
     assert sure["p_value"] == pytest.approx(2 / 100)
     assert sure["share_above_zero"] == 1.0
+
+
+def test_ties_count_half_in_each_resampling() -> None:
+    """What calls all samples alike has an AUC of one half, whichever are drawn."""
+    alike = np.full(301, 0.3)
+    assert evaluate(LABELS, alike, USERS, bootstrap=50)["auc_interval"] == pytest.approx(
+        [0.5, 0.5], abs=1e-12
+    )
+    interval = evaluate(LABELS, PROBABILITIES, USERS, bootstrap=50)["auc_interval"]
+    compared = paired_bootstrap(LABELS, PROBABILITIES, alike, USERS, bootstrap=50)
+    assert compared["interval"] == pytest.approx([bound - 0.5 for bound in interval], abs=1e-12)
+
+
+def test_sure_and_wrong_is_a_large_loss_and_no_infinite_one() -> None:
+    """fp32 rounds to 0 and 1."""
+    sure = np.where(np.arange(301) % 10 == 0, 1 - LABELS, LABELS).astype(np.float64)
+    result = evaluate(LABELS, sure, bootstrap=200)
+    eps = np.finfo(np.float64).eps
+    assert (
+        result["log_loss_interval"]
+        == evaluate(LABELS, sure.clip(eps, 1 - eps), bootstrap=200)["log_loss_interval"]
+    )
+    low, high = result["log_loss_interval"]
+    assert low < result["log_loss"] < high < math.inf
+
+
+def test_resamplings_of_one_class_are_left_out() -> None:
+    """A third of them draw no Yes; what is left has an AUC, and counts for the p value."""
+    labels, right = np.array([1, 0, 0, 0, 0]), np.array([0.9, 0.1, 0.2, 0.3, 0.4])
+    assert evaluate(labels, right, bootstrap=100)["auc_interval"] == [1.0, 1.0]
+    result = paired_bootstrap(labels, right, 1 - right, bootstrap=100)
+    assert (result["interval"], result["share_above_zero"]) == ([1.0, 1.0], 1.0)
+    assert 2 / 101 < result["p_value"] < 2 / 40
+    nothing = paired_bootstrap(np.zeros(5), right, 1 - right, bootstrap=100)
+    assert set(nothing.values()) == {None}
 
 
 @pytest.mark.parametrize(
