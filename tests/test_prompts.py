@@ -324,6 +324,39 @@ def test_lengths_name_a_sample_that_cannot_fit(dataset: Dataset) -> None:
         prompts.lengths(np.array([3, 4]), np.array([[0], [1]]))
 
 
+def test_all_prompts_are_checked_before_any_is_made(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever sample it is that cannot fit, and however many are looked at at once."""
+    monkeypatch.setattr(prompts_module, "_CHECKED", 3)
+    tokenizer, samples = byte_level(CHATML), np.arange(len(dataset.samples))[::-1]
+    prompts = builder(tokenizer, dataset)
+    lengths = np.array([len(prompts.build(int(sample), []).input_ids) for sample in samples])
+    assert prompts.fixed_lengths(samples).tolist() == lengths.tolist()
+    longest = int(lengths.max())
+    builder(tokenizer, dataset, max_tokens=longest).check(samples)
+    short = builder(tokenizer, dataset, max_tokens=longest - 1)
+    short.check(samples[lengths < longest])
+    first = samples[np.argmax(lengths)]
+    with pytest.raises(InputError, match=f"sample {first} needs {longest} tokens .* got {longest - 1}"):
+        short.check(samples)
+
+
+def test_a_tokenizer_that_joins_a_full_stop_and_the_newline(dataset: Dataset) -> None:
+    """As those of GPT-4, Llama 3 and Qwen do: each line still ends."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    specials = ["<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=specials, initial_alphabet=alphabet)
+    core.train_from_iterator([".\n"] * 9, trainer)
+    joining = PreTrainedTokenizerFast(tokenizer_object=core, chat_template=CHATML)
+    assert len(joining.encode(".\n")) == 1
+    text = builder(joining, dataset).render(SAMPLE, [0, 1])
+    assert text == builder(byte_level(CHATML), dataset).render(SAMPLE, [0, 1])
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "tokens"),
     [
