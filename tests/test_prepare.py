@@ -14,7 +14,7 @@ import pytest
 from raw_data import INTER, ITEM, random_interactions, write_ml_100k
 
 from rellax._files import sha256_file
-from rellax.ctr import assets
+from rellax.ctr import assets, stream
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.prepare import prepare, summary
 from rellax.ctr.sources import read_ml_100k
@@ -128,8 +128,12 @@ def test_choose_is_nested_sorted_and_seeded(dataset: Dataset) -> None:
     assert (np.diff(more) > 0).all()
     assert not np.array_equal(more, dataset.choose("train", 40, seed=2))
     assert np.array_equal(dataset.choose("valid", None, seed=0), dataset.indices("valid"))
+    assert np.array_equal(dataset.choose("train", 10, seed=1, at_most=True), some)
+    assert np.array_equal(dataset.choose("valid", 99, seed=0, at_most=True), dataset.indices("valid"))
     with pytest.raises(InputError, match=r"1 to 86 samples of split 'train', got 87"):
         dataset.choose("train", 87, seed=0)
+    with pytest.raises(InputError, match=r"1 to 86 samples of split 'train', got 0"):
+        dataset.choose("train", 0, seed=0)
     with pytest.raises(InputError, match="split: expected one of train, valid, test, got 'dev'"):
         dataset.indices("dev")
 
@@ -306,6 +310,18 @@ def drop(name: str, column: str) -> Callable[[Path], None]:
     return edit
 
 
+def as_fractions(name: str, column: str) -> Callable[[Path], None]:
+    """Write a column of whole numbers as floating ones, each a little more."""
+
+    def edit(folder: Path) -> None:
+        path = folder / f"{name}.parquet"
+        table = pq.read_table(path)
+        values = pa.array(table[column].to_numpy() + 0.25)
+        pq.write_table(table.set_column(table.column_names.index(column), column, values), path)
+
+    return edit
+
+
 BAD_FOLDERS = {
     "no dataset.json": (
         lambda f: (f / "dataset.json").unlink(),
@@ -327,6 +343,14 @@ BAD_FOLDERS = {
     "item beyond": (change("behaviours", item=[99]), r"row 0: expected item in 0 to 30, found 99"),
     "item negative": (change("behaviours", item=[3, -1]), r"row 1: expected item in 0 to 30, found -1"),
     "user beyond": (change("samples", user=[12]), r"row 0: expected user in 0 to 11, found 12"),
+    "items are fractions": (
+        as_fractions("behaviours", "item"),
+        r"behaviours.parquet: expected Parquet, but it is damaged \(item is float64",
+    ),
+    "positions are fractions": (
+        as_fractions("samples", "position"),
+        r"samples.parquet: expected Parquet, but it is damaged \(position is float64",
+    ),
     "users mixed": (change("behaviours", user=[1]), "expected rows grouped by rising user"),
     "position beyond": (change("samples", position=[14]), r"sample 0 \(.*position 14\) is not in behaviours"),
     "another item": (change("samples", item=[0, 0, 0]), r"sample \d \(.*\) is not in behaviours.parquet"),
@@ -337,6 +361,18 @@ BAD_FOLDERS = {
 def test_bad_data_folder(dataset: Dataset, edit: Callable[[Path], None], words: str) -> None:
     edit(dataset.folder)
     with pytest.raises(InputError, match=words):
+        Dataset.load(dataset.folder)
+
+
+def test_users_that_fall_from_one_block_of_rows_to_the_next(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "_ROWS", 14)  # one user's behaviours
+    again = Dataset.load(dataset.folder)
+    assert np.array_equal(again.offsets, dataset.offsets)
+    assert np.array_equal(again.behaviour_items, dataset.behaviour_items)
+    change("behaviours", user=[1] * 14 + [0] * 14)(dataset.folder)
+    with pytest.raises(InputError, match="expected rows grouped by rising user"):
         Dataset.load(dataset.folder)
 
 
