@@ -418,6 +418,13 @@ def test_unknown_ids(tmp_path: Path) -> None:
     meta = prepare(read_own(path), tmp_path / "data")
     assert meta["dropped"]["interactions with items in no table"] == 3
     assert meta["rows"] == {"clicks.csv": 30, "items.csv": 9}
+    (tmp_path / "users.csv").write_text("who\nu0\nu1\n")
+    users = {"file": "users.csv", "user": "who"}
+    path = write(tmp_path, MAP | {"items": items, "users": users, "unknown_ids": "drop"})
+    meta = prepare(read_own(path), tmp_path / "data")
+    reasons = ("interactions of users in no table", "interactions with items in no table")
+    assert [meta["dropped"][reason] for reason in reasons] == [10, 2]  # what is both counts once
+    assert meta["counts"]["behaviours"] == 18
 
 
 def test_a_column_map_may_begin_with_a_mark(tmp_path: Path) -> None:
