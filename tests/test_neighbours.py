@@ -41,6 +41,21 @@ def test_faiss_finds_what_there_is_and_reports_its_recall(method: str) -> None:
     torch.testing.assert_close(found.scores[hits.all(1)], scores[hits.all(1)])
 
 
+@pytest.mark.parametrize("method", ["faiss-hnsw", "faiss-ivf"])
+def test_how_many_queries_faiss_gets_at_once_changes_nothing(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last block is smaller, and an item of any block is no neighbour of its own."""
+    pytest.importorskip("faiss")
+    table = random_table(600, 16)
+    whole = item_neighbours(table, 5, method=method, effort=600)
+    monkeypatch.setattr(neighbours, "_BLOCK", 250)
+    blocks = item_neighbours(table, 5, method=method, effort=600)
+    assert blocks.indices.equal(whole.indices)
+    torch.testing.assert_close(blocks.scores, whole.scores)
+    assert blocks.recall == whole.recall
+
+
 def test_less_effort_costs_recall_which_is_measured_on_the_sample() -> None:
     pytest.importorskip("faiss")
     table = random_table(600, 16)
