@@ -358,10 +358,14 @@ def test_the_heaviest_buckets_come_first(work: Path) -> None:
     seen: list[int] = []
     for bucket in sorted_out.jobs():
         low, high = sorted_out.key_range(bucket)
-        keys = sorted_out.read(bucket).keys
+        keys, *_, samples = sorted_out.read(bucket)
         assert ((keys >= low) & (keys <= high)).all()
+        assert len(samples) == sorted_out.samples[bucket]
         seen += keys.tolist()
     assert len(set(seen)) == len(seen)
+    lengths = [len(history) for history in random_histories(60).values()]
+    assert sum(sorted_out.samples) == sum(max(length - 3, 0) for length in lengths)
+    assert sorted_out.longest == max(lengths) - 1
     assert sorted_out.key_range(0)[0] == 0
     assert sorted_out.key_range(len(sorted_out.samples) - 1)[1] == 2**64 - 1
 
