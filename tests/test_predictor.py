@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import math
@@ -212,6 +213,17 @@ def test_rows_that_cannot_be_answered(predictor: Predictor, row: dict[str, Any],
     one, two, three = predictor.predict_each([good, row, good])
     assert one == pytest.approx(three, abs=ROUNDING)
     assert isinstance(two, InputError)
+
+
+def test_a_behaviour_without_a_rating(dataset: Dataset) -> None:
+    """Is one of those that mean that there is none, where the data have that."""
+    row = {"item_id": "4", "history": [{"item_id": 2, "time": 1}]}
+    with pytest.raises(InputError, match=r"^history\[0\]: expected a rating of the data, .*, found None$"):
+        Requests(dataset).read(row)
+    meta = dataset.meta | {"unrated": 3.0}
+    found = Requests(dataclasses.replace(dataset, meta=meta)).read(row)
+    assert found.history is not None
+    assert [part.tolist() for part in found.history] == [[1], [3.0]]
 
 
 def test_a_prompt_that_is_too_long(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -550,3 +562,42 @@ def test_dates_and_missing_times(tmp_path: Path) -> None:
     assert [part.tolist() for part in again.history] == [[2, 4], [0, 0]]
     with pytest.raises(InputError, match=r"expected no time, the data in .* have no times"):
         timeless.read({"user_id": 1, "item_id": 5, "time": 4})
+
+
+def test_behaviours_in_a_request_stand_where_preparing_would_put_them(tmp_path: Path) -> None:
+    """Of one time in the order of their items' ids; what is there already counts once."""
+    known = [(u, i, i % 2, 10 + i // 4) for u in range(3) for i in (0, 1, 2, 4, 6, 7, 8, 9)]
+    known += [(0, 3, 1, 10), (0, 5, 1, 11)]
+    new = [(1, 9, 0, 11), (1, 5, 1, 11), (1, 3, 1, 10)]
+    column_map = {
+        "name": "clicks",
+        "item_noun": "article",
+        "interactions": {"file": "it.csv", "user": "who", "item": "what", "label": "bought", "time": "when"},
+        "items": {"item": "what", "title": "what"},
+    }
+    (tmp_path / "map.json").write_text(json.dumps(column_map))
+
+    def prepared(name: str, events: list[tuple[int, ...]]) -> Dataset:
+        lines = ["who,what,bought,when", *(",".join(map(str, event)) for event in events)]
+        (tmp_path / "it.csv").write_text("\n".join(lines) + "\n")
+        prepare(read_own(tmp_path / "map.json"), tmp_path / name, split=(1, 1, 1))
+        return Dataset.load(tmp_path / name)
+
+    whole, requests = prepared("whole", known + new), Requests(prepared("known", known))
+    again = [(1, 4, 0, 11), (1, 7, 1, 11)]
+    history = [{"item_id": i, "rating": rating, "time": time} for _, i, rating, time in again + new]
+    row = {"user_id": 1, "item_id": 8, "history": history}
+    start, end = whole.offsets[1:3]
+    times = whole.behaviour_times[start:end]
+    for more, count in (
+        ({}, end - start),
+        ({"time": 11}, (times < 11).sum()),
+        ({"time": 12}, (times < 12).sum()),
+    ):
+        found = requests.read(row | more)
+        assert found.history is not None
+        assert found.position == count
+        for values, expected in zip(
+            found.history, (whole.behaviour_items, whole.behaviour_ratings), strict=True
+        ):
+            assert values.tolist() == expected[start:end][:count].tolist()
