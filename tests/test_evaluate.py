@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from workspace import GATED, Workspace
 
-from rellax._files import read_json, write_json
+from rellax._files import read_json, sha256_file, write_json
 from rellax.ctr import evaluate as evaluation
 from rellax.ctr.batches import Example
 from rellax.ctr.checkpoints import Checkpoints
@@ -25,7 +25,7 @@ from rellax.ctr.dataset import Dataset
 from rellax.ctr.evaluate import evaluate, evaluate_share, evaluate_zero_shot, predict_probabilities
 from rellax.ctr.predictor import Predictor
 from rellax.ctr.retrieval import embeddings_folder, read_positions
-from rellax.ctr.task import Task, load_inputs
+from rellax.ctr.task import Task, input_hashes, load_inputs
 from rellax.ctr.train import train
 from rellax.errors import InputError
 
@@ -49,6 +49,21 @@ def test_padding_never_changes_a_prediction(workspace: Workspace, gated: bool) -
     for batch_size in (4, len(examples)):
         batched = predict_probabilities(task.model, task.collator, examples, batch_size=batch_size)
         assert batched == pytest.approx(alone, abs=2e-6)
+
+
+def test_nothing_is_dropped_from_what_is_scored(workspace: Workspace) -> None:
+    """Whatever mode the model comes in, such as that of training, whose validations score as well."""
+    config = workspace.config(dropout=0.5)
+    inputs = load_inputs(config)
+    task = Task(config, inputs)
+    for name, parameter in task.model.named_parameters():
+        if name.endswith("lora_b"):
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(0))
+    examples = task.examples(inputs.dataset.indices("test"), "recent")
+    expected = predict_probabilities(task.model.eval(), task.collator, examples)
+    found = predict_probabilities(task.model.train(), task.collator, examples)
+    assert found.tolist() == expected.tolist()
+    assert not task.model.training
 
 
 def test_scoring_projects_each_item_once_and_keeps_nothing_for_gradients(workspace: Workspace) -> None:
@@ -152,6 +167,28 @@ def test_a_run_finds_what_it_reads_wherever_both_are(
     assert evaluate("c/work/run", progress=False) == expected
     assert Path("c/work/run/test/predictions.parquet").stat().st_mtime_ns == scored
     assert embeddings_folder(read_config("c/work/run").retrieved) == tmp_path / "c/work/embeddings"
+
+
+def test_every_file_that_decides_what_a_run_computes_is_noted(workspace: Workspace, tmp_path: Path) -> None:
+    adapter = tmp_path / "one" / "adapter" / "adapter.safetensors"
+    adapter.parent.mkdir(parents=True)
+    adapter.write_bytes(b"of stage 1")
+    names = ("items", "users", "behaviours", "samples")
+    data = [workspace.data / "dataset.json", *(workspace.data / f"{name}.parquet" for name in names)]
+    others = [
+        workspace.retrieved / "retrieved.parquet",
+        workspace.embeddings / "embeddings.safetensors",
+        workspace.crm / "model.safetensors",
+        workspace.crm / "outputs.safetensors",
+        adapter,
+    ]
+    config = workspace.config(stage="2", start=str(tmp_path / "one"), **GATED)
+    assert input_hashes(config) == {path.name: sha256_file(path) for path in [*data, *others]}
+    alone = workspace.config(prompts="recent", retrieved=None, crm=None)
+    assert input_hashes(alone) == {path.name: sha256_file(path) for path in data}
+    adapter.unlink()
+    with pytest.raises(InputError, match="expected this file, found none; `rellax train` makes it"):
+        input_hashes(config)
 
 
 def test_a_run_needs_the_weights_that_it_was_trained_on(workspace: Workspace, tmp_path: Path) -> None:
