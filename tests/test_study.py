@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
+import itertools
 import time
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from rellax.ctr.dataset import Dataset
 from rellax.ctr.lab import duration
 from rellax.ctr.metrics import paired_bootstrap
 from rellax.ctr.predictions import Predictions
+from rellax.ctr.retrieval import read_positions
 from rellax.ctr.study import Cell, cells, grid, report, reproduce, targets
 from rellax.ctr.study.results import Finished, Results, Scored
 from rellax.errors import InputError
@@ -131,15 +133,29 @@ def test_retrieval_by_the_classical_model_too(config: StudyConfig, tmp_path: Pat
     study.retrieve()
     assert read_json(tmp_path / "embeddings" / "config.json")["crm"] == str(tmp_path / "din-all-s0")
 
-    # How unlike each other the two most recent behaviours are, pair by pair.
+    # How unlike each other and the target the behaviours of each prompt are, one by one.
     dataset, rows = Dataset.load(config.data), subr.load_embeddings(tmp_path / "embeddings").numpy()
     samples = dataset.indices("test")
     of = dataset.samples
     test = Scored(samples, of.label[samples], of.user[samples], of.position[samples])
-    pairs = [dataset.behaviour_items[dataset.history(sample)][-2:] for sample in samples]
-    expected = np.mean([1 - rows[one] @ rows[other] for one, other in pairs])
-    found = report._unlikeness(tmp_path, both, dataset, test, [2])
-    assert found["recent", "each other"] == pytest.approx([expected], abs=1e-6)
+    nearest = read_positions(tmp_path / "retrieved", dataset, 3)
+    found = report._unlikeness(tmp_path, both, dataset, test, [2, 3])
+    assert len(found) == 4
+    for column, k in enumerate((2, 3)):
+        for title in ("recent", "retrieved"):
+            within, apart = [], []
+            for sample in samples:
+                end = int(of.position[sample])
+                shown = list(range(end - k, end))
+                if title == "retrieved":
+                    others = [row for row in nearest[sample, :k] if row < end - 1]
+                    shown = [end - 1, *others[: k - 1]]  # half of them, rounded down, are the most recent
+                items = dataset.behaviour_items[dataset.history(sample)][shown]
+                pairs = itertools.combinations(rows[items], 2)
+                within.append(np.mean([1 - one @ other for one, other in pairs]))
+                apart.append(np.mean([1 - one @ rows[of.item[sample]] for one in rows[items]]))
+            for other, values in (("each other", within), ("the target", apart)):
+                assert found[title, other][column] == pytest.approx(np.mean(values), abs=1e-6)
 
 
 @pytest.mark.parametrize(
