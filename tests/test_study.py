@@ -22,11 +22,12 @@ from rellax.ctr import lab
 from rellax.ctr.config import StudyConfig
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.lab import duration
+from rellax.ctr.methods import METHODS
 from rellax.ctr.metrics import paired_bootstrap
 from rellax.ctr.predictions import Predictions
 from rellax.ctr.retrieval import read_positions
 from rellax.ctr.study import Cell, cells, grid, report, reproduce, targets
-from rellax.ctr.study.results import Finished, Results, Scored
+from rellax.ctr.study.results import Finished, Results, Scored, signed
 from rellax.errors import InputError
 
 
@@ -358,6 +359,74 @@ def test_stacked_on_the_best_classical_model() -> None:
     assert "| DIN, all training samples | 3 |" in section
     (din,) = (line for line in section.splitlines() if line.startswith("| DIN"))
     assert "+0.000 [+0.000, +0.000]" in din  # the same predictions add nothing
+
+
+def cells_of(lines: list[str]) -> list[list[str]]:
+    return [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+
+
+def test_the_main_table_subtracts_the_best_classical_models() -> None:
+    test = scored()
+    runs = finished(test, "rella", 5, 256, 2.0) + finished(test, "DIN", None, None, 1.0)
+    runs += finished(test, "SIM", None, 256, 0.5)
+    results = results_of(runs, test)
+    rella, din, sim = (
+        results.all[key] for key in (("rella", 5, 256), ("DIN", None, None), ("SIM", None, 256))
+    )
+    head, _, *rows = cells_of(report._main_table(results, 5, 256).splitlines())
+    assert head[-2:] == ["AUC less SIM, same shots", "AUC less DIN, all samples"]
+    assert [row[0] for row in rows] == [rella.title, "SIM, same shots", "DIN, all training samples"]
+    for row, result in zip(rows, (rella, sim, din), strict=True):
+        assert row[1] == result.show("auc")
+        for cell, base in zip(row[-2:], (sim, din), strict=True):
+            expected = "-" if result is base else signed(results.compare(result, base))
+            assert cell == expected
+    assert rows[0][-1].startswith("+0.")  # more is better
+    assert rows[1][-1].startswith("-0.")
+    (line,) = (
+        row for row in cells_of(report._stacked(results, 5, 256).splitlines()) if row[0] == rella.title
+    )
+    assert line[-1].startswith("+0.")
+
+
+def test_tables_and_lines_stand_where_their_columns_say(tmp_path: Path) -> None:
+    test = scored()
+    runs = finished(test, "rella", 5, 512, 2.0) + finished(test, "rella", 5, 256, 1.0)
+    runs += finished(test, "DIN", None, None, 1.5, seeds=1) + finished(test, "DIN", None, 256, 0.5)
+    results = results_of(runs, test)
+    head, _, *rows = cells_of(report._by_shots(results, 5).splitlines())
+    assert head == ["method", "256", "512"]
+    auc = {key: result.show("auc") for key, result in results.all.items()}
+    assert rows == [
+        [METHODS["rella"].title, auc["rella", 5, 256], auc["rella", 5, 512]],
+        ["DIN", auc["DIN", None, 256], "-"],
+    ]
+    report._write_csv(tmp_path / "results.csv", runs)
+    with (tmp_path / "results.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    expected = [("rella", "5", "512"), ("rella", "5", "256"), ("DIN", "", "all"), ("DIN", "", "256")]
+    assert list(dict.fromkeys((line["method"], line["k"], line["shots"]) for line in lines)) == expected
+    assert [line["seed"] for line in lines] == ["0", "1", "0", "1", "0", "0", "1"]
+    for line, run in zip(lines, runs, strict=True):
+        assert float(line["log_loss"]) == pytest.approx(run.metrics["log_loss"], abs=1e-6)
+        assert float(line["validation_auc"]) == pytest.approx(run.validation, abs=1e-6)
+
+
+def test_histories_at_the_bounds_of_a_bin() -> None:
+    histories = np.array([5, 19, 20, 49, 50, 99, 100, 199, 200, 900])
+    labels = np.array([1, 0, 1, 0, 1, 0, 1, 1, 0, 1])
+    test = Scored(np.arange(10), labels, np.arange(10), histories)
+    (run,) = finished(test, "rella", 5, 256, 1.0, seeds=1)
+    run = dataclasses.replace(run, probabilities=np.where(labels == 1, 0.8, 0.3))
+    results = results_of([run], test)
+    found = results.by_history(results.all["rella", 5, 256])
+    assert found == [
+        (2, 1.0),
+        (2, 1.0),
+        (2, 1.0),
+        (2, None),
+        (2, 1.0),
+    ]  # two samples of one class have no AUC
 
 
 def test_k_is_chosen_on_validation_samples() -> None:
