@@ -194,6 +194,21 @@ def test_joint_trains_everything(workspace: Workspace, tmp_path: Path) -> None:
     assert torch.equal(final[table], load_inputs(config).item_embeddings)
 
 
+def test_the_model_is_patched_as_configured(workspace: Workspace) -> None:
+    lora: dict[str, Any] = {"r": 3, "alpha": 5.0, "dropout": 0.25, "target_modules": ("o_proj", "up_proj")}
+    parts = {"interaction": "diagonal", "gate_init": "kaiming", "loss": "vocab"}
+    config = workspace.config(stage="joint", soft_prompt=True, **lora, **parts)
+    inputs = load_inputs(config)
+    task = Task(config, inputs)
+    found = task.model.rellax.config
+    assert {name: getattr(found, name) for name in lora | parts} == lora | parts
+    assert found.answer_ids == task.collator.answer_ids
+    assert inputs.instance_embeddings is not None
+    assert found.cond_dim == inputs.instance_embeddings.shape[1]
+    assert {projection.dropout for projection in task.model.rellax.projections.values()} == {0.25}
+    assert torch.equal(task.model.rellax.soft_prompt.item_embeddings, inputs.item_embeddings)
+
+
 @pytest.mark.parametrize("gate_init", ["identity", "kaiming"])
 def test_gates_begin_as_configured(workspace: Workspace, tmp_path: Path, gate_init: str) -> None:
     """And the command line configures it."""
