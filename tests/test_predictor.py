@@ -34,6 +34,14 @@ from rellax.ctr.prepare import prepare
 from rellax.ctr.requests import Requests
 from rellax.ctr.retrieval import retrieve
 from rellax.ctr.sources import read_ml_100k, read_own
+from rellax.ctr.dataset import Dataset
+from rellax.ctr.evaluate import calibrate
+from rellax.ctr.predictions import Predictions
+from rellax.ctr.predictor import Predictor
+from rellax.ctr.prepare import prepare
+from rellax.ctr.requests import Requests
+from rellax.ctr.sources import read_own
+from rellax.ctr.task import Examples
 from rellax.ctr.train import train
 from rellax.errors import InputError
 from rellax.subr import save_embeddings
@@ -323,6 +331,42 @@ def test_the_worker_ends_with_its_predictor(run: Path) -> None:
     gc.collect()
     thread.join(300)
     assert workers() == before
+
+
+def test_a_run_stacked_on_another_classical_model_than_its_gates_read(
+    run: Path, workspace: Workspace, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row has that model's answer, also after one whose prompt cannot be made."""
+    stacked, crm = shutil.copytree(run, tmp_path / "run"), tmp_path / "crm"
+    train_crm(dataset, crm, CRMConfig("DeepFM", embedding_dim=4, hidden=(6,), epochs=1))
+    calibrate(stacked, crm=crm)
+    few, samples = dataset.indices("test")[:3], dataset.samples
+    users, items = dataset.users["user_id"].to_pylist(), dataset.items["item_id"].to_pylist()
+    rows = [
+        {
+            "user_id": users[samples.user[sample]],
+            "item_id": items[samples.item[sample]],
+            "time": int(dataset.behaviour_times[dataset.history(sample).stop]),
+        }
+        for sample in few
+    ]
+    alone = Predictor(stacked, calibrated=False).predict(rows)
+    predictor = Predictor(stacked)
+    said, gates = (Predictions.read(folder).at(few).probabilities for folder in (crm, workspace.crm))
+    expected = predictor.calibration.apply(alone, said)
+    assert predictor.predict(rows) == pytest.approx(expected, abs=ROUNDING)
+    assert abs(predictor.calibration.apply(alone, gates) - expected).max() > 100 * ROUNDING
+    made = Examples.__getitem__
+
+    def make(examples: Examples, row: Any) -> Any:
+        if row == 0:
+            raise InputError("max_tokens: too few")
+        return made(examples, row)
+
+    monkeypatch.setattr(Examples, "__getitem__", make)
+    first, *others = predictor.predict_each(rows)
+    assert isinstance(first, InputError)
+    assert others == pytest.approx(expected[1:], abs=ROUNDING)
 
 
 @pytest.mark.parametrize("part", ["crm", "embeddings"])
