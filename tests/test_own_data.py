@@ -482,6 +482,19 @@ BAD_MAPS: dict[str, tuple[dict[str, Any], str]] = {
         RATED | {"rating_scale": [1, 5], "positive_above": 5},
         r"positive_above: expected at least 1 and less than 5, found 5",
     ),
+    "low threshold": (
+        RATED | {"rating_scale": [1, 5], "positive_above": 0.5},
+        r"positive_above: expected at least 1 and less than 5, found 0.5",
+    ),
+    "true": ({"positive_above": True}, r"columns.json: positive_above: expected a number, found True"),
+    "one column twice": (
+        {"interactions": MAP["interactions"] | {"time": "bought"}},
+        r"interactions: expected a column of its own for each entry, found \['who', 'what', 'bought', ",
+    ),
+    "delimiter": (
+        {"items": MAP["items"] | {"delimiter": '"'}},
+        r"items: delimiter: expected one ASCII character, found '\"'",
+    ),
     "answers": ({"answers": ["no"]}, r"answers: expected what labels 0 and 1 are called, found \['no'\]"),
     "unknown": ({"unknown_ids": "keep"}, r"unknown_ids: expected 'error' or 'drop', found 'keep'"),
     "column": (
@@ -500,6 +513,23 @@ def test_bad_maps(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
 
 def changed(column: int, value: Any) -> list[tuple[Any, ...]]:
     return [*EVENTS[:4], (*EVENTS[4][:column], value, *EVENTS[4][column + 1 :]), *EVENTS[5:]]
+
+
+def test_all_ratings_but_the_lowest_may_be_a_yes(tmp_path: Path) -> None:
+    source = read_own(write(tmp_path, MAP | RATED | {"rating_scale": [0, 1], "positive_above": 0}))
+    assert (source.rating_scale, source.positive_above) == ((0.0, 1.0), 0.0)
+
+
+def test_a_feature_without_a_value_is_unknown(tmp_path: Path) -> None:
+    people = {"user": "who", "profile": ["colour", "name"], "features": ["colour"]}
+    source = read_own(write(tmp_path, MAP | {"users": people}, changed(5, "")))
+    assert source.users["profile"].to_pylist() == ["red, Item 0"] * 3
+    assert source.items["colour"].to_pylist() == ["red"] * 4 + ["unknown"] + ["red"] * 5
+    assert source.item_features == source.user_features == ("colour",)
+    blank = [(*row[:5], "") for row in EVENTS]
+    source = read_own(write(tmp_path, MAP | {"users": people}, blank))
+    assert source.users["colour"].to_pylist() == ["unknown"] * 3
+    assert source.users["profile"].to_pylist() == ["Item 0"] * 3
 
 
 @pytest.mark.parametrize(
