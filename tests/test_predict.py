@@ -362,6 +362,21 @@ def test_times_with_a_fraction(run: Path, tmp_path: Path, suffix: str) -> None:
     assert one.to_pylist() == two.to_pylist()
 
 
+def test_the_time_of_own_data_has_a_name_of_its_own(workspace: Workspace, run: Path, tmp_path: Path) -> None:
+    interactions = {"file": "x.csv", "user": "who", "item": "what", "rating": "stars", "time": "when"}
+    column_map = {"name": "a", "item_noun": "b", "interactions": interactions, "items": {}}
+    (tmp_path / "map.json").write_text(json.dumps(column_map))
+    dataset = Dataset.load(workspace.data)
+    table = raw_rows(dataset, dataset.indices("train")[:5])  # much comes after these
+    own = table.rename_columns(["what", "who", "when"])
+    found = []
+    for rows, columns in ((table, None), (own, tmp_path / "map.json"), (table.drop_columns("time"), None)):
+        write(rows, tmp_path / "new.csv")
+        predict(run, tmp_path / "new.csv", tmp_path / "out.parquet", columns=columns, progress=False)
+        found.append(pq.read_table(tmp_path / "out.parquet")["probability"].to_pylist())
+    assert found[1] == found[0] != found[2]
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
 def test_own_columns_that_are_called_user_and_history(run: Path, tmp_path: Path, suffix: str) -> None:
     interactions = {"file": "x.csv", "user": "user", "item": "history", "rating": "stars"}
