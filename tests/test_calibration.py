@@ -21,7 +21,14 @@ from workspace import Workspace
 
 from rellax.ctr import cli, metrics
 from rellax.ctr import evaluate as evaluate_module
-from rellax.ctr.calibration import LIMITS, Calibration, fit_stacking, fit_temperature, write_calibration
+from rellax.ctr.calibration import (
+    LIMITS,
+    Calibration,
+    calibrated_metrics,
+    fit_stacking,
+    fit_temperature,
+    write_calibration,
+)
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.evaluate import calibrate, evaluate
 from rellax.ctr.predictions import Predictions
@@ -240,6 +247,19 @@ def test_a_run_stacked_on_a_classical_model(
         calibrate(run, crm=tmp_path / "other")
 
 
+def test_what_a_calibration_changes_has_intervals_of_whole_users_and_its_seed() -> None:
+    labels, probabilities = sample(1.0, 200)
+    users = np.arange(200) // 8
+    for calibration, names in (
+        (Calibration(0.5), ("log_loss", "log_loss_interval", "ece")),
+        (Calibration(0.5, 0.2, 0.1, "crm"), ("auc", "auc_interval", "log_loss", "log_loss_interval", "ece")),
+    ):
+        found = calibrated_metrics(labels, probabilities, users, calibration, seed=3)
+        expected = metrics.evaluate(labels, probabilities, users, seed=3)
+        assert found == calibration.to_json() | {name: expected[name] for name in names}
+    assert expected["auc_interval"] != metrics.evaluate(labels, probabilities, users)["auc_interval"]
+
+
 def test_it_says_what_speaks_against_it(
     workspace: Workspace, run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -262,6 +282,8 @@ def test_it_says_what_speaks_against_it(
     assert said(labels[few], probabilities[few]) == [
         "calibrate: expected at least 20 validation samples of each label, got 19 of one"
     ]
+    enough = np.append(few, np.flatnonzero(labels == 0)[19])
+    assert said(labels[enough], probabilities[enough]) == []
     one, other = np.random.default_rng(3).normal(size=(2, len(labels)))
     for weights, who in (((-0.4, 0.9), "the run"), ((0.4, -0.9), "the CRM")):
         labels = (np.random.default_rng(4).random(len(one)) < expit(weights @ np.stack([one, other]))).astype(
