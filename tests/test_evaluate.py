@@ -18,6 +18,7 @@ from workspace import GATED, Workspace
 
 from rellax._files import read_json, sha256_file, write_json
 from rellax.ctr import evaluate as evaluation
+from rellax.ctr import metrics
 from rellax.ctr.batches import Example
 from rellax.ctr.checkpoints import Checkpoints
 from rellax.ctr.config import read_config
@@ -92,10 +93,14 @@ def test_scoring_projects_each_item_once_and_keeps_nothing_for_gradients(workspa
 
 def test_zero_shot_is_the_model_as_it_is(workspace: Workspace, tmp_path: Path) -> None:
     config = workspace.config(prompts="recent", k=2)
-    evaluate_zero_shot(config, tmp_path / "zero", samples=7, seed=5, progress=False)
+    result = evaluate_zero_shot(config, tmp_path / "zero", samples=7, seed=5, progress=False)
     table = pq.read_table(tmp_path / "zero" / "predictions.parquet")
     inputs = load_inputs(config)
-    assert table["sample"].to_pylist() == inputs.dataset.choose("test", 7, 5).tolist()
+    chosen = inputs.dataset.choose("test", 7, 5)
+    assert table["sample"].to_pylist() == chosen.tolist()
+    found = (table[name].to_numpy() for name in ("label", "probability"))
+    expected = metrics.evaluate(*found, inputs.dataset.samples.user[chosen], seed=5)
+    assert result == {"split": "test"} | expected
 
     task = Task(config, inputs)
     original = AutoModelForCausalLM.from_pretrained(workspace.model, dtype=torch.float32)
