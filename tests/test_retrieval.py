@@ -335,6 +335,16 @@ def test_a_result_of_other_samples_is_named(work: Path) -> None:
         read_positions(work / "retrieved", Dataset.load(work / "data"), 9)
 
 
+def test_a_result_that_lacks_samples_is_named(work: Path) -> None:
+    """A file that was cut between two row groups, say."""
+    table = run(work)
+    data = Dataset.load(work / "data")
+    for lacking in (table.slice(1), table.slice(0, len(table) - 1)):
+        pq.write_table(lacking, work / "retrieved" / "retrieved.parquet")
+        with pytest.raises(InputError, match=rf"expected the {len(table)} samples of .* found others"):
+            read_positions(work / "retrieved", data, K)
+
+
 @pytest.mark.parametrize(("longest", "dtype"), [(300, np.int16), (40_000, np.int32)])
 def test_positions_take_as_many_bytes_as_the_longest_history_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longest: int, dtype: type[np.signedinteger[Any]]
