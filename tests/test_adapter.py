@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from rellax._files import sha256_file
 from rellax.errors import InputError
 from rellax.patch import SoftPromptConfig, export_peft, load_adapter, patch_model, save_adapter, unpatch_model
+from rellax.patch.adapter import is_of_other_weights
 
 
 @pytest.fixture
@@ -292,6 +293,7 @@ def _tensors(edit: Any) -> Any:
         (lambda folder: (folder / "adapter.json").unlink(), "expected a JSON file, found none"),
         (lambda folder: (folder / "adapter.json").write_text("[]"), "expected the fields"),
         (_edit(format=99), "expected format 1, got 99"),
+        (_edit(base_model=[]), r"adapter.json: expected the fields \['base_model', 'config', "),
         (_edit(base_weights={"layers": 3}), "base_weights: expected strings by name, got {'layers': 3}"),
         (_edit(config={"rank": 3}), r"expected fields out of .* got \['rank'\]"),
         (_tensors(lambda t: t.pop("rellax.gate_bank.w2")), "expected rellax.gate_bank.w2, it lacks"),
@@ -425,6 +427,72 @@ def test_a_wider_vocabulary_is_another_model(saved: tuple[Any, Path]) -> None:
     model = tiny.base_model()
     model.resize_token_embeddings(64)
     _refused(model, saved[1], "'vocab_size': 64.* got one of .*'vocab_size': 61")
+
+
+def _edit_config(**changes: Any) -> Any:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "adapter.json").read_text())["config"]
+        _edit(config=config | changes)(folder)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 2}, r"expected lora_a of rank r = 2, got \[3\]"),
+        ({"target_modules": ["q_proj"]}, r"expected layers named \['q_proj'\], got \["),
+        ({"cond_dim": 9}, "expected gates for cond_dim = 9, got shape"),
+    ],
+    ids=["rank", "targets", "cond_dim"],
+)
+def test_a_configuration_of_other_tensors(
+    saved: tuple[Any, Path], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """Which PEFT would take for those beside it."""
+    _edit_config(**changes)(saved[1])
+    _refused(tiny.base_model(), saved[1], message)
+    with pytest.raises(InputError, match=message):
+        export_peft(saved[1], tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+
+
+def test_a_configuration_of_gates_that_are_not_there(tmp_path: Path) -> None:
+    save_adapter(tiny.patched(tiny.base_model(), interaction="none"), tmp_path / "adapter")
+    _edit_config(interaction="full")(tmp_path / "adapter")
+    _refused(tiny.base_model(), tmp_path / "adapter", "expected gates for interaction 'full', it lacks them")
+
+
+def test_an_adapter_with_all_parts_may_be_loaded_as_a_part(saved: tuple[Any, Path]) -> None:
+    model, folder = saved
+    other = tiny.patched(tiny.base_model(), loss="vocab", interaction="diagonal")
+    tiny.randomise(other, seed=9)
+    assert not torch.equal(loss(other), loss(model))
+    assert torch.equal(loss(load_adapter(other, folder, partial=True)), loss(model))
+
+
+def test_an_adapter_beside_that_of_a_whole_model(saved: tuple[Any, Path]) -> None:
+    """A folder's own comes before one that lies in it."""
+    model, folder = saved
+    save_adapter(tiny.patched(tiny.base_model(), loss="vocab"), folder / "rellax")
+    assert torch.equal(loss(load_adapter(tiny.base_model(), folder)), loss(model))
+
+
+def test_weights_of_another_kind_of_model_are_not_called_other_ones(saved: tuple[Any, Path]) -> None:
+    """What does not fit is named by `load_adapter`."""
+    for model, is_other in (
+        (tiny.base_model(), False),
+        (tiny.base_model(seed=1), True),
+        (tiny.base_model("qwen2"), False),
+    ):
+        assert is_of_other_weights(model, saved[1]) == is_other
+
+
+def test_fewer_decoder_layers_are_another_model(saved: tuple[Any, Path]) -> None:
+    model = tiny.base_model()
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+    _refused(model, saved[1], "'layers': 1.* got one of .*'layers': 2")
 
 
 def test_saving_an_unpatched_model(tmp_path: Path) -> None:
