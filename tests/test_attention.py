@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from itertools import accumulate
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny_models as tiny
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import flex_attention
 from torch.testing import assert_close
@@ -93,6 +95,44 @@ def test_backward_pass_in_bfloat16_is_at_most_twice_as_far_off_as_that_of_sdpa()
 
 
 @pytest.mark.parametrize("shares_keys", [True, False])
+def test_a_scale_of_the_model_s_own_in_bfloat16() -> None:
+    """As Gemma 2 and 3 have, for which their heads' size is not what the scores are divided by."""
+    exact = [x.detach().bfloat16().double().requires_grad_() for x in heads(4, 2, 2)]
+    inputs = [x.detach().bfloat16().requires_grad_() for x in exact]
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    out, _ = attention.segment_sdpa(nn.Module(), *inputs, None, scaling=1.3, cu_seq_lens_q=ends)
+    expected = block_mask_attention(*exact, 1.3, 1000)
+    assert_close(out.double(), expected, rtol=0, atol=0.03)
+    upstream = torch.randn_like(out)
+    found, known = (
+        torch.autograd.grad(out, inputs, upstream),
+        torch.autograd.grad(expected, exact, upstream.double()),
+    )
+    for x, y in zip(found, known, strict=True):
+        assert (x.double() - y).norm() < 0.02 * y.norm()
+
+
+@pytest.mark.parametrize("kind", ["float64", "bfloat16", "gpu"])
+def test_weights_are_dropped_in_each_segment(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where what would be faster could not."""
+    if kind == "gpu":
+        monkeypatch.setattr(attention, "_varlen_attn", None)
+        monkeypatch.setattr(attention, "_takes_flash", lambda x: True)
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float64
+    inputs = [x.detach().to(dtype).requires_grad_() for x in heads(4, 2, 2)]
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    torch.manual_seed(3)
+    out, _ = attention.segment_sdpa(
+        nn.Module(), *inputs, None, dropout=0.5, cu_seq_lens_q=ends, max_length_q=max(LENGTHS)
+    )
+    torch.manual_seed(3)
+    options: dict[str, Any] = {"dropout_p": 0.5, "is_causal": True, "enable_gqa": True}
+    segments = zip(*(x.split(LENGTHS, dim=2) for x in inputs), strict=True)
+    expected = [F.scaled_dot_product_attention(*segment, **options).transpose(1, 2) for segment in segments]
+    assert torch.equal(out, torch.cat(expected, 1))
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(out.sum(), inputs))
+
+
 @pytest.mark.parametrize("window", [None, 4])
 def test_flash_attention_is_called_for_all_segments_at_once(
     window: int | None, shares_keys: bool, monkeypatch: pytest.MonkeyPatch
@@ -125,6 +165,20 @@ def test_flash_attention_is_called_for_all_segments_at_once(
 def test_flash_attention_is_for_half_precision_on_a_gpu() -> None:
     assert not attention._takes_flash(torch.zeros(1, dtype=torch.bfloat16, device="meta"))
     assert not attention._takes_flash(torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("implementation", "device", "pays"),
+    [
+        (attention.NAME, "cpu", True),
+        (attention.NAME, "meta", False),  # neither a CPU, nor one with flash attention
+        ("sdpa", "cpu", False),
+        ("flash_attention_2", "meta", True),
+    ],
+)
+def test_where_packing_pays(implementation: str, device: str, pays: bool) -> None:
+    config = SimpleNamespace(_attn_implementation=implementation)
+    assert attention.packing_pays(config, torch.zeros(1, device=device)) == pays
 
 
 def patched(implementation: str, family: str = "llama", **options: Any) -> Any:
