@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,10 @@ TABLE = r"item_embeddings: expected a floating tensor of shape \(N, E\), got"
         (
             lambda: SoftPrompt(torch.ones(3, 4), 4, ()),
             r"placeholder_ids: expected distinct token ids, got \(\)",
+        ),
+        (
+            lambda: SoftPrompt(torch.ones(3, 4), 4, (5, 5)),
+            r"placeholder_ids: expected distinct token ids, got \(5, 5\)",
         ),
         (lambda: AnswerHead((4, 4)), r"answer_ids: expected two different token ids .*, got \(4, 4\)"),
         (lambda: AnswerHead(4), "answer_ids: expected two different token ids .*, got 4"),
@@ -475,6 +480,38 @@ def test_answer_head_takes_one_base_logit_an_instance(shape: tuple[int, ...]) ->
     hidden, labels = torch.randn(2, 4, 8), torch.full((2, 4), 11)
     with pytest.raises(InputError, match=r"^base_logit: expected \(B,\) = \(2\), floating"):
         AnswerHead((4, 11))(hidden, labels, torch.randn(20, 8), base_logit=torch.zeros(shape))
+
+
+def test_answers_that_begin_from_a_base_are_computed_in_fp32() -> None:
+    torch.manual_seed(0)
+    hidden, weight, bias = (torch.randn(*shape).bfloat16() for shape in ((2, 4, 64), (20, 64), (20,)))
+    labels = torch.full((2, 4), -100)
+    labels[0, 2], labels[1, 3] = 11, 4
+    base = torch.tensor([0.5, -2.0])
+    loss, logits = AnswerHead((4, 11), softcap=9.0)(hidden, labels, weight, bias, base_logit=base)
+    rows = hidden.double()[[0, 1], [1, 2]]
+    exact = 9 * torch.tanh((rows @ weight.double()[[4, 11]].t() + bias.double()[[4, 11]]) / 9)
+    exact[:, 1] += base.double()
+    assert loss.dtype == logits.dtype == torch.float32
+    assert_close(logits.double(), exact, rtol=1e-5, atol=1e-5)
+    assert_close(loss.double(), F.cross_entropy(exact, torch.tensor([1, 0])), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("base_logit", [None, torch.zeros(2)], ids=["plain", "base_logit"])
+def test_an_answer_that_cannot_be_one(base_logit: Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where values cannot be read, as on a GPU, it makes the loss NaN."""
+    hidden, weight, labels = torch.randn(2, 4, 8), torch.randn(20, 8), torch.full((2, 4), -100)
+    labels[0, 2], labels[1, 3] = 7, 11
+    with pytest.raises(InputError, match=r"choice_ids: expected two different tokens .* in \[0, 20\)"):
+        AnswerHead((4, 20))(hidden, labels, weight, base_logit=base_logit)
+    head = AnswerHead((4, 11))
+    with pytest.raises(InputError, match=r"labels: expected choice_ids \(4, 11\) or -100, got 7"):
+        head(hidden, labels, weight, base_logit=base_logit)
+    if base_logit is not None:
+        monkeypatch.setattr(sys.modules[AnswerHead.__module__], "can_read", lambda _: False)
+        loss, logits = head(hidden, labels, weight, base_logit=base_logit)
+        assert loss.isnan()
+        assert logits.isfinite().all()
 
 
 def test_answer_head_without_any_label() -> None:
