@@ -7,6 +7,7 @@ import inspect
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +35,7 @@ from rellax.subr import (
     PCA,
     Retrieved,
     check_embeddings,
+    check_lengths,
     embed_items,
     history_keys,
     load_embeddings,
@@ -44,6 +46,7 @@ from rellax.subr import (
     retrieved_schema,
     retrieved_table,
     save_embeddings,
+    token_lengths,
     user_keys,
     write_retrieved,
 )
@@ -91,6 +94,31 @@ def test_an_embedding_is_the_mean_over_the_own_tokens_alone(
         with torch.no_grad():
             hidden = model(own, output_hidden_states=True).hidden_states[-1]
         torch.testing.assert_close(embedding, hidden[0].mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_mean_over_many_tokens_of_bfloat16_is_one_of_fp32(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    half = copy.deepcopy(model).bfloat16()
+    (embedding,) = embed_items([" ".join(WORDS * 2)], half, tokenizer, progress=False)
+    ids = tokenizer(" ".join(WORDS * 2), add_special_tokens=False, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        hidden = half(ids, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(embedding, hidden[0].float().mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_lengths_are_counted_some_texts_at_a_time(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspect.getmodule(token_lengths), "_TEXTS", 5)
+    assert token_lengths(TEXTS, tokenizer).tolist() == [len(text.split()) for text in TEXTS]
+
+
+def test_a_text_of_as_many_tokens_as_the_model_has_positions_for() -> None:
+    check_lengths(np.array([1, 32]), SimpleNamespace(max_position_embeddings=32))
+    check_lengths(np.array([1, 33]), SimpleNamespace())
+    with pytest.raises(InputError, match=r"at most 32 tokens each, got 33 for item 'b'"):
+        check_lengths(np.array([32, 33]), SimpleNamespace(max_position_embeddings=32), ["a", "b"])
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 13, 60, 10_000])
