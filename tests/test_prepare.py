@@ -322,6 +322,16 @@ def as_fractions(name: str, column: str) -> Callable[[Path], None]:
     return edit
 
 
+def without_a_value(name: str, column: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / f"{name}.parquet"
+        table = pq.read_table(path)
+        values = pa.array([*table[column].to_pylist()[:-1], None], table[column].type)
+        pq.write_table(table.set_column(table.column_names.index(column), column, values), path)
+
+    return edit
+
+
 BAD_FOLDERS = {
     "no dataset.json": (
         lambda f: (f / "dataset.json").unlink(),
@@ -351,6 +361,14 @@ BAD_FOLDERS = {
         as_fractions("samples", "position"),
         r"samples.parquet: expected Parquet, but it is damaged \(position is float64",
     ),
+    "an item is missing": (
+        without_a_value("behaviours", "item"),
+        "behaviours.parquet: expected a value of 'item' in every row, found none",
+    ),
+    "a label is missing": (
+        without_a_value("samples", "label"),
+        "samples.parquet: expected a value of 'label' in every row, found none",
+    ),
     "users mixed": (change("behaviours", user=[1]), "expected rows grouped by rising user"),
     "position beyond": (change("samples", position=[14]), r"sample 0 \(.*position 14\) is not in behaviours"),
     "another item": (change("samples", item=[0, 0, 0]), r"sample \d \(.*\) is not in behaviours.parquet"),
@@ -362,6 +380,46 @@ def test_bad_data_folder(dataset: Dataset, edit: Callable[[Path], None], words: 
     edit(dataset.folder)
     with pytest.raises(InputError, match=words):
         Dataset.load(dataset.folder)
+
+
+def test_a_sample_out_of_its_place_is_found_in_any_block_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one before or after its user's history, where another user did the same."""
+    monkeypatch.setattr(stream, "_ROWS", 4)
+    items, offsets, user = np.arange(30), np.array([0, 10, 20, 30]), np.repeat([0, 1, 2], 10)
+
+    def check(item: np.ndarray, position: np.ndarray) -> None:
+        stream.check_places(Path("x"), items, offsets, user, item, position, later=False)
+
+    position = np.arange(30) % 10
+    check(items, position)
+    for sample in range(30):
+        here = np.arange(30) == sample
+        changes = [(np.where(here, 29 - items, items), position)]
+        if user[sample] > 0:
+            changes.append((np.where(here, offsets[user] - 1, items), np.where(here, -1, position)))
+        if user[sample] < 2:
+            changes.append((np.where(here, offsets[user + 1], items), np.where(here, 10, position)))
+        for item, places in changes:
+            with pytest.raises(
+                InputError, match=rf"sample {sample} \(user {user[sample]}, item {item[sample]}, "
+            ):
+                check(item, places)
+
+
+def test_an_id_out_of_range_is_found_in_any_block_of_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "_ROWS", 4)
+    for row in range(10):
+        ids = np.where(np.arange(10) == row, 10, np.arange(10)).astype(np.int32)
+        with pytest.raises(InputError, match=f"row {7 + row}: expected item in 0 to 9, found 10"):
+            stream.check_ids(Path("x"), "item", ids, 10, 7)
+        pq.write_table(pa.table({"item": ids}), tmp_path / "samples.parquet")
+        with pytest.raises(InputError, match=f"row {row}: expected item in 0 to 9, found 10"):
+            list(stream.stream_ids(tmp_path, "samples", ("item",), {"item": 10}))
+        blocks = list(stream.stream_ids(tmp_path, "samples", ("item",), {"item": 11}))
+        assert [start for start, _ in blocks] == [0, 4, 8]
+        assert np.concatenate([column for _, (column,) in blocks]).tolist() == ids.tolist()
 
 
 def test_users_that_fall_from_one_block_of_rows_to_the_next(
