@@ -337,6 +337,14 @@ def test_embeddings_come_back_for_the_same_items_only(tmp_path: Path) -> None:
     assert not (tmp_path / "bad").exists()
 
 
+def test_embeddings_of_a_half_precision_model_are_kept_in_fp32(tmp_path: Path) -> None:
+    table = torch.randn(3, 4).bfloat16()
+    save_embeddings(tmp_path, table, ["a", "b", "c"], "model")
+    found = load_embeddings(tmp_path)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, table.float())
+
+
 def test_a_file_that_kept_no_ids_is_read_all_the_same(tmp_path: Path) -> None:
     embeddings, ids = torch.randn(2, 4), ["1", "2"]
     save_embeddings(tmp_path, embeddings, ids, "tiny")
@@ -438,6 +446,11 @@ def test_a_history_key_stands_for_all_that_a_row_depends_on() -> None:
         ]
     swapped = history_keys(keys, items[[1, 0, 2, 3, 4, 5, 6]], offsets, user, position, target)
     assert (swapped == whole).tolist() == [False, False, True, True, False]
+
+    # Items whose numbers and places have the same sums.
+    pairs, users = np.array([3, 1, 2, 2]), np.array([0, 1])
+    one, other = history_keys(keys[[0, 0]], pairs, np.array([0, 2, 4]), users, np.array([2, 2]), users * 0)
+    assert one != other
 
     # Other users in front, and what comes later, change nothing.
     more_items, more_offsets = np.concatenate([[5, 6], items, [1]]), np.array([0, 2, 5, 10])
