@@ -340,6 +340,8 @@ def test_all_prompts_are_checked_before_any_is_made(
     first = samples[np.argmax(lengths)]
     with pytest.raises(InputError, match=f"sample {first} needs {longest} tokens .* got {longest - 1}"):
         short.check(samples)
+    with pytest.raises(InputError, match=f"sample {first} needs"):
+        short.check(np.array([first]))
 
 
 def test_a_tokenizer_that_joins_a_full_stop_and_the_newline(dataset: Dataset) -> None:
