@@ -29,6 +29,7 @@ from rellax.ctr.retrieval import embeddings_folder, read_positions
 from rellax.ctr.task import Task, input_hashes, load_inputs
 from rellax.ctr.train import train
 from rellax.errors import InputError
+from rellax.patch import save_adapter
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["lora", "gates-and-soft-prompts"])
@@ -322,6 +323,30 @@ def test_a_stopped_evaluation_goes_on_and_a_finished_one_grows(
     scored.clear()
     assert table("other", 10) == table("other-at-once", 10)
     assert scored == [4, 4, 2] * 2
+
+
+def test_a_result_grows_from_one_of_the_same_split_adapter_and_files_alone(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    data = shutil.copytree(workspace.data, tmp_path / "data")
+    config = workspace.config(data=str(data), prompts="recent", retrieved=None, crm=None, epochs=1)
+    run, found = tmp_path / "run", tmp_path / "found"
+    train(config, run, progress=False)
+    evaluate(run, samples=3, folder=found, progress=False)
+    with pytest.raises(InputError, match="holds a run with split = test, expected valid"):
+        evaluate(run, split="valid", samples=5, folder=found, progress=False)
+    task = Task(config, load_inputs(config), run / "adapter")
+    with torch.no_grad():
+        for projection in task.model.rellax.projections.values():
+            projection.lora_b.mul_(2)
+    save_adapter(task.model, run / "adapter")
+    with pytest.raises(InputError, match="holds a run with adapter = "):
+        evaluate(run, samples=5, folder=found, progress=False)
+
+    evaluate_zero_shot(config, tmp_path / "zero", samples=3, progress=False)
+    write_json(data / "dataset.json", read_json(data / "dataset.json") | {"question": "Would they?"})
+    with pytest.raises(InputError, match=r"holds a run with inputs\.dataset\.json = "):
+        evaluate_zero_shot(config, tmp_path / "zero", samples=5, progress=False)
 
 
 def test_so_many_prompts_are_scored_at_once(
