@@ -393,7 +393,8 @@ def test_tables_and_lines_stand_where_their_columns_say(tmp_path: Path) -> None:
     test = scored()
     runs = finished(test, "rella", 5, 512, 2.0) + finished(test, "rella", 5, 256, 1.0)
     runs += finished(test, "DIN", None, None, 1.5, seeds=1) + finished(test, "DIN", None, 256, 0.5)
-    results = results_of(runs, test)
+    untrained = finished(test, "zero-shot-recent", 5, 0, 0.3, seeds=1)  # the same for any number of shots
+    results = results_of([*runs, *untrained], test)
     head, _, *rows = cells_of(report._by_shots(results, 5).splitlines())
     assert head == ["method", "256", "512"]
     auc = {key: result.show("auc") for key, result in results.all.items()}
