@@ -825,6 +825,17 @@ def test_all_layers_and_both_passes_share_one_table_of_tiles(
     assert len(made) == 1
 
 
+def test_a_layer_in_another_mode_is_not_computed_with_the_others() -> None:
+    model = tiny.patched(tiny.base_model(), dropout=0.5)
+    layer, seen = model.model.layers[0].self_attn.v_proj.eval(), []
+    layer.register_forward_hook(lambda _, arguments, y: seen.append((arguments[0], y)))
+    arguments = tiny.batch(tiny.instances(placeholders=False))
+    del arguments["instance_embed"]
+    model(**arguments)
+    ((x, y),) = seen
+    close(y, x @ (layer.weight + layer.scale * layer.lora_b @ layer.lora_a).t())
+
+
 def test_a_shared_output_is_for_the_tensor_it_was_computed_from() -> None:
     model, _ = pair(target_modules=ATTENTION_INPUTS)
     q, k, v = (model.rellax.projections[f"model.layers.0.self_attn.{name}"] for name in ATTENTION_INPUTS)
@@ -1020,6 +1031,11 @@ def _wrong(**changes: Any) -> Any:
         ("right", _wrong(labels=lambda a: a["labels"].where(a["labels"] < 0, 9)), "labels"),
         ("right", _wrong(cu_seqlens=torch.tensor([0, 10])), "cu_seqlens: expected .* int32"),
         ("packed", _wrong(cu_seqlens=lambda a: a["cu_seqlens"] - 1), "offsets rising from 0 to T = 22"),
+        (
+            "packed",
+            _wrong(cu_seqlens=lambda a: torch.cat([a["cu_seqlens"][:1], a["cu_seqlens"]])),  # an empty one
+            "offsets rising from 0 to T = 22, got .0, 0, ",
+        ),
         (
             "packed",
             _wrong(attention_mask=lambda a: a["input_ids"]),
