@@ -197,6 +197,12 @@ def test_a_whole_model_is_saved_and_loaded(tmp_path: Path) -> None:
     ]
 
 
+def test_one_process_alone_writes_the_adapter_of_a_whole_model(tmp_path: Path) -> None:
+    model = tiny.patched(tiny.base_model())
+    model.save_pretrained(tmp_path / "model", is_main_process=False)
+    assert not (tmp_path / "model" / "rellax").exists()
+
+
 def test_a_whole_model_is_saved_from_a_state_dict(tmp_path: Path) -> None:
     """As `Trainer` does where each process holds a part of the tensors."""
     model = tiny.patched(tiny.base_model(dtype=torch.float32))
