@@ -825,6 +825,16 @@ def test_all_layers_and_both_passes_share_one_table_of_tiles(
     assert len(made) == 1
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_labels_play_no_part_in_a_prediction(layout: str) -> None:
+    """It is at the last token, whatever labels the batch has."""
+    model, _ = pair()
+    arguments = tiny.batch(tiny.instances(), layout)
+    found = answer_logits(model, **arguments)
+    del arguments["labels"]
+    assert torch.equal(found, answer_logits(model, **arguments))
+
+
 def test_a_layer_in_another_mode_is_not_computed_with_the_others() -> None:
     model = tiny.patched(tiny.base_model(), dropout=0.5)
     layer, seen = model.model.layers[0].self_attn.v_proj.eval(), []
