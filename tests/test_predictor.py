@@ -35,7 +35,7 @@ from rellax.ctr.requests import Requests
 from rellax.ctr.retrieval import retrieve
 from rellax.ctr.sources import read_ml_100k, read_own
 from rellax.ctr.dataset import Dataset
-from rellax.ctr.evaluate import calibrate
+from rellax.ctr.evaluate import calibrate, evaluate
 from rellax.ctr.predictions import Predictions
 from rellax.ctr.predictor import Predictor
 from rellax.ctr.prepare import prepare
@@ -411,6 +411,65 @@ def test_other_items_are_noticed(run: Path, workspace: Workspace, tmp_path: Path
     if own == "there":
         pq.write_table(renamed, tmp_path / "newer" / "items.parquet")
         Predictor(served, data=tmp_path / "newer")
+
+
+@pytest.mark.parametrize("kind", ["all parts", "boosted"])
+def test_it_says_what_evaluation_says(
+    run: Path, workspace: Workspace, dataset: Dataset, tmp_path: Path, kind: str
+) -> None:
+    folder = tmp_path / "run"
+    if kind == "all parts":
+        shutil.copytree(run, folder)
+    else:
+        config = workspace.config(prompts="recent", epochs=1, crm_logit=True)
+        train(config, folder, progress=False)
+    evaluate(folder, progress=False)
+    known = Predictions.read(folder / "test")
+    samples = dataset.samples
+    users, items = dataset.users["user_id"].to_pylist(), dataset.items["item_id"].to_pylist()
+    rows = [
+        {
+            "user_id": users[samples.user[sample]],
+            "item_id": items[samples.item[sample]],
+            "time": int(dataset.behaviour_times[dataset.history(sample).stop]),
+        }
+        for sample in known.samples
+    ]
+    requests = Requests(dataset)
+    alike = [
+        requests.read(row).position == samples.position[at]
+        for row, at in zip(rows, known.samples, strict=True)
+    ]
+    assert sum(alike) > 5  # the others did something at the very time
+    found = Predictor(folder).predict(rows)
+    assert found[alike] == pytest.approx(known.probabilities[alike], abs=ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("parts", "stacked"),
+    [
+        ({"stage": "joint", "soft_prompt": True}, False),
+        ({"stage": "joint", "interaction": "full"}, False),
+        ({"crm_logit": True}, False),
+        ({}, True),
+    ],
+    ids=["soft prompt", "gates", "boosted", "stacked"],
+)
+def test_whatever_goes_by_the_rows_of_items_needs_the_same(
+    workspace: Workspace, tmp_path: Path, parts: dict[str, Any], stacked: bool
+) -> None:
+    folder, data = tmp_path / "run", shutil.copytree(workspace.data, tmp_path / "data")
+    train(workspace.config(prompts="recent", epochs=1, **parts), folder, progress=False)
+    if stacked:
+        calibrate(folder, crm=workspace.crm)
+    Predictor(folder, data=data)
+    items = pq.read_table(data / "items.parquet")
+    others = items.set_column(1, "item_id", pa.array(items["item_id"].to_pylist()[::-1]))
+    pq.write_table(others, data / "items.parquet")
+    with pytest.raises(
+        InputError, match="data: expected the items that the run was trained with, found others"
+    ):
+        Predictor(folder, data=data)
 
 
 def test_it_is_found_where_one_would_look() -> None:
