@@ -426,6 +426,17 @@ def test_two_checkpoints_are_kept_with_the_best_steps_they_name(workspace: Works
         assert record["best_step"] == max(range(1, last + 1), key=lambda step: (validated[step], -step))
 
 
+def test_the_checkpoint_before_has_its_own_best_step(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for step in (2, 4, 6):
+        (checkpoints.best(step) / "adapter").mkdir(parents=True)
+        checkpoints.save({"step": step, "best": {"step": step}})
+    names = ["best-000004", "best-000006", "step-000004", "step-000006"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    (tmp_path / "step-000006" / "state.pt").write_bytes(b"")
+    assert checkpoints.load() == {"step": 4, "best": {"step": 4}}
+
+
 def test_files_of_others_among_the_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file manager's is left alone; a folder that a network file system holds on to is removed later."""
     checkpoints = Checkpoints(tmp_path)
