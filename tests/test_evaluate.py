@@ -345,7 +345,7 @@ def test_a_result_grows_from_one_of_the_same_split_adapter_and_files_alone(
 
     evaluate_zero_shot(config, tmp_path / "zero", samples=3, progress=False)
     write_json(data / "dataset.json", read_json(data / "dataset.json") | {"question": "Would they?"})
-    with pytest.raises(InputError, match=r"holds a run with inputs\.dataset\.json = "):
+    with pytest.raises(InputError, match=r"holds a run with .*other contents of dataset.json"):
         evaluate_zero_shot(config, tmp_path / "zero", samples=5, progress=False)
 
 

@@ -29,18 +29,13 @@ from rellax.ctr import predictor as module
 from rellax.ctr.config import CRMConfig
 from rellax.ctr.crm import train_crm
 from rellax.ctr.dataset import WORDING, Dataset
-from rellax.ctr.predictor import Predictor
-from rellax.ctr.prepare import prepare
-from rellax.ctr.requests import Requests
-from rellax.ctr.retrieval import retrieve
-from rellax.ctr.sources import read_ml_100k, read_own
-from rellax.ctr.dataset import Dataset
 from rellax.ctr.evaluate import calibrate, evaluate
 from rellax.ctr.predictions import Predictions
 from rellax.ctr.predictor import Predictor
 from rellax.ctr.prepare import prepare
 from rellax.ctr.requests import Requests
-from rellax.ctr.sources import read_own
+from rellax.ctr.retrieval import retrieve
+from rellax.ctr.sources import read_ml_100k, read_own
 from rellax.ctr.task import Examples
 from rellax.ctr.train import train
 from rellax.errors import InputError
@@ -337,7 +332,7 @@ def test_a_run_stacked_on_another_classical_model_than_its_gates_read(
     run: Path, workspace: Workspace, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each row has that model's answer, also after one whose prompt cannot be made."""
-    stacked, crm = shutil.copytree(run, tmp_path / "run"), tmp_path / "crm"
+    stacked, crm = shutil.copytree(run, tmp_path / "run"), tmp_path / "deepfm"
     train_crm(dataset, crm, CRMConfig("DeepFM", embedding_dim=4, hidden=(6,), epochs=1))
     calibrate(stacked, crm=crm)
     few, samples = dataset.indices("test")[:3], dataset.samples
