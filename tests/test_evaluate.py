@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from workspace import GATED, Workspace
 
@@ -410,7 +409,7 @@ def test_the_share_of_liked_behaviours(workspace: Workspace, tmp_path: Path, kin
     dataset = Dataset.load(workspace.data)
     dataset.meta["unrated"] = 1.0  # what such a rating says does not count
     retrieved = None if kind == "recent" else workspace.retrieved
-    options = {"retrieved": retrieved, "recent_behaviours": 1 if kind == "both" else 0}
+    options = {"retrieved": retrieved, "recent_behaviours": 1 if kind == "both" else 0, "seed": 4}
     result = evaluate_share(dataset, tmp_path / "share", k=3, **options)
     table = pq.read_table(tmp_path / "share" / "predictions.parquet")
     assert table["label"].to_numpy().tolist() == dataset.samples.label.tolist()
@@ -425,8 +424,10 @@ def test_the_share_of_liked_behaviours(workspace: Workspace, tmp_path: Path, kin
         shown = shown[shown != 1.0]
         expected = ((shown > dataset.meta["positive_above"]).sum() + 1) / (len(shown) + 2)
         assert found[sample] == pytest.approx(expected)
-    test = dataset.indices("test")
-    assert result["test"]["auc"] == pytest.approx(roc_auc_score(dataset.samples.label[test], found[test]))
+    for split in ("valid", "test"):
+        of = dataset.indices(split)
+        labels, users = dataset.samples.label[of], dataset.samples.user[of]
+        assert result[split] == metrics.evaluate(labels, found[of], users, seed=4)
     assert evaluate_share(dataset, tmp_path / "share", k=3, **options) == result
     with pytest.raises(InputError, match="holds a run with k = 3, expected 2"):
         evaluate_share(dataset, tmp_path / "share", k=2, **options)
