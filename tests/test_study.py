@@ -437,6 +437,37 @@ def test_k_is_chosen_on_validation_samples() -> None:
     assert results_of(runs, test).chosen_k(256) == 5  # although 10 is better on the test samples
 
 
+def test_the_last_trained_method_decides_k_and_without_one_the_middle() -> None:
+    test = scored()
+    runs = [run for k in (2, 5, 10) for run in finished(test, "zero-shot-recent", k, 0, 1.0, seeds=1)]
+    runs = [dataclasses.replace(run, validation=None) for run in runs]
+    classical = finished(test, "DIN", None, 128, 1.0)
+    results = results_of(runs + classical, test)
+    assert (results.chosen_k(256), results.shots, results.ks) == (5, [], [2, 5, 10])
+    trained = finished(test, "lora-recent", 5, 256, 2.0) + finished(test, "lora-recent", 10, 256, 1.0)
+    trained += finished(test, "rella", 5, 256, 0.5) + finished(test, "rella", 10, 256, 1.0)
+    results = results_of(runs + classical + trained, test)
+    assert (results.chosen_k(256), results.shots) == (10, [256])
+    assert results.get("zero-shot-recent", 5, 256) is results.all["zero-shot-recent", 5, 0]
+
+
+def test_what_has_no_seed_is_stacked_on_each() -> None:
+    """Fitted on the validation samples of that seed."""
+    test, seeds = scored(), []
+    one = finished(test, "share-recent", 5, 0, 1.0, seeds=1)
+    one = [dataclasses.replace(run, cell=dataclasses.replace(run.cell, seed=None)) for run in one]
+    runs = one + finished(test, "DIN", None, None, 1.0)
+
+    def valid(seed: int) -> np.ndarray:
+        seeds.append(seed)
+        return test.rows[::2]
+
+    results = Results(runs, test, valid)
+    both, alone = results.stacked(results.all["share-recent", 5, 0], results.all["DIN", None, None])
+    assert both.shape == alone.shape == (2, len(test.rows))
+    assert seeds == [0, 1]
+
+
 def test_differences_draw_whole_users() -> None:
     test = scored()
     results = results_of(finished(test, "rella", 5, 256, 0.5) + finished(test, "rella", 10, 256, 1.0), test)
