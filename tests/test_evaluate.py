@@ -259,6 +259,12 @@ def test_a_stopped_training_needs_the_weights_that_it_began_with(
 def test_a_run_needs_the_tokens_that_it_was_trained_with(workspace: Workspace, tmp_path: Path) -> None:
     folder, run = shutil.copytree(workspace.model, tmp_path / "model"), tmp_path / "run"
     train(workspace.config(model=str(folder), stage="joint", epochs=1, **GATED), run, progress=False)
+    other = shutil.copytree(run, tmp_path / "other") / "adapter" / "adapter.json"
+    description = read_json(other)
+    write_json(other, description | {"config": description["config"] | {"answer_ids": [1, 2]}})
+    words = r"model: expected the tokenizer that .* was trained with, its tokens \[1, 2, "
+    with pytest.raises(InputError, match=words):
+        Predictor(other.parents[1])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<another>"])  # it takes the id that the placeholder would get
     tokenizer.save_pretrained(folder)
