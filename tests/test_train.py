@@ -305,6 +305,20 @@ def test_stage_2_takes_over_rank_and_targets(workspace: Workspace, tmp_path: Pat
     assert adapter(tmp_path / "two")["model.layers.1.self_attn.o_proj.lora_a"].shape == (3, 16)
 
 
+def test_what_is_trained_begins_as_the_seed_says(workspace: Workspace) -> None:
+    def begun(seed: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(99)
+        config = workspace.config(stage="joint", seed=seed, **GATED)
+        named = Task(config, load_inputs(config)).model.named_parameters()
+        return {
+            name: p.detach() for name, p in named if name.endswith(("lora_a", "w1", "projector.0.weight"))
+        }
+
+    one, again, other = begun(1), begun(1), begun(2)
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not any(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_the_same_seed_gives_the_same_run(stage_1: Path, workspace: Workspace, tmp_path: Path) -> None:
     torch.manual_seed(99)
     train(workspace.config(), tmp_path / "again", progress=False)
