@@ -24,6 +24,7 @@ from rellax.ctr.prepare import prepare, summary
 from rellax.ctr.prompts import PromptBuilder, Wording
 from rellax.ctr.requests import Requests
 from rellax.ctr.sources import read_own
+from rellax.ctr.sources.tables import MOMENT, Format, read_parquet, read_text
 from rellax.errors import InputError
 
 PAGE = Path(__file__).parents[1] / "docs" / "own-data.md"
@@ -603,3 +604,16 @@ def test_bad_parquet(tmp_path: Path) -> None:
     (tmp_path / "clicks.parquet").write_text("no Parquet")
     with pytest.raises(InputError, match=r"clicks.parquet: expected Parquet, but it is damaged"):
         read_own(path)
+
+
+def test_finer_fractions_are_cut_alike_in_both_formats(tmp_path: Path) -> None:
+    """Before 1970, where cutting digits and rounding down differ, as after it."""
+    microseconds = [-876_500, -1, 1_500]
+    moments = pa.array(microseconds).cast(pa.timestamp("us"))
+    pq.write_table(pa.table({"time": moments}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"time": moments.cast(pa.timestamp("ns", "UTC"))}), tmp_path / "b.parquet")
+    text = "time\n1969-12-31T23:59:59.123500\n1969-12-31 23:59:59.999999Z\n1970-01-01T00:00:00.001500\n"
+    (tmp_path / "c.csv").write_text(text, encoding="utf-8")
+    tables = [read_parquet(tmp_path / f"{name}.parquet", {"time": MOMENT}) for name in "ab"]
+    tables.append(read_text(tmp_path / "c.csv", {"time": MOMENT}, Format(delimiter=",", quoted=True)))
+    assert [table["time"].to_pylist() for table in tables] == [[-877, -1, 1]] * 3

@@ -203,6 +203,12 @@ def _schema(columns: Mapping[str, pa.DataType]) -> pa.Schema:
     return pa.schema([(name, _STORED.get(kind, kind)) for name, kind in columns.items()])
 
 
+def _floored(moments: pa.Array) -> pa.Array:
+    """Without finer fractions than milliseconds; a cast alone would cut those before 1970 the other way."""
+    whole = pa.types.is_date(moments.type) or moments.type.unit in ("s", "ms")
+    return moments if whole else pc.floor_temporal(moments, unit="millisecond")
+
+
 def _is_date(kind: pa.DataType) -> bool:
     return bool(pa.types.is_timestamp(kind) or pa.types.is_date(kind))
 
@@ -229,7 +235,7 @@ def _converted(path: Path, name: str, column: pa.Array, kind: pa.DataType, row: 
         raise InputError(f"{path}: expected {_EXPECTED[kind]} as {name!r}, found {one_line(column.type)}")
     try:
         if kind == MOMENT:
-            column = pc.cast(column, MOMENT, safe=False)
+            column = pc.cast(_floored(column), MOMENT)
         elif kind == FLOAT_TIME and not pa.types.is_integer(column.type):
             column = pc.trunc(column)
         column = pc.cast(column, wanted)
