@@ -94,7 +94,6 @@ def test_backward_pass_in_bfloat16_is_at_most_twice_as_far_off_as_that_of_sdpa()
     assert (squares[0] <= 4 * squares[1]).all()
 
 
-@pytest.mark.parametrize("shares_keys", [True, False])
 def test_a_scale_of_the_model_s_own_in_bfloat16() -> None:
     """As Gemma 2 and 3 have, for which their heads' size is not what the scores are divided by."""
     exact = [x.detach().bfloat16().double().requires_grad_() for x in heads(4, 2, 2)]
@@ -133,6 +132,7 @@ def test_weights_are_dropped_in_each_segment(kind: str, monkeypatch: pytest.Monk
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(out.sum(), inputs))
 
 
+@pytest.mark.parametrize("shares_keys", [True, False])
 @pytest.mark.parametrize("window", [None, 4])
 def test_flash_attention_is_called_for_all_segments_at_once(
     window: int | None, shares_keys: bool, monkeypatch: pytest.MonkeyPatch
