@@ -38,7 +38,7 @@ void transpose(const T* from, int64_t stride, int64_t rows, int64_t columns, flo
             for (int64_t row = 0; row < kWidth; ++row) {
                 square[row] = i + row < rows ? load_most(from + (i + row) * stride + j, columns - j) : Floats{};
             }
-            transpose(square);
+            transpose(square, AllLanes());
             for (int64_t column = 0; column < kWidth && j + column < columns; ++column) {
                 store(to + (j + column) * kTile + i, square[column]);
             }
@@ -140,7 +140,7 @@ inline Floats dots(const float* row, const T* right, int64_t right_stride, int64
 #pragma GCC unroll 16
         for (int lane = 0; lane < kWidth; ++lane) products[lane] += values * load(right + lane * right_stride + k);
     }
-    transpose(products);
+    transpose(products, AllLanes());
     Floats sum = products[0];
     for (int lane = 1; lane < kWidth; ++lane) sum += products[lane];
     return sum;

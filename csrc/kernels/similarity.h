@@ -134,7 +134,7 @@ inline void pack_vector(const T* const* rows, int count, int64_t dim, Packed* pa
                 block[row] = pack_words(rest, squares[row]);
             }
         }
-        transpose(block);
+        transpose(block, AllLanes());
         const int64_t words = smaller(packed_groups(dim - d), kWidth);
         for (int64_t word = 0; word < words; ++word) {
             __builtin_memcpy(panel + (d / kGroup + word) * kPanelRows * kGroup, &block[word], sizeof(Words));

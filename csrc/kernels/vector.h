@@ -218,31 +218,31 @@ inline Four sums(const Floats (&v)[4]) {
 #endif
 }
 
+template <int... kLane>
+struct Lanes {};
 #if defined(__AVX512F__)
-#define RELLAX_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define RELLAX_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
 #elif defined(__AVX2__)
-#define RELLAX_LOW 0, 8, 1, 9, 2, 10, 3, 11
-#define RELLAX_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7>;
 #else
-#define RELLAX_LOW 0, 4, 1, 5
-#define RELLAX_HIGH 2, 6, 3, 7
+using AllLanes = Lanes<0, 1, 2, 3>;
 #endif
 
-// A kWidth x kWidth block of floats or words, in place: log2(kWidth) perfect shuffles of its rows are its transpose.
-template <class Vector>
-inline void transpose(Vector (&block)[kWidth]) {
-    for (int stage = 1; stage < kWidth; stage *= 2) {
-        Vector shuffled[kWidth];
-        for (int row = 0; row < kWidth / 2; ++row) {
-            shuffled[2 * row] = __builtin_shufflevector(block[row], block[row + kWidth / 2], RELLAX_LOW);
-            shuffled[2 * row + 1] = __builtin_shufflevector(block[row], block[row + kWidth / 2], RELLAX_HIGH);
-        }
-        for (int row = 0; row < kWidth; ++row) block[row] = shuffled[row];
-    }
+// In every 2 * kHalf lanes: a takes the lower halves of both, b the upper halves.
+template <int kHalf, class Vector, int... kLane>
+inline void swap_halves(Vector& a, Vector& b, Lanes<kLane...>) {
+    const Vector lower =
+        __builtin_shufflevector(a, b, (kLane % (2 * kHalf) < kHalf ? kLane : kLane - kHalf + kWidth)...);
+    b = __builtin_shufflevector(a, b, (kLane % (2 * kHalf) < kHalf ? kLane + kHalf : kLane + kWidth)...);
+    a = lower;
 }
-#undef RELLAX_LOW
-#undef RELLAX_HIGH
+
+// Transposes a square of kWidth rows of floats or words: squares of kHalf change sides, then what is inside them.
+template <int kHalf = kWidth / 2, class Vector, int... kRow>
+inline void transpose(Vector (&rows)[kWidth], Lanes<kRow...> all) {
+    ((kRow & kHalf ? void() : swap_halves<kHalf>(rows[kRow], rows[kRow + kHalf], all)), ...);
+    if constexpr (kHalf > 1) transpose<kHalf / 2>(rows, all);
+}
 
 // Asks for memory that is read, or written, soon. Functions that do nothing else have to be inlined: GCC takes them for
 // ones without effects, and drops calls of them.
