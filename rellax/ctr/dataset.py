@@ -32,6 +32,8 @@ _META = ("item_noun", "timed", "rating_scale", "positive_above", "unrated", "ans
 
 WORDING = ("item_noun", "question", "answers", "positive_above", "rating_scale", "unrated")
 """What of dataset.json decides how prompts read."""
+WORDING_FILE = "wording.json"
+"""Of a training run: that, as it was."""
 
 
 @dataclass(frozen=True)

@@ -119,9 +119,8 @@ def evaluate(
             "`rellax predict` answers for newer data, and a run of a new name can be trained on them"
         )
     folder = run / split if folder is None else Path(folder)
-    asked = config.to_json() | {
-        name: recorded.get(name) for name in PATHS
-    }  # a moved run's result is the same
+    # With the paths as they were: the result of a run that has been moved is the same.
+    asked = config.to_json() | {name: recorded.get(name) for name in PATHS}
     result = _evaluate(
         config, asked, run / "adapter", folder, split, samples, seed, at_most, device, progress
     )

@@ -18,7 +18,7 @@ from rellax.ctr.batches import Collator, Example
 from rellax.ctr.calibration import Calibration, read_calibration
 from rellax.ctr.config import read_config
 from rellax.ctr.crm import CRM, WEIGHTS
-from rellax.ctr.dataset import Dataset
+from rellax.ctr.dataset import WORDING_FILE, Dataset
 from rellax.ctr.evaluate import predict_probabilities
 from rellax.ctr.llm import resolve_device
 from rellax.ctr.requests import Request, Requests
@@ -31,7 +31,7 @@ from rellax.ops._check import check_count
 Row = Mapping[str, Any]
 Answer = float | InputError  # what is wrong with the row
 
-_ITEMS, _WORDING = "items.parquet", "wording.json"
+_ITEMS = "items.parquet"
 _NO_ROWS = (Mapping, str, bytes)
 """What can be gone through but has no rows in it; nor has a data frame, which gives its columns' names."""
 
@@ -79,7 +79,7 @@ class Predictor:
         where = resolve_device(device)
         config, inputs = read_config(run), read_json(Path(run) / "config.json")["inputs"]
         dataset = Dataset.load(config.data if data is None else data)
-        _check_wording(dataset, Path(run) / _WORDING)
+        _check_wording(dataset, Path(run) / WORDING_FILE)
         crm = config.crm if config.interaction != "none" or config.crm_logit else None
         self.batch_size, self.share_batches, self._process = batch_size, share_batches, os.getpid()
         self.timed = bool(dataset.meta["timed"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,10 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rellax.ctr.dataset import Dataset, Samples
+from rellax.ctr.sources.tables import NUMBER
 from rellax.errors import InputError, shown
 
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
-_NUMBER = re.compile(r"-?\d+(\.\d*)?")
 _NONE = ("NaTType", "NAType")  # of pandas, which need not be there
 
 
@@ -250,7 +249,7 @@ def _id(row: Mapping[str, Any], name: str, *, optional: bool = False) -> str:
 
 def _is_number(value: Any) -> bool:
     if isinstance(value, str):
-        return _NUMBER.fullmatch(value.strip()) is not None
+        return NUMBER.fullmatch(value.strip()) is not None
     if isinstance(value, float | np.floating):
         return math.isfinite(value)
     return isinstance(value, int | np.integer) and not isinstance(value, bool)

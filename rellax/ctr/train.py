@@ -23,7 +23,7 @@ from rellax.ctr import calibration, metrics, parallel, runs
 from rellax.ctr.batches import EpochBatches, on_device
 from rellax.ctr.checkpoints import Checkpoints
 from rellax.ctr.config import TrainConfig, inherited
-from rellax.ctr.dataset import SPLITS, WORDING
+from rellax.ctr.dataset import SPLITS, WORDING, WORDING_FILE
 from rellax.ctr.evaluate import predict_probabilities
 from rellax.ctr.llm import resolve_device
 from rellax.ctr.optimiser import adamw, learning_rate
@@ -42,7 +42,7 @@ _FILES = (
     "metrics.json",
     "environment.json",
     "place.json",
-    "wording.json",
+    WORDING_FILE,
     "log.jsonl",
     "predictions.parquet",
     "curves.png",
@@ -170,7 +170,7 @@ class _Trainer:
             write_json(self.folder / "environment.json", runs.environment())
             write_place(self.folder)
             meta = self.task.inputs.dataset.meta
-            write_json(self.folder / "wording.json", {name: meta.get(name) for name in WORDING})
+            write_json(self.folder / WORDING_FILE, {name: meta.get(name) for name in WORDING})
             board = self.folder / "tensorboard" if tensorboard else None
             log = runs.Log(self.folder / "log.jsonl", up_to_step=self.step, board=board)
         bar = tqdm(total=self.steps, initial=self.step, desc="train", unit="step", disable=not self.progress)

@@ -42,7 +42,7 @@ _EXPECTED = {
 }
 _STORED = {MOMENT: TIME, FLOAT_TIME: TIME, LABEL: RATING}
 _OTHERS = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
-_NUMBER = re.compile(r"-?\d+(\.\d*)?")
+NUMBER = re.compile(r"-?\d+(\.\d*)?")  # a time, whose fraction is cut
 _ZONE = r"^.{11,}(Z|[+-]\d\d(:?\d\d)?)$"  # a date alone has hyphens too
 _BAD_VALUE = re.compile(r"In CSV column #(\d+): Row #(\d+): CSV conversion error to [^:]+: (.*)", re.DOTALL)
 _BAD_ROW = re.compile(r"CSV parse error: Row #(\d+): Expected (\d+) columns, got (\d+)")
@@ -191,7 +191,7 @@ def time_type(path: Path, name: str, delimiter: str) -> pa.DataType | None:
         raise InputError(
             f"{path}, row {row}: expected a whole number or a date as ISO 8601 in {name!r}, found none"
         )
-    return FLOAT_TIME if _NUMBER.fullmatch(value.strip()) else MOMENT
+    return FLOAT_TIME if NUMBER.fullmatch(value.strip()) else MOMENT
 
 
 def strings(table: pa.Table, name: str) -> list[str]:
