@@ -32,13 +32,15 @@ GIVES = {
     "matplotlib": "training curves",
     "peft": "PEFT checkpoints and models",
     "gguf": "the embedded default model",
-    "faiss-cpu": "a peer in the benchmarks",
+    "faiss-cpu": "approximate `item_neighbours`",
     "ray": "`rellax embed --ray` and `retrieve --ray`",
     "bitsandbytes": "bases in 4 and 8 bits",
     "torchao": "bases in 4 and 8 bits",
     "tensorboard": "curves while training runs",
 }
 _CORE = ("rellax", "torch", "transformers", "safetensors", "numpy")
+_EXTRAS = ("ctr", "faiss", "quant", "ray")
+"""Those for users: `dev` pins tools, and a Triton that need not be the one that this torch brought."""
 _CTR = ("accelerate", "fuxictr", "matplotlib", "pyarrow", "scikit-learn")
 _VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "HF_HUB_OFFLINE", "RAY_ADDRESS")
 _TIMEOUT = 20  # seconds for nvidia-smi
@@ -144,10 +146,13 @@ def _packages() -> dict[str, str | None]:
 
 
 def _outdated() -> list[str]:
-    """Requirements of rellax, its extras' included, that an installed package does not meet."""
+    """Requirements of rellax, and of its extras for users, that an installed package does not meet."""
     found = []
     for text in _requirements():
         requirement = Requirement(text)
+        marker = requirement.marker
+        if marker is not None and not any(marker.evaluate({"extra": extra}) for extra in ("", *_EXTRAS)):
+            continue
         version = runs.version(requirement.name)
         if version is not None and not requirement.specifier.contains(version, prereleases=True):
             found.append(

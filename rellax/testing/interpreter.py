@@ -6,7 +6,7 @@ from typing import Any
 
 
 def mend_interpreter() -> None:
-    """Make loop bounds work in the interpreter of Triton 3.6 and 3.7: it calls int() on arrays of one
+    """Make loop bounds work in the interpreter of Triton 3.6 to 3.8: it calls int() on arrays of one
     element, which numpy refuses from 2.4 on (https://github.com/triton-lang/triton/issues/9171)."""
     from triton.runtime import interpreter
 
