@@ -10,6 +10,7 @@ import pytest
 import tiny_models as tiny
 import torch
 import torch.nn.functional as F
+from test_patch import CHECKPOINTS, set_checkpointing
 from torch import Tensor, nn
 from torch.nn.attention import flex_attention
 from torch.testing import assert_close
@@ -203,12 +204,12 @@ def test_packed_equals_padded(implementation: str, family: str, loss: str) -> No
     assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)  # transformers' norms and softmax are fp32
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_packed_in_bfloat16_with_checkpoints(reentrant: bool) -> None:
+@pytest.mark.parametrize("kind", CHECKPOINTS[1:])
+def test_packed_in_bfloat16_with_checkpoints(kind: str) -> None:
     model = tiny.patched(tiny.base_model(dtype=torch.bfloat16))
     batch = tiny.batch(tiny.instances(), "packed")
     expected = tiny.gradients(model, model(**batch).loss)
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    set_checkpointing(model, kind)
     assert_close(tiny.gradients(model, model(**batch).loss), expected)
 
 

@@ -323,7 +323,10 @@ def test_histories_in_lists_of_any_type(run: Path, tmp_path: Path, kind: pa.Data
     for name, history in (("a", pa.list_(STRUCT)), ("b", kind)):
         column = pa.array([[BEHAVIOUR], [BEHAVIOUR]], history)
         table = pa.table({"user_id": ["new", "5"], "item_id": ["4", "17"], "history": column})
-        pq.write_table(table, tmp_path / f"{name}.parquet")
+        try:
+            pq.write_table(table, tmp_path / f"{name}.parquet")
+        except pa.ArrowNotImplementedError:
+            pytest.skip(f"this pyarrow writes no {kind}")
         predict(run, tmp_path / f"{name}.parquet", tmp_path / f"{name}.csv", progress=False)
     assert (tmp_path / "a.csv").read_text() == (tmp_path / "b.csv").read_text()
 
