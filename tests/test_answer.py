@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -296,6 +296,22 @@ def test_errors_name_the_argument(name: str) -> None:
     inputs = inputs_of(torch.float32)
     inputs[name] = wrong.to(inputs["positions"].device) if isinstance(wrong, Tensor) else wrong
     with pytest.raises(InputError, match=f"^{name}: expected "):
+        answer_loss(**inputs)
+
+
+@pytest.mark.parametrize("other", [lambda x: x.to("meta"), Tensor.to_sparse], ids=["device", "layout"])
+@pytest.mark.parametrize("name", ["positions", "labels"])
+def test_errors_name_the_argument_that_lies_elsewhere(name: str, other: Callable[[Tensor], Tensor]) -> None:
+    inputs = inputs_of(torch.float32)
+    inputs[name] = other(inputs[name])
+    with pytest.raises(InputError, match=f"^{name}: expected "):
+        answer_loss(**inputs)
+
+
+def test_fp8_is_no_dtype_to_compute_with() -> None:
+    inputs = inputs_of(torch.float32)
+    inputs["hidden"] = inputs["hidden"].detach().to(torch.float8_e4m3fn)
+    with pytest.raises(InputError, match=r"^hidden: expected floating .*, got .*, float8_e4m3fn, on "):
         answer_loss(**inputs)
 
 

@@ -53,6 +53,12 @@ def test_cflora_linear_starts_as_the_linear_layer_and_trains_lora_alone() -> Non
     assert trainable == {"lora_a": torch.float32, "lora_b": torch.float32}
     assert layer.lora_a.std() > 0.1
     assert "r=2, scale=8, dropout=0.5" in repr(layer)
+    assert "r=8, scale=2, dropout=0" in repr(CFLoRALinear(5, 4))
+
+
+def test_cflora_linear_starts_a_as_linear_layers_start() -> None:
+    a, bound = CFLoRALinear(100, 4, r=16).lora_a, 1 / math.sqrt(100)
+    assert 0.95 * bound < a.abs().max() <= bound
 
 
 def test_cflora_linear_drops_in_training_only() -> None:
@@ -88,6 +94,10 @@ TABLE = r"item_embeddings: expected a floating tensor of shape \(N, E\), got"
             lambda: GateBank(1, 2, 8)(None),
             r"instance_embed: expected shape \(B, cond_dim = 8\) on .*, got None",
         ),
+        (
+            lambda: GateBank(1, 2, 8)(torch.ones(3, 8, device="meta")),
+            r"instance_embed: expected shape \(B, cond_dim = 8\) on .*, got \(3, 8\), float32, on meta",
+        ),
         (lambda: SoftPrompt(torch.ones(3), 4, (5,)), rf"{TABLE} \(3,\), float32"),
         (lambda: SoftPrompt(torch.ones(3, 4).int(), 4, (5,)), rf"{TABLE} \(3, 4\), int32"),
         (lambda: SoftPrompt([[1.0]], 4, (5,)), f"{TABLE} list"),
@@ -101,6 +111,8 @@ TABLE = r"item_embeddings: expected a floating tensor of shape \(N, E\), got"
             r"placeholder_ids: expected distinct token ids, got \(5, 5\)",
         ),
         (lambda: AnswerHead((4, 4)), r"answer_ids: expected two different token ids .*, got \(4, 4\)"),
+        (lambda: AnswerHead((4, -1)), r"answer_ids: expected two different token ids .*, got \(4, -1\)"),
+        (lambda: AnswerHead((4, 2**31)), "answer_ids: expected two different token ids .*, got"),
         (lambda: AnswerHead(4), "answer_ids: expected two different token ids .*, got 4"),
         (lambda: AnswerHead(None, softcap=0), "softcap: expected a positive number, got 0"),
     ],
@@ -117,6 +129,13 @@ def test_modules_take_numbers_of_numpy() -> None:
     assert GateBank(two, np.uint8(16), two)(torch.ones(1, 2)).shape == (2, 1, 16, 16)
     assert SoftPrompt(torch.ones(3, 4), two, (np.int32(5), two)).placeholder_ids.tolist() == [5, 2]
     assert AnswerHead((np.int64(4), two), softcap=half).answer_ids == (4, 2)
+
+
+def test_modules_are_made_on_the_device() -> None:
+    made = CFLoRALinear(4, 3, device="meta"), GateBank(2, 3, 4, device="meta")
+    soft = SoftPrompt(torch.ones(3, 4), 5, (7, 9), device="meta")
+    for module in (*made, soft):
+        assert {x.device.type for x in (*module.parameters(), *module.buffers())} == {"meta"}
 
 
 # ---- GateBank
@@ -150,12 +169,27 @@ def test_gate_bank_starts_as_exactly_the_identity(interaction: str) -> None:
 def test_gate_bank_starts_as_published() -> None:
     torch.manual_seed(0)
     bank = GateBank(3, 4, 6, gate_init="kaiming")
+    assert bank.w2.shape == (3, 16, 32)  # of full matrices
+    for parameter in bank.parameters():
+        parameter.data.fill_(7.0)
+    bank.reset_parameters()
+    assert (bank.ln_weight == 1).all()
+    assert not bank.ln_bias.any()
     for weight, fan_in in ((bank.w1, 6), (bank.w2, 32)):
         bound = math.sqrt(6 / fan_in)  # Kaiming uniform of one matrix
         assert weight.abs().max() <= bound
         assert (weight.abs().amax((1, 2)) > 0.8 * bound).all()
     assert not bank.b1.any()
     assert not bank.b2.any()
+
+
+def test_gate_bank_computes_in_its_own_dtype() -> None:
+    u = torch.randn(2, 3, dtype=F64, requires_grad=True)
+    gates = GateBank(1, 2, 3, gate_init="kaiming")(u)
+    assert gates.dtype == torch.float32
+    (du,) = torch.autograd.grad(gates.square().sum(), u)
+    assert du.dtype == F64
+    assert du.any()
 
 
 def test_gate_bank_refuses() -> None:
@@ -177,12 +211,13 @@ def soft_prompt(items: int = 6) -> tuple[SoftPrompt, Tensor]:
 
 
 def by_hand(module: SoftPrompt, ids: Tensor, items: Tensor, words: Tensor, scale: float = 1.0) -> Tensor:
+    first, _, second = module.projector
     rows = []
     for row, row_items in zip(ids.tolist(), items.tolist(), strict=True):
         left = list(row_items)
         for token in row:
             if token in (8, 99):
-                rows.append(module.projector(module.item_embeddings[left.pop(0)]))
+                rows.append(second(F.gelu(first(module.item_embeddings[left.pop(0)]))))
             else:
                 rows.append(words[token] * scale)
     return torch.stack(rows).view(*ids.shape, -1)
@@ -206,6 +241,20 @@ def test_soft_prompt_writes_word_rows_and_soft_rows(scale: float | None) -> None
     )
     is_word = ~module.is_placeholder(IDS)
     assert torch.equal(embeds[is_word], words[IDS[is_word]] * (scale or 1.0))
+
+
+def test_soft_prompt_keeps_a_table_of_its_own() -> None:
+    table = torch.randn(6, 4, requires_grad=True)
+    kept = SoftPrompt(table, 5, (8, 99)).item_embeddings
+    assert not kept.requires_grad
+    kept.zero_()
+    assert table.all()
+    assert SoftPrompt(table, 5, (8, 99), dtype=F64).item_embeddings.dtype == F64
+
+
+def test_soft_prompt_takes_ids_of_any_integer_dtype() -> None:
+    module, words = soft_prompt()
+    assert torch.equal(module(IDS, ITEM_IDS.int(), words), module(IDS, ITEM_IDS, words))
 
 
 def test_soft_prompt_projects_each_item_once() -> None:
@@ -241,6 +290,8 @@ def test_soft_prompt_without_any_placeholder() -> None:
 def test_soft_prompt_keeps_the_dtype_of_the_words() -> None:
     module, words = soft_prompt()
     assert module(IDS, ITEM_IDS, words.to(torch.bfloat16)).dtype == torch.bfloat16
+    module.projector.float()  # beside a table in fp64
+    assert module(IDS, ITEM_IDS, words).dtype == F64
 
 
 @pytest.mark.parametrize("items", [6, 60], ids=["fewer-than-ids", "more-than-ids"])
@@ -276,18 +327,20 @@ def test_soft_prompt_compiled_on_a_gpu_gives_nan_for_what_is_no_item(
     assert_close(embeds[~lacks], by_hand(module, ids, item_ids, words)[~lacks])
 
 
+@pytest.mark.parametrize("given", [2, 1])
 @pytest.mark.parametrize("items", [6, 60])
 def test_soft_prompt_compiled_on_a_gpu_gives_nan_for_a_placeholder_beyond_the_items(
-    items: int, monkeypatch: pytest.MonkeyPatch
+    items: int, given: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    torch._dynamo.reset()
     monkeypatch.setenv("RELLAX_BACKEND", "triton")
     module, words = (made.to(device(), torch.float32) for made in soft_prompt(items))
     ids, item_ids = IDS.to(device()), ITEM_IDS.to(device())
     with torch.no_grad():
         compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
-        embeds = compiled(ids, item_ids[:, :2], words)
-    lacks = torch.zeros_like(ids, dtype=torch.bool)
-    lacks[1, 4] = True  # the third of its row
+        embeds = compiled(ids, item_ids[:, :given], words)
+    placeholder = module.is_placeholder(ids)
+    lacks = placeholder & (placeholder.cumsum(1) > given)
     assert torch.equal(embeds.isnan().all(-1), lacks)
     assert_close(embeds[~lacks], by_hand(module, ids, item_ids, words)[~lacks])
 
@@ -367,13 +420,15 @@ def test_soft_prompt_drops_a_stale_table(change: Any) -> None:
         assert_close(embeds, by_hand(module, IDS, ITEM_IDS, words))
 
 
-def test_soft_prompt_has_a_table_after_a_move_in_inference_mode() -> None:
+@pytest.mark.parametrize("inside", [False, True])
+def test_soft_prompt_has_a_table_after_a_move_in_inference_mode(inside: bool) -> None:
     """And the table is dropped when a weight changes there."""
     module, words = soft_prompt()
     module.eval()
     with torch.inference_mode():
         module.float().double()
-    module.cache_table()
+    with torch.inference_mode(inside):
+        module.cache_table()
     projected = projections(module)
     with torch.inference_mode():
         embeds = module(IDS, ITEM_IDS, words)
@@ -381,6 +436,30 @@ def test_soft_prompt_has_a_table_after_a_move_in_inference_mode() -> None:
         assert_close(embeds, by_hand(module, IDS, ITEM_IDS, words))
         _step(module)
         assert_close(module(IDS, ITEM_IDS, words), by_hand(module, IDS, ITEM_IDS, words))
+
+
+def test_soft_prompt_makes_its_table_once() -> None:
+    module, words = soft_prompt()
+    module.eval()
+    module.cache_table()
+    projected = projections(module)
+    module.eval()
+    module.cache_table()
+    with torch.no_grad():
+        module(IDS, ITEM_IDS, words)
+    assert not projected
+
+
+def test_soft_prompt_compiled_makes_no_use_of_a_table() -> None:
+    torch._dynamo.reset()
+    module, words = soft_prompt()
+    module.eval()
+    module.cache_table()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for _ in range(2):
+            assert_close(compiled(IDS, ITEM_IDS, words), by_hand(module, IDS, ITEM_IDS, words))
+            _step(module)
 
 
 def test_soft_prompt_has_gradients_beside_a_table() -> None:
@@ -449,18 +528,20 @@ def test_answer_head(loss: str, softcap: float | None) -> None:
     hidden = torch.randn(4, 6, 8, dtype=F64, requires_grad=True)
     weight, bias = torch.randn(20, 8, dtype=F64), torch.randn(20, dtype=F64)
     labels = torch.full((4, 6), -100)
-    labels[0, 3], labels[1, 5], labels[2, 1] = 11, 4, 4  # the last instance has no label
-    got, logits = AnswerHead((4, 11), loss, softcap)(hidden, labels, weight, bias)
+    labels[0, 3], labels[1, 5], labels[2, 1], labels[2, 4] = 11, 4, 4, 11  # the last instance has no label
+    head = AnswerHead((4, 11), loss, softcap)
+    got, logits = head(hidden, labels, weight, bias)
     full = hidden @ weight.t() + bias
     full = full if softcap is None else softcap * torch.tanh(full / softcap)
-    rows = full[[0, 1, 2], [2, 4, 0]]
+    rows = full[[0, 1, 2, 2], [2, 4, 0, 3]]
     if loss == "choice":
-        expected = F.cross_entropy(rows[:, [4, 11]], torch.tensor([1, 0, 0]))
+        expected = F.cross_entropy(rows[:3, [4, 11]], torch.tensor([1, 0, 0]))
     else:
-        expected = F.cross_entropy(rows, torch.tensor([11, 4, 4]))
+        expected = F.cross_entropy(rows, torch.tensor([11, 4, 4, 11]))
     assert_close(got, expected)
     assert_close(torch.autograd.grad(got, hidden), torch.autograd.grad(expected, hidden))
-    assert_close(logits[:3], rows[:, [4, 11]].detach())
+    assert_close(logits[:3], rows[:3, [4, 11]].detach())
+    assert_close(head.logits(hidden, torch.tensor([2, 10, 12]), weight, bias), logits[:3])
     assert logits[3].isnan().all()
     assert not logits.requires_grad
 
@@ -495,6 +576,8 @@ def test_answers_that_begin_from_a_base_are_computed_in_fp32() -> None:
     assert loss.dtype == logits.dtype == torch.float32
     assert_close(logits.double(), exact, rtol=1e-5, atol=1e-5)
     assert_close(loss.double(), F.cross_entropy(exact, torch.tensor([1, 0])), rtol=1e-5, atol=1e-5)
+    wide, _ = AnswerHead((4, 11))(hidden, labels, weight.double(), base_logit=base)
+    assert wide.dtype == F64
 
 
 @pytest.mark.parametrize("base_logit", [None, torch.zeros(2)], ids=["plain", "base_logit"])
@@ -514,13 +597,30 @@ def test_an_answer_that_cannot_be_one(base_logit: Tensor | None, monkeypatch: py
         assert logits.isfinite().all()
 
 
-def test_answer_head_without_any_label() -> None:
-    hidden, labels = torch.randn(2, 3, 8), torch.full((2, 3), -100)
-    for loss in ("choice", "vocab"):
-        got, logits = AnswerHead((4, 11), loss)(hidden, labels, torch.randn(20, 8))
-        assert got == 0
-        assert logits.shape == (2, 2)
-        assert logits.isnan().all()
+@pytest.mark.parametrize("denominator", [None, 7.0])
+@pytest.mark.parametrize(
+    ("loss", "base_logit"), [("choice", None), ("choice", torch.zeros(2)), ("vocab", None)]
+)
+def test_answer_head_without_any_label(
+    loss: str, base_logit: Tensor | None, denominator: float | None
+) -> None:
+    hidden, labels, weight = torch.randn(2, 3, 8), torch.full((2, 3), -100), torch.randn(20, 8)
+    options = {"denominator": denominator, "base_logit": base_logit}
+    got, logits = AnswerHead((4, 11), loss)(hidden, labels, weight, **options)
+    assert got == 0
+    assert logits.shape == (2, 2)
+    assert logits.isnan().all()
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [torch.ones(2, 3).long(), torch.ones(2, 0).long(), torch.ones(2, 4, device="meta").long()],
+    ids=["length", "empty", "device"],
+)
+def test_answer_head_refuses(labels: Tensor) -> None:
+    hidden = torch.randn(2, 0 if labels.numel() == 0 else 4, 8)
+    with pytest.raises(InputError, match=r"^labels: expected shape \(2, .\), L at least 1, on cpu, got"):
+        AnswerHead((4, 11))(hidden, labels, torch.randn(20, 8))
 
 
 def test_answer_head_without_answer_ids() -> None:

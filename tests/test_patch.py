@@ -864,6 +864,13 @@ def _gpt2() -> Any:
     return GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=20))
 
 
+def _namesake() -> Any:
+    """Of somebody else's class: the models of a hub's remote code are called as those of transformers."""
+    model = tiny.base_model()
+    model.__class__ = type("LlamaForCausalLM", (type(model),), {})
+    return model
+
+
 def _strange_linear() -> Any:
     model = tiny.base_model()
     model.model.layers[1].self_attn.q_proj.__class__ = type("Linear8bitLt", (torch.nn.Linear,), {})
@@ -880,6 +887,7 @@ def _hooked() -> Any:
     ("make", "options", "message"),
     [
         (_gpt2, {}, "expected one of LlamaForCausalLM, .*Gemma3ForCausalLM.* got .*GPT2LMHeadModel"),
+        (_namesake, {}, r"expected one of .* of transformers, got test_patch\.LlamaForCausalLM"),
         (_strange_linear, {}, "model.layers.1.self_attn.q_proj: expected nn.Linear,.* got .*Linear8bitLt"),
         (_hooked, {}, "own forward, got one set on model.layers.0.mlp"),
         (
@@ -890,7 +898,7 @@ def _hooked() -> Any:
         (tiny.base_model, {"answer_ids": (1, 61)}, "answer_ids: expected ids below the vocabulary's 61"),
         (lambda: tiny.patched(tiny.base_model()), {}, "patched one; call unpatch_model first"),
     ],
-    ids=["family", "linear", "instance-forward", "target", "answer-ids", "twice"],
+    ids=["family", "namesake", "linear", "instance-forward", "target", "answer-ids", "twice"],
 )
 def test_what_cannot_be_patched_stays_as_it_is(make: Any, options: dict[str, Any], message: str) -> None:
     model = make()

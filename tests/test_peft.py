@@ -14,7 +14,16 @@ from typing import Any
 import pytest
 import tiny_models as tiny
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from safetensors.torch import load_file, save_file
 from test_patch import close, snapshot
 from tiny_models import Truth
@@ -135,6 +144,7 @@ def test_pefts_switches_still_work() -> None:
     base = tiny.base_model()
     with model.disable_adapter():
         close(model(ids, instance_embed=embed).logits, base(ids).logits)
+    assert all(layer.in_flight.handed is None for layer in model.rellax.projections.values())
     twin = copy.deepcopy(model)
     close(twin(ids).logits, model(ids).logits)
 
@@ -165,6 +175,11 @@ def test_without_gates_an_adapter_can_be_merged() -> None:
         model(ids)
     model.unmerge_adapter()
     close(model.merge_and_unload()(ids).logits, expected)
+
+
+def test_without_gates_an_adapter_can_be_unloaded() -> None:
+    model, ids = patch_model(peft_model(), tiny.config(interaction="none")), plain_ids()
+    close(model.unload()(ids).logits, tiny.base_model()(ids).logits)
 
 
 INPUTS = ["q_proj", "k_proj", "v_proj"]
@@ -200,6 +215,33 @@ def test_another_adapter_of_peft_is_switched_to(options: dict[str, Any]) -> None
     close(model(ids).logits, expected)
 
 
+def test_another_adapter_of_peft_has_its_own_dropout() -> None:
+    model, ids = _two_to_switch(lora_dropout=0.5), plain_ids()
+    model.set_adapter("default")
+    patch_model(model)
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    model.set_adapter("other")
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    model.eval()
+    assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_the_active_adapter_of_peft_is_taken_over() -> None:
+    model, ids = _two_to_switch(r=2, lora_alpha=60), plain_ids()
+    expected = model(ids).logits
+    config = patch_model(model).rellax.config
+    assert (config.r, config.alpha) == (2, 60)
+    close(model(ids).logits, expected)
+
+
+def test_another_adapter_of_peft_can_be_merged() -> None:
+    model, ids = _two_to_switch(), plain_ids()
+    expected = model(ids).logits
+    model.set_adapter("default")
+    patch_model(model, tiny.config(interaction="none", target_modules=INPUTS))
+    close(model.merge_and_unload(adapter_names=["other"])(ids).logits, expected)
+
+
 def test_compiled_it_is_one_graph_for_each_adapter() -> None:
     model, arguments = _two_to_switch(alpha_pattern={"v_proj": 60}), {"input_ids": plain_ids()}
     model.set_adapter("default")
@@ -229,12 +271,26 @@ def _merged(model: Any) -> Any:
     return model
 
 
+def _partly_adapted(model: Any) -> Any:
+    model.add_adapter("other", lora_config(target_modules=["q_proj"]))
+    model.set_adapter("other")
+    return model
+
+
+def _strange_base(model: Any) -> Any:
+    layer = model.get_base_model().model.layers[1].self_attn.q_proj
+    layer.base_layer.__class__ = type("Strange", (torch.nn.Linear,), {})
+    return model
+
+
 @pytest.mark.parametrize(
     ("options", "change", "message"),
     [
         ({"use_dora": True}, None, "expected plain LoRA .* got the variant DoraLinearVariant"),
         ({"lora_bias": True}, None, "got lora_bias"),
         ({}, _two_adapters, r"active adapters \['default', 'second'\] where one is expected"),
+        ({}, _partly_adapted, r"v_proj: .* active adapters \['other'\] where one is expected"),
+        ({}, _strange_base, r"layers.1.self_attn.q_proj: expected plain LoRA .* got .*Linear on Strange"),
         ({}, _merged, "got an adapter merged into the base weights"),
         ({"rank_pattern": {"v_proj": 2}}, None, r"one \(r, alpha, dropout\) in all"),
         ({"target_modules": ["q_proj", "lm_head"]}, None, r"got \['lm_head'\]"),
@@ -251,6 +307,23 @@ def test_what_cannot_be_taken_over(options: dict[str, Any], change: Any, message
     with pytest.raises(InputError, match=message):
         patch_model(model, tiny.config())
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(
+    ("config", "layer"),
+    [
+        (AdaLoraConfig(target_modules=["q_proj"], init_r=3, total_step=10), r"adalora\.layer\.SVDLinear"),
+        (IA3Config(target_modules=["q_proj"], feedforward_modules=[]), r"ia3\.layer\.Linear"),
+        (LoHaConfig(target_modules=["q_proj"], r=3), r"loha\.layer\.Linear"),
+    ],
+    ids=["adalora", "ia3", "loha"],
+)
+def test_another_method_of_peft_is_refused(config: PeftConfig, layer: str) -> None:
+    model = get_peft_model(tiny.base_model(), config)
+    with pytest.raises(
+        InputError, match=rf"q_proj: expected plain LoRA .* got peft\.tuners\.{layer} on Linear"
+    ):
+        patch_model(model)
 
 
 def test_adapters_move_between_peft_and_plain_models(tmp_path: Any) -> None:

@@ -213,6 +213,20 @@ def test_pefts_lora_on_quantised_layers_is_taken_over(folder: Path, kind: str) -
         close(ours(ids).logits, theirs(ids).logits)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.values[0] in ("nf4", "int8wo", "int8dq")])
+def test_pefts_lora_on_quantised_layers_is_trained(folder: Path, kind: str) -> None:
+    """As A and B of our own are; PEFT alone has no gradient through dynamic weights."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=3, lora_alpha=5, target_modules=list(tiny.TARGETS), task_type="CAUSAL_LM")
+    models = get_peft_model(load(folder, kind), lora), load(folder, kind)
+    arguments = tiny.batch(tiny.instances(placeholders=False))
+    del arguments["instance_embed"]
+    theirs, ours = (tiny.patched(model, soft_prompt=False, interaction="none") for model in models)
+    found, expected = (tiny.gradients(model, model(**arguments).loss) for model in (theirs, ours))
+    close(list(found.values()), list(expected.values()))
+
+
 def test_a_quantised_output_layer_is_refused(folder: Path) -> None:
     pytest.importorskip("torchao", reason="torchao is not here")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_

@@ -32,7 +32,8 @@ SHARED_INPUTS = (  # those of them that read the same tensor
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("mlp.gate_proj", "mlp.up_proj"),
 )
-_PEFT_LINEARS = ("Linear", "Linear8bitLt", "Linear4bit", "TorchaoLoraLinear")  # of peft.tuners.lora
+_PEFT_LORA = "peft.tuners.lora."  # its layers: other methods of PEFT call theirs Linear as well
+_PEFT_LINEARS = ("Linear", "Linear8bitLt", "Linear4bit", "TorchaoLoraLinear")
 
 
 @dataclass(frozen=True)
@@ -216,11 +217,10 @@ def projection_class(name: str, module: Any) -> type[Projection]:
 
 
 def _peft_problem(module: Any) -> str:
-    base = getattr(module, "base_layer", None)
-    if type(module).__name__ not in _PEFT_LINEARS or not (
-        type(base) is nn.Linear or quantised.describe(base)
-    ):
-        return f"{type(module).__qualname__} on {type(module.get_base_layer()).__qualname__}"
+    layer, base = type(module), module.get_base_layer()
+    is_lora = layer.__module__.startswith(_PEFT_LORA) and layer.__name__ in _PEFT_LINEARS
+    if not is_lora or not (type(base) is nn.Linear or quantised.describe(base)):
+        return f"{layer.__module__}.{layer.__qualname__} on {type(base).__qualname__}"
     return _adapter_problem(module)
 
 
