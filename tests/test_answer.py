@@ -287,12 +287,15 @@ WRONG = {
     "loss": "both",
     "softcap": 0.0,
     "denominator": 0,
+    "denominator that is complex": torch.ones((), dtype=torch.complex64),
+    "denominator that is infinite": torch.tensor(torch.inf),
+    "choice_ids of bools": (False, True),
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_errors_name_the_argument(name: str) -> None:
-    wrong = WRONG[name]
+@pytest.mark.parametrize("case", WRONG)
+def test_errors_name_the_argument(case: str) -> None:
+    name, wrong = case.split()[0], WRONG[case]
     inputs = inputs_of(torch.float32)
     inputs[name] = wrong.to(inputs["positions"].device) if isinstance(wrong, Tensor) else wrong
     with pytest.raises(InputError, match=f"^{name}: expected "):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rellax.errors import InputError
 from rellax.nn import CFLoRALinear
-from rellax.ops import cflora_linear, cflora_linears, cflora_update
+from rellax.ops import cflora_linear, cflora_linears, cflora_tiles, cflora_update
 from rellax.reference._numerics import keep_mask
 from rellax.testing import oracle
 from rellax.testing.cases import CFLORA, CFLORA_SET, CFLORA_UPDATE, DTYPES, cflora, device
@@ -320,6 +320,9 @@ WRONG = {
     "lora_b": torch.zeros(9, 5),
     "lora_b of another d_out": torch.zeros(8, 4),
     "gate": torch.zeros(3, 4, 4),
+    "scale": float("inf"),
+    "scale of no float": 10**400,
+    "tiles": torch.zeros(3, dtype=torch.int32),
     "dropout": 1.0,
     "seed": torch.zeros(()),
 }
@@ -335,10 +338,54 @@ def test_errors_name_the_argument(case: str) -> None:
         cflora_linear(**inputs)
 
 
-@pytest.mark.parametrize("offsets", [[0, 9, 13], [0, 15, 14], [1, 14], [0, 7, 7, 14]])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("lora_a", {"loras_a": lambda given: [given[0], given[1][:3], given[2]]}),
+        ("gates", {"gates": lambda given: given[:2]}),
+        ("weights", {name: lambda given: [] for name in ("weights", "biases", "loras_a", "loras_b")}),
+    ],
+    ids=["another rank", "too few", "none"],
+)
+def test_errors_name_the_list(name: str, change: dict[str, Any]) -> None:
+    inputs = build_set(torch.float32)
+    inputs |= {name: changed(inputs[name]) for name, changed in change.items()}
+    with pytest.raises(InputError, match=f"^{name}: expected "):
+        cflora_linears(**inputs)
+
+
+def test_an_update_is_of_the_base_s_size_and_dtype() -> None:
+    inputs = build_update(torch.float32)
+    for wrong in (inputs["base"][..., :-1], inputs["base"].double()):
+        with pytest.raises(InputError, match=r"^base: expected "):
+            cflora_update(**inputs | {"base": wrong})
+
+
+def test_under_autocast_an_update_has_the_base_s_dtype() -> None:
+    inputs = build_update(torch.float32)
+    narrow = inputs | {name: inputs[name].bfloat16() for name in ("x", "base")}
+    with torch.autocast(inputs["x"].device.type, torch.bfloat16):
+        y = cflora_update(**inputs | {"base": narrow["base"]})
+    assert torch.equal(y, cflora_update(**narrow))
+
+
+def test_autocast_leaves_fp64_as_it_is() -> None:
+    inputs = cflora(torch.float64)
+    expected = cflora_linear(**inputs)
+    with torch.autocast(inputs["x"].device.type, torch.bfloat16):
+        assert torch.equal(cflora_linear(**inputs), expected)
+
+
+@pytest.mark.parametrize("offsets", [[0, 2], torch.zeros(1, 2).int(), torch.tensor([0, 3]).int()])
+def test_a_table_of_tiles_is_of_offsets(offsets: Any) -> None:
+    with pytest.raises(InputError, match=r"^cu_seqlens: expected "):
+        cflora_tiles(offsets, 2)
+
+
+@pytest.mark.parametrize("offsets", [[], [0, 9, 13], [0, 15, 14], [1, 14], [0, 7, 7, 14]])
 def test_wrong_offsets(offsets: list[int]) -> None:
     inputs = cflora(torch.float32, lengths=[5, 9], packed=True)
-    inputs["cu_seqlens"] = torch.tensor(offsets, dtype=torch.int32)
+    inputs |= {"cu_seqlens": torch.tensor(offsets, dtype=torch.int32)} | ({} if offsets else {"gate": None})
     with pytest.raises(InputError, match=r"^cu_seqlens: expected "):
         cflora_linear(**inputs)
 

@@ -151,13 +151,16 @@ WRONG = {
     "w1": torch.zeros(2, 7, 9),
     "b1": torch.zeros(2, 8, dtype=torch.float64),
     "w2": torch.zeros(2, 3, 8),
+    "w2 of another dtype": torch.zeros(2, 4, 8, dtype=torch.float64),
     "b2": torch.zeros(2, 2),
+    "eps": -1e-5,
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_errors_name_the_argument(name: str) -> None:
+@pytest.mark.parametrize("case", WRONG)
+def test_errors_name_the_argument(case: str) -> None:
+    name, wrong = case.split()[0], WRONG[case]
     inputs = inputs_of(torch.float32)
-    inputs[name] = WRONG[name].to(inputs["u"].device)
+    inputs[name] = wrong.to(inputs["u"].device) if isinstance(wrong, Tensor) else wrong
     with pytest.raises(InputError, match=f"^{name}: expected "):
         gate_bank(**inputs)

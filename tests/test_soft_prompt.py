@@ -230,6 +230,8 @@ def test_autocast_changes_nothing(backend: str) -> None:
 
 WRONG = {
     "input_ids": torch.zeros(2, 7),
+    "input_ids of another dtype": torch.zeros(2, 7, dtype=torch.int32),
+    "input_ids of three dimensions": torch.zeros(1, 2, 7, dtype=torch.int64),
     "word_embeddings": torch.zeros(11, 9, dtype=torch.int64),
     "soft_rows": torch.zeros(5, 8),
     "soft_index": torch.zeros(2, 6, dtype=torch.int64),
@@ -237,10 +239,10 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_errors_name_the_argument(name: str) -> None:
-    inputs = inputs_of(torch.float32)
-    inputs[name] = WRONG[name].to(inputs["input_ids"].device)
+@pytest.mark.parametrize("case", WRONG)
+def test_errors_name_the_argument(case: str) -> None:
+    name, inputs = case.split()[0], inputs_of(torch.float32)
+    inputs[name] = WRONG[case].to(inputs["input_ids"].device)
     with pytest.raises(InputError, match=f"^{name}: expected "):
         soft_prompt(**inputs)
 

@@ -278,11 +278,12 @@ def test_a_row_at_the_mean_stays_zero() -> None:
         (torch.ones(3), 1, "x: expected floating"),
         (torch.ones(3, 2).int(), 1, "x: expected floating"),
         (torch.tensor([[1.0, torch.nan], [0.0, 1.0]]), 1, "x: expected finite values"),
+        (torch.tensor([[1.0, torch.inf], [0.0, 1.0]]), 1, "x: expected finite values"),
         ([torch.ones(3, 2), torch.ones(3, 4)], 1, r"x: expected floating \(N, 2\), got \(3, 4\)"),
         ([], 1, "x: expected floating"),
         (torch.ones(3, 2), 0, "dim: expected at least 1, got 0"),
     ],
-    ids=["one row", "one dimension", "integers", "NaN", "two widths", "no block", "no component"],
+    ids=["one row", "one dimension", "integers", "NaN", "infinity", "two widths", "no block", "no component"],
 )
 def test_bad_rows_are_one_clear_sentence(
     x: torch.Tensor | list[torch.Tensor], dim: int, message: str

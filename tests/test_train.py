@@ -30,7 +30,7 @@ from rellax.ctr.checkpoints import Checkpoints
 from rellax.ctr.config import SCHEDULES, TrainConfig, read_config
 from rellax.ctr.dataset import Dataset
 from rellax.ctr.evaluate import evaluate
-from rellax.ctr.optimiser import learning_rate
+from rellax.ctr.optimiser import adamw, learning_rate
 from rellax.ctr.options import make_parser
 from rellax.ctr.task import Task, load_inputs
 from rellax.ctr.train import _Trainer, train
@@ -75,6 +75,7 @@ def test_learning_rate_rises_then_falls(workspace: Workspace) -> None:
     rates = [learning_rate(config, step, 20) for step in range(20)]
     assert rates[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
     assert rates[4:] == pytest.approx([2.0 * (20 - step) / 16 for step in range(4, 20)])
+    assert [learning_rate(workspace.config(lr=2.0, warmup=0.0), step, 2) for step in range(2)] == [2.0, 1.0]
     assert workspace.config(lr=None).peak_lr == 1e-3
     assert workspace.config(lr=None, stage="2", start="x", **GATED).peak_lr == 3e-4
 
@@ -123,6 +124,13 @@ def test_soft_prompts_have_a_rate_of_their_own(workspace: Workspace, tmp_path: P
     soft = {name for name in moved if "projector" in name}
     assert 4 == len(soft) < len(moved)
     assert all((moved[name] < 1e-9) == (name in soft) for name in moved)
+
+
+def test_the_rate_of_soft_prompts_is_a_share_of_the_others(workspace: Workspace) -> None:
+    config = workspace.config(stage="joint", lr=4e-4, soft_prompt_lr=1e-4, weight_decay=0.0, **GATED)
+    names = ("rellax.soft_prompt.projector.0.weight", "rellax.gate_bank.w1")
+    groups = adamw({name: torch.nn.Parameter(torch.zeros(1)) for name in names}, config).param_groups
+    assert [group["share"] for group in groups] == [0.25, 1.0]
 
 
 def test_run_folder(stage_1: Path, workspace: Workspace) -> None:
