@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -109,6 +110,34 @@ def test_modes_profilers_and_subclasses_see_the_operator(library_calls: list[Any
     with torch.no_grad():
         rellax.ops.cflora_linear(**layer() | {"x": layer()["x"].detach().as_subclass(Watched)})
     assert len(library_calls) == 3
+
+
+def test_function_modes_and_transforms_see_the_operator(library_calls: list[Any]) -> None:
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    inputs = {name: x.detach() if isinstance(x, Tensor) else x for name, x in layer().items()}
+    x = inputs.pop("x")
+
+    def run(x: Tensor) -> Tensor:
+        return rellax.ops.cflora_linear(x, **inputs).sum()
+
+    with Watch():
+        run(x)
+    torch.func.functionalize(run)(x)
+    assert len(library_calls) == 2
+
+
+def test_a_negated_view_is_read_negated() -> None:
+    """As the imaginary part of a conjugate is: in memory its numbers have the other sign."""
+    inputs = layer()
+    x = inputs["x"].detach()
+    negated = torch._neg_view(-x)
+    assert negated.is_neg()
+    assert negated.is_contiguous()
+    expected = rellax.ops.cflora_linear(**inputs | {"x": x})
+    assert torch.equal(rellax.ops.cflora_linear(**inputs | {"x": negated}), expected)
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
