@@ -111,16 +111,17 @@ def read_own(column_map: str | Path, folder: str | Path | None = None) -> Source
     people = _checked(path, "users", entries.get("users", {"user": events["user"]}), _USERS)
     labelled = _is_labelled(path, events)
     event_files = _files(folder, events["file"])
+    item_files, user_files = (
+        _files(folder, part["file"]) if _has_own_table(part, events) else event_files
+        for part in (things, people)
+    )
     dates = "time" in events and _has_dates(event_files, events)
     interactions, parts = _interactions(event_files, events, labelled, dates)
-    items, item_rows = _items(folder, things, events)
-    users, user_rows = _users(folder, people, events)
+    items, item_rows = _items(item_files, things, events)
+    users, user_rows = _users(user_files, people, events)
     scale, positive_above = (0.0, 1.0), 0.0
     if not labelled:
         scale, positive_above = _rating_rule(path, entries)
-    files = dict.fromkeys(
-        file for part in (events, things, people) for file in _files(folder, part.get("file", events["file"]))
-    )
     counts = {_called(events["file"], event_files): interactions.num_rows} | item_rows | user_rows
     return Source(
         name=entries["name"],
@@ -134,7 +135,7 @@ def read_own(column_map: str | Path, folder: str | Path | None = None) -> Source
         positive_above=positive_above,
         interactions_files=parts,
         first_line=2,
-        files=tuple(files),
+        files=tuple(dict.fromkeys([*event_files, *item_files, *user_files])),
         rows=counts,
         answers=_answers(path, entries) if labelled else None,
         question=entries.get("question"),
@@ -217,12 +218,12 @@ def _has_dates(files: list[Path], events: Mapping[str, Any]) -> bool:
 
 
 def _items(
-    folder: Path, part: Mapping[str, Any], events: Mapping[str, Any]
+    files: list[Path], part: Mapping[str, Any], events: Mapping[str, Any]
 ) -> tuple[pa.Table, dict[str, int]]:
     texts, features = part.get("text", [part["title"]]), part.get("features", [])
     if not texts:
         raise InputError("items: text: expected at least one column, found none")
-    table, rows = _distinct(folder, part, events, "item", [part["title"], *texts, *features])
+    table, rows = _distinct(files, part, events, "item", [part["title"], *texts, *features])
     titles = _filled(table[part["title"]], "Unknown title")
     text = _filled(_joined(table, texts, ". "), titles)
     columns = {"item_id": table[part["item"]], "title": titles, "text": text}
@@ -230,25 +231,29 @@ def _items(
 
 
 def _users(
-    folder: Path, part: Mapping[str, Any], events: Mapping[str, Any]
+    files: list[Path], part: Mapping[str, Any], events: Mapping[str, Any]
 ) -> tuple[pa.Table, dict[str, int]]:
     profile, features = part.get("profile", []), part.get("features", [])
-    table, rows = _distinct(folder, part, events, "user", [*profile, *features])
+    table, rows = _distinct(files, part, events, "user", [*profile, *features])
     columns = {"user_id": table[part["user"]], "profile": _joined(table, profile, ", ")}
     return pa.table(columns | _features(table, features)), rows
 
 
+def _has_own_table(part: Mapping[str, Any], events: Mapping[str, Any]) -> bool:
+    """Whether items or users lie elsewhere than in the table of the interactions."""
+    return bool(part.get("file", events["file"]) != events["file"])
+
+
 def _distinct(
-    folder: Path, part: Mapping[str, Any], events: Mapping[str, Any], kind: str, columns: list[str]
+    files: list[Path], part: Mapping[str, Any], events: Mapping[str, Any], kind: str, columns: list[str]
 ) -> tuple[pa.Table, dict[str, int]]:
     """The table of items or users: a file of its own, or the first row of each id in the interactions."""
     ids = part[kind]
     wanted = dict.fromkeys([ids, *columns], TEXT) | {ids: ID}
-    if "file" in part and part["file"] != events["file"]:
-        files = _files(folder, part["file"])
+    if _has_own_table(part, events):
         table = pa.concat_tables(_read(files, part, wanted))
         return _decoded(table), {_called(part["file"], files): table.num_rows}
-    tables = _read(_files(folder, events["file"]), {**events, **part}, wanted)
+    tables = _read(files, {**events, **part}, wanted)
     table = pa.concat_tables(tables).unify_dictionaries().combine_chunks()
     codes = table[ids].combine_chunks().indices.to_numpy()
     return _decoded(table.take(np.sort(np.unique(codes, return_index=True)[1]))), {}
