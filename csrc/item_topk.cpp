@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "dispatch.h"
@@ -65,12 +66,20 @@ struct ItemTopkSearch::State {
           floor(whole_panels(asked.queries), -std::numeric_limits<float>::infinity()),
           size(asked.queries),
           capacity(std::max(2 * asked.k, asked.k + 64)),
+          busy(mutual ? blocks : 0),
           candidates(asked.queries * capacity * sizeof(Candidate)),
           lists{capacity, floor.data(), size.data(), static_cast<Candidate*>(candidates.data())} {}
 
     Packing packing(int64_t rows) const { return {rows, kernels.panel_bytes(task.dim), kernels.panel_rows}; }
 
-    int64_t match_steps() const { return mutual ? 1 + blocks : divided_up(task.items, kColumns) * turns(); }
+    int64_t match_steps() const {
+        return mutual ? 1 + divided_up(blocks, rounds_of_step()) : divided_up(task.items, kColumns) * turns();
+    }
+
+    int64_t rounds_of_step() const {
+        const int64_t work = blocks / 2 * block_rows * block_rows * std::max<int64_t>(task.dim, 1);
+        return std::max<int64_t>(kMatched / work, 1);
+    }
 
     // Blocks of queries that meet the same columns in one step, and how many steps all of them take.
     int64_t blocks_of_turn() const {
@@ -99,12 +108,17 @@ struct ItemTopkSearch::State {
 
     // Each block against itself, then as in a tournament: in each round a block meets one other, and after all rounds
     // it has met every one once. Blocks i and j meet in the round r with i + j = 2 r modulo their number, which is
-    // odd. So each product is computed once, and no two threads ever work on the same list.
+    // odd. So each product is computed once. A thread that is through with its part of a round goes on with the next,
+    // unless one of its two blocks is still being worked on.
     void match_mutually(int64_t step) {
         if (step == 0) return parallel_for(blocks, threads, [&](int64_t i) { match_blocks(i, i); });
-        const int64_t round = step - 1;
-        parallel_for(blocks / 2, threads, [&](int64_t pair) {
-            match_blocks((round + 1 + pair) % blocks, (round + blocks - 1 - pair) % blocks);
+        const int64_t first = (step - 1) * rounds_of_step(), last = std::min(first + rounds_of_step(), blocks);
+        const int64_t pairs = blocks / 2;
+        parallel_for((last - first) * pairs, threads, [&](int64_t index) {
+            const int64_t round = first + index / pairs, pair = index % pairs;
+            const int64_t i = (round + 1 + pair) % blocks, j = (round + blocks - 1 - pair) % blocks;
+            const std::scoped_lock both(busy[i], busy[j]);
+            match_blocks(i, j);
         });
     }
 
@@ -170,6 +184,7 @@ struct ItemTopkSearch::State {
     std::vector<float> floor;
     std::vector<int32_t> size;
     const int64_t capacity;
+    std::vector<std::mutex> busy;  // a block each
     const Memory candidates;
     const Shortlists lists;
     int64_t next = 0;
