@@ -1,9 +1,11 @@
 #include "item_topk.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <memory>
 #include <mutex>
+#include <random>
 #include <vector>
 
 #include "dispatch.h"
@@ -44,6 +46,18 @@ private:
     std::vector<float> norm_, error_;
     int64_t panel_bytes_, panel_rows_;
 };
+
+// A sample holds more of the k best items than this with a probability of 10^-5; `share` of all items are sampled.
+int64_t most_of_best(int64_t k, double share) {
+    const double mean = static_cast<double>(k) * share;
+    double probability = std::exp(-mean), more = 1 - probability;
+    int64_t most = 0;
+    while (more > 1e-5) {
+        probability *= mean / static_cast<double>(++most);
+        more -= probability;
+    }
+    return most;
+}
 
 // How many blocks the queries make: two for each thread, or a multiple of that, and one, so that a round of blocks
 // against blocks keeps every thread busy to its end.
@@ -98,6 +112,22 @@ struct ItemTopkSearch::State {
             const int64_t first = range.first + panel * kPanelRows;
             const RowRange rows{first, std::min(first + kPanelRows, range.last)};
             kernels.pack(task, item, rows, packing.from(panel * kPanelRows));
+        });
+    }
+
+    // First floors of the lists. None for few items, of which the lists hold many.
+    void start() {
+        if (task.items < 2 * kSampled) return;
+        const double share = static_cast<double>(kSampled) / static_cast<double>(task.items);
+        const int64_t rank = most_of_best(task.k + task.exclude_self, share) + 1;
+        if (rank > kSampled) return;
+        std::mt19937 random;
+        std::vector<int64_t> drawn(kSampled);
+        for (int64_t& item : drawn) item = random() % task.items;
+        Packing sample = packing(kSampled);
+        pack(drawn.data(), {0, kSampled}, sample);
+        parallel_for(divided_up(task.queries, block_rows), threads, [&](int64_t index) {
+            kernels.start(task, queries.from(0), block(index), {sample.from(0), rank}, lists);
         });
     }
 
@@ -165,6 +195,7 @@ struct ItemTopkSearch::State {
         const int64_t step = next++ - 1, matches = match_steps();
         if (step < 0) {
             pack(task.query, {0, task.queries}, queries);
+            start();
         } else if (step < matches) {
             mutual ? match_mutually(step) : match_columns(step);
         } else if (step < matches + divided_up(task.queries, kSettled)) {

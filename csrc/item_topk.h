@@ -37,10 +37,19 @@ struct Candidate {
     uint32_t item;
 };
 
+constexpr int64_t kSampled = 128;  // a multiple of every level's panel_rows
+
+// kSampled items drawn at random. The one of rank `rank` among them is most likely not among the k best of all; queries
+// for which it is are searched a second time.
+struct Sample {
+    PackedRows items;
+    int64_t rank;
+};
+
 // For each query the items that may still be among its k best. A list that is full makes room for itself.
 struct Shortlists {
     int64_t capacity;
-    float* floor;           // (queries,) no item of a smaller score is among the k best
+    float* floor;           // (queries,) items of a smaller score are left out
     int32_t* size;          // (queries,)
     Candidate* candidates;  // (queries, capacity)
 };
@@ -68,6 +77,8 @@ struct ItemTopkKernels {
     int64_t (*panel_bytes)(int64_t dim);
     // Packs the items of the queries [rows.first, rows.last) (`item` null: these items) into row 0 on of `packed`.
     void (*pack)(const ItemTopk& task, const int64_t* item, RowRange rows, const PackedRows& packed);
+    // Gives the queries in the rows their first floors.
+    void (*start)(const ItemTopk& task, PackedRows queries, RowRange rows, const Sample& sample, const Shortlists& lists);
     void (*match)(const ItemTopk& task, const ItemTopkBlock& block, float* scratch);
     // Leaves the k best of each query in the rows, in any order and with their scores.
     void (*settle)(const ItemTopk& task, RowRange rows, const Shortlists& lists, float* scratch);

@@ -24,7 +24,7 @@ items = torch.randint(200, (300,), generator=generator)
 digest = hashlib.sha256()
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for dim in (1, 15, 64, 129):
-        embeddings = torch.randn(200, dim, generator=generator).to(dtype)
+        embeddings = torch.randn(300, dim, generator=generator).to(dtype)
         for result in history_topk(embeddings, items, offsets, 30):
             digest.update(result.numpy().tobytes())
         for result in (*item_topk(embeddings, 30), *item_topk(embeddings, 7, queries=items[:9])):

@@ -127,6 +127,19 @@ def test_scores_near_the_ends_of_fp32(cpp: None, scale: float) -> None:
     assert_exact(random_table(150, 40) * scale, 7, False)
 
 
+@pytest.mark.parametrize("exclude_self", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_sample_that_holds_many_of_the_best(cpp: None, dtype: torch.dtype, exclude_self: bool) -> None:
+    """First floors are from 128 items drawn by a Mersenne Twister: here they are too high for the drawn ones."""
+    generator = np.random.MT19937()
+    generator._legacy_seeding(5489)  # that of std::mt19937
+    drawn = torch.from_numpy(np.unique(generator.random_raw(128).astype(np.int64) % 700))
+    embeddings = random_table(700, 37)
+    embeddings[drawn[:25]] = random_table(1, 37, seed=1) + 0.5 * random_table(25, 37, seed=2)
+    assert_exact(embeddings.to(dtype), 20, exclude_self)
+    assert_exact(embeddings.to(dtype), 20, exclude_self, drawn[:31])
+
+
 def test_queries_in_any_order_and_more_than_once(cpp: None) -> None:
     queries = torch.randint(300, (700,), generator=torch.Generator().manual_seed(4))
     for exclude_self in (True, False):

@@ -101,6 +101,37 @@ public:
         raise_floor();
     }
 
+    // Whether, after settle, the floor has left out none of the k best.
+    bool complete() const {
+        if (floor_ == -__builtin_inff()) return true;
+        for (int64_t i = 0; i < size_; ++i) {
+            if (candidates_[i].lower < floor_) return false;
+        }
+        return size_ == smaller(task_.k, task_.items - task_.exclude_self);
+    }
+
+    // Looks at every item's score.
+    void start_over() {
+        const T* const embeddings = static_cast<const T*>(task_.embeddings);
+        float* const target = scratch_ + capacity_ + kItemTopkPad;
+        const int64_t own = item_of(task_, row_);
+        widen(embeddings + own * task_.dim, task_.dim, target);
+        floor_ = -__builtin_inff();
+        size_ = 0;
+        for (int64_t first = 0; first < task_.items; first += kExactRows) {
+            const int64_t count = smaller(task_.items - first, kExactRows);
+            const T* rows[kExactRows];
+            for (int64_t i = 0; i < kExactRows; ++i) rows[i] = embeddings + (first + (i < count ? i : 0)) * task_.dim;
+            float scores[kExactRows];
+            exact_scores(target, rows, task_.dim, scores);
+            for (int64_t i = 0; i < count; ++i) {
+                const bool allowed = !task_.exclude_self || first + i != own;
+                if (allowed && scores[i] >= floor_) offer(scores[i], 0, first + i);
+            }
+        }
+        settle();
+    }
+
 private:
     // Drops those whose score is below the floor.
     void drop() {
@@ -167,6 +198,15 @@ inline Reach reach_of(const PackedRows& rows, int64_t first, int64_t count) {
     return {range_of((const float*)&norm, kWidth).high, range_of((const float*)&error, kWidth).high};
 }
 
+// How far a score of the query may be off, whatever the item.
+inline float error_of(const PackedRows& queries, int64_t row, Reach items) {
+    return queries.norm[row] * items.error + queries.error[row] * items.norm;
+}
+
+inline const Packed* panel(const PackedRows& rows, int64_t row, int64_t dim) {
+    return static_cast<const Packed*>(rows.panels) + row / kPanelRows * panel_size(dim);
+}
+
 // Products of queries with some items, and what they are to the lists.
 template <class T>
 class Strip {
@@ -195,25 +235,6 @@ public:
         }
     }
 
-    // A start for the empty lists of a panel of queries: there are k items with these scores or better.
-    void raise_floors(int64_t row) {
-        const int64_t k = task_.k + task_.exclude_self, last = smaller(block_.rows.last, row + kPanelRows);
-        const int64_t columns = smaller(columns_, kStart);
-        if (columns < k) return;
-        for (int64_t first = row; first < last; first += kTileRows) {
-            alignas(64) float scores[kTileRows * kStart];
-            for (int64_t j = 0; j < columns; j += kPanelRows) {
-                score_tile(tile_queries(queries(row), first - row), items(j), task_.dim, scores + j, kStart);
-            }
-            for (int64_t i = 0; i < smaller(last - first, kTileRows); ++i) {
-                float* const of_row = scores + i * kStart;
-                pad_scores(of_row, columns);
-                const float floor = kth_lower_bound(of_row, columns, k) - error(first + i);
-                if (floor > block_.lists.floor[first + i]) block_.lists.floor[first + i] = floor;
-            }
-        }
-    }
-
     // The lists are far from the core: what was found goes to them in bulk, so that they can be fetched ahead.
     void hand_over() {
         const Shortlists& lists = block_.lists;
@@ -230,16 +251,9 @@ public:
     }
 
 private:
-    const Packed* panel(const PackedRows& rows, int64_t row) const {
-        return static_cast<const Packed*>(rows.panels) + row / kPanelRows * panel_size(task_.dim);
-    }
-    const Packed* queries(int64_t row) const { return panel(block_.queries, row); }
-    const Packed* items(int64_t j) const { return panel(block_.items, column_ + j); }
-
-    // How far a score of the query may be off, whatever the item.
-    float error(int64_t row) const {
-        return block_.queries.norm[row] * items_.error + block_.queries.error[row] * items_.norm;
-    }
+    const Packed* queries(int64_t row) const { return panel(block_.queries, row, task_.dim); }
+    const Packed* items(int64_t j) const { return panel(block_.items, column_ + j, task_.dim); }
+    float error(int64_t row) const { return error_of(block_.queries, row, items_); }
 
     // Scores from which on a product may be of use: for a query's list, and for an item's, whatever the other side is.
     void find_what_is_enough(int64_t row) {
@@ -294,7 +308,6 @@ private:
         uint32_t row, item;
     };
     static constexpr int64_t kFound = 512, kAhead = 32;
-    static constexpr int64_t kStart = 256;  // items that a list's first floor is of
 
     const ItemTopk& task_;
     const ItemTopkBlock& block_;
@@ -312,12 +325,25 @@ void match_rows(const ItemTopk& task, const ItemTopkBlock& block, float* scratch
     for (int64_t column = block.columns.first; column < block.columns.last; column += Strip<T>::kColumns) {
         Strip<T> strip(task, block, column, scratch);
         for (int64_t row = block.rows.first; row < block.rows.last; row += kPanelRows) {
-            if (block.lists.floor[row] == -__builtin_inff()) strip.raise_floors(row);
-        }
-        for (int64_t row = block.rows.first; row < block.rows.last; row += kPanelRows) {
             strip.match(row, with_itself && row > column ? row : column);
         }
         strip.hand_over();
+    }
+}
+
+void start(const ItemTopk& task, PackedRows queries, RowRange rows, const Sample& sample, const Shortlists& lists) {
+    const Reach reach = reach_of(sample.items, 0, kSampled);
+    for (int64_t row = rows.first; row < rows.last; row += kTileRows) {
+        alignas(64) float scores[kTileRows * kSampled];
+        const Packed* const tile = tile_queries(panel(queries, row, task.dim), row % kPanelRows);
+        for (int64_t j = 0; j < kSampled; j += kPanelRows) {
+            score_tile(tile, panel(sample.items, j, task.dim), task.dim, scores + j, kSampled);
+        }
+        for (int64_t i = 0; i < smaller(rows.last - row, kTileRows); ++i) {
+            const float reached = bisect_kth(scores + i * kSampled, kSampled, sample.rank);
+            const float floor = reached - error_of(queries, row + i, reach);
+            if (floor > lists.floor[row + i]) lists.floor[row + i] = floor;
+        }
     }
 }
 
@@ -352,6 +378,7 @@ void settle_rows(const ItemTopk& task, RowRange rows, const Shortlists& lists, f
         Shortlist<T> list(task, lists, row, scratch);
         list.narrow();
         list.settle();
+        if (!list.complete()) list.start_over();
     }
 }
 
@@ -371,6 +398,6 @@ void settle(const ItemTopk& task, RowRange rows, const Shortlists& lists, float*
 
 }  // namespace
 
-extern const ItemTopkKernels item_topk = {kPanelRows, panel_bytes, pack, match, settle};
+extern const ItemTopkKernels item_topk = {kPanelRows, panel_bytes, pack, start, match, settle};
 
 }  // namespace rellax::RELLAX_LEVEL
