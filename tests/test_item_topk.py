@@ -130,7 +130,7 @@ def test_scores_near_the_ends_of_fp32(cpp: None, scale: float) -> None:
 @pytest.mark.parametrize("exclude_self", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_sample_that_holds_many_of_the_best(cpp: None, dtype: torch.dtype, exclude_self: bool) -> None:
-    """First floors are from 128 items drawn by a Mersenne Twister: here they are too high for the drawn ones."""
+    """First floors are from 128 items, drawn by a Mersenne Twister: too high ones for these."""
     generator = np.random.MT19937()
     generator._legacy_seeding(5489)  # that of std::mt19937
     drawn = torch.from_numpy(np.unique(generator.random_raw(128).astype(np.int64) % 700))
