@@ -29,6 +29,7 @@ constexpr int64_t kKeptStride = kMostKept + kStrip + kSlack;
 constexpr int64_t kGroupQueries = 8 * kPanelRows;  // queries that share the packing of a part of a long history
 constexpr int64_t kCachedBytes = 1 << 19;          // rows that stay in a core's cache while a panel is rescored
 constexpr int64_t kMostAsked = 4096;    // bytes of the next query's history; the processor asks for those that follow
+constexpr int64_t kResultsAhead = 4;    // queries whose results' pages, far apart, are looked up side by side
 constexpr int64_t kUsersAhead = 3;      // look-ups between a query and the one whose user is asked for
 constexpr int64_t kSketchAhead = 16;    // rows of a sketch that are asked for ahead
 constexpr int64_t kShortSketch = 128;   // candidates up to which exact scores of all cost less than a sketch's first
@@ -569,12 +570,16 @@ int64_t user_of(const HistoryTopk& task, int64_t query, int64_t from) {
     return low;
 }
 
-// Asks for what the look-ups of a frequent target's query read and write.
-[[gnu::always_inline]] inline void ask_for(const HistoryTopk& task, int64_t query, int64_t user) {
+// Asks for what the look-ups of a frequent target's query read.
+[[gnu::always_inline]] inline void ask_for_columns(const HistoryTopk& task, int64_t query, int64_t user) {
     const int64_t begin = task.offsets[user], end = task.end == nullptr ? query - begin : task.end[query];
     with_columns(task, [&](auto columns) {
         prefetch_bytes(columns + begin, smaller(end * static_cast<int64_t>(sizeof *columns), kMostAsked));
     });
+}
+
+// And for what they write.
+[[gnu::always_inline]] inline void ask_for_results(const HistoryTopk& task, int64_t query) {
     prefetch_bytes<1>(task.positions + query * task.k, task.k * static_cast<int64_t>(sizeof(int64_t)));
     prefetch_bytes<1>(task.scores + query * task.k, task.k * static_cast<int64_t>(sizeof(float)));
 }
@@ -591,7 +596,11 @@ void run(const HistoryTopk& task, int64_t first, int64_t last, const Scratch& sc
         if (task.user == nullptr && task.order == nullptr) next = smaller(task.offsets[user + 1], last);
         while (next < last && same_user(query(next))) ++next;
         const int64_t next_user = next < last ? user_of(task, query(next), user) : 0;
-        if (task.row != nullptr && next < last) ask_for(task, query(next), next_user);
+        if (task.row != nullptr && next < last) ask_for_columns(task, query(next), next_user);
+        if (task.row != nullptr && first % kResultsAhead == 0) {
+            const int64_t stop = smaller(next + kResultsAhead, last);
+            for (int64_t place = next; place < stop; ++place) ask_for_results(task, query(place));
+        }
         if (task.user_at != nullptr) {
             const auto user_at = [&](int64_t later) {
                 return task.user_at + query(smaller(next + later, last - 1)) / kUserStep;
