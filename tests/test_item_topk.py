@@ -127,17 +127,37 @@ def test_scores_near_the_ends_of_fp32(cpp: None, scale: float) -> None:
     assert_exact(random_table(150, 40) * scale, 7, False)
 
 
-@pytest.mark.parametrize("exclude_self", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_sample_that_holds_many_of_the_best(cpp: None, dtype: torch.dtype, exclude_self: bool) -> None:
-    """First floors are from 128 items, drawn by a Mersenne Twister: too high ones for these."""
+@pytest.fixture
+def drawn() -> Tensor:
+    """Those of 700 items that first floors are from: a Mersenne Twister draws them."""
     generator = np.random.MT19937()
     generator._legacy_seeding(5489)  # that of std::mt19937
-    drawn = torch.from_numpy(np.unique(generator.random_raw(128).astype(np.int64) % 700))
-    embeddings = random_table(700, 37)
-    embeddings[drawn[:25]] = random_table(1, 37, seed=1) + 0.5 * random_table(25, 37, seed=2)
+    return torch.from_numpy(np.unique(generator.random_raw(128).astype(np.int64) % 700))
+
+
+@pytest.mark.parametrize("exclude_self", [True, False])
+@pytest.mark.parametrize("others", ["random", "equal"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_sample_that_holds_many_of_the_best(
+    cpp: None, drawn: Tensor, dtype: torch.dtype, others: str, exclude_self: bool
+) -> None:
+    embeddings = random_table(700, 150) if others == "random" else random_table(1, 150).repeat(700, 1)
+    embeddings[drawn[:25]] = random_table(1, 150, seed=1) + 0.5 * random_table(25, 150, seed=2)
     assert_exact(embeddings.to(dtype), 20, exclude_self)
     assert_exact(embeddings.to(dtype), 20, exclude_self, drawn[:31])
+
+
+def test_a_first_floor_that_is_too_high_by_no_more_than_rounding(cpp: None, drawn: Tensor) -> None:
+    """More candidates than asked for pass it in bf16, but not all of the best are among them."""
+    others = torch.tensor(sorted({*range(700)} - {*drawn.tolist()}))
+    query, apart = random_table(1, 150), random_table(700, 150, seed=1)
+    apart -= (apart @ query.T) * query
+    cosine = torch.zeros(700, 1)
+    cosine[drawn[:35], 0] = torch.linspace(0.951, 0.95, 35)
+    cosine[others[:300], 0] = torch.linspace(0.944, 0.938, 300)
+    embeddings = cosine * query + (1 - cosine**2).sqrt() * torch.nn.functional.normalize(apart, dim=1)
+    embeddings[others[-1]] = query
+    assert_exact(embeddings, 60, True)
 
 
 def test_queries_in_any_order_and_more_than_once(cpp: None) -> None:

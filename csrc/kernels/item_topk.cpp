@@ -67,7 +67,8 @@ public:
           floor_(lists.floor[row]),
           size_(lists.size[row]),
           candidates_(lists.candidates + row * lists.capacity),
-          scratch_(scratch) {}
+          lowers_(scratch),
+          target_(scratch + lists.capacity + kItemTopkPad) {}
 
     void offer(float score, float error, int64_t item) {
         candidates_[size_++] = {score - error, score + error, static_cast<uint32_t>(item)};
@@ -80,9 +81,9 @@ public:
     // Drops what is sure not to be among the k best.
     void narrow() {
         if (size_ <= task_.k) return;
-        for (int64_t i = 0; i < size_; ++i) scratch_[i] = candidates_[i].lower;
-        pad_scores(scratch_, size_);
-        const float floor = bisect_kth(scratch_, size_, task_.k);
+        for (int64_t i = 0; i < size_; ++i) lowers_[i] = candidates_[i].lower;
+        pad_scores(lowers_, size_);
+        const float floor = bisect_kth(lowers_, size_, task_.k);
         if (floor > floor_) floor_ = floor;
         drop();
     }
@@ -107,15 +108,14 @@ public:
         for (int64_t i = 0; i < size_; ++i) {
             if (candidates_[i].lower < floor_) return false;
         }
-        return size_ == smaller(task_.k, task_.items - task_.exclude_self);
+        return size_ == task_.k;
     }
 
     // Looks at every item's score.
     void start_over() {
         const T* const embeddings = static_cast<const T*>(task_.embeddings);
-        float* const target = scratch_ + capacity_ + kItemTopkPad;
         const int64_t own = item_of(task_, row_);
-        widen(embeddings + own * task_.dim, task_.dim, target);
+        widen(embeddings + own * task_.dim, task_.dim, target_);
         floor_ = -__builtin_inff();
         size_ = 0;
         for (int64_t first = 0; first < task_.items; first += kExactRows) {
@@ -123,7 +123,7 @@ public:
             const T* rows[kExactRows];
             for (int64_t i = 0; i < kExactRows; ++i) rows[i] = embeddings + (first + (i < count ? i : 0)) * task_.dim;
             float scores[kExactRows];
-            exact_scores(target, rows, task_.dim, scores);
+            exact_scores(target_, rows, task_.dim, scores);
             for (int64_t i = 0; i < count; ++i) {
                 const bool allowed = !task_.exclude_self || first + i != own;
                 if (allowed && scores[i] >= floor_) offer(scores[i], 0, first + i);
@@ -153,8 +153,7 @@ private:
     // Computes the scores of candidates [first, last).
     void score(int64_t first, int64_t last) {
         const T* const embeddings = static_cast<const T*>(task_.embeddings);
-        float* const target = scratch_;
-        widen(embeddings + item_of(task_, row_) * task_.dim, task_.dim, target);
+        widen(embeddings + item_of(task_, row_) * task_.dim, task_.dim, target_);
         while (first < last) {
             Candidate* unknown[kExactRows];
             const T* rows[kExactRows];
@@ -171,7 +170,7 @@ private:
                 prefetch_bytes(row, task_.dim * static_cast<int64_t>(sizeof(T)));
             }
             float scores[kExactRows];
-            exact_scores(target, rows, task_.dim, scores);
+            exact_scores(target_, rows, task_.dim, scores);
             for (int i = 0; i < count; ++i) unknown[i]->lower = unknown[i]->upper = scores[i];
         }
     }
@@ -181,7 +180,8 @@ private:
     float& floor_;
     int32_t& size_;
     Candidate* const candidates_;
-    float* const scratch_;
+    float* const lowers_;
+    float* const target_;  // the query's row in fp32
 };
 
 // The largest of what `count` > 0 rows have; those that only fill up their panel have nothing.
@@ -293,7 +293,7 @@ private:
                             block_.queries.norm[row] * block_.items.error[column];
         const bool other = !task_.exclude_self || item != item_of(task_, row);
         note(row, score, error, item, other);
-        note(mutual ? item : row, score, error, row, mutual & other);
+        note(mutual ? item : row, score, error, row, mutual);
         if (count_ > kFound - 2) hand_over();
     }
 
@@ -332,6 +332,7 @@ void match_rows(const ItemTopk& task, const ItemTopkBlock& block, float* scratch
 }
 
 void start(const ItemTopk& task, PackedRows queries, RowRange rows, const Sample& sample, const Shortlists& lists) {
+    constexpr int kSteps = 10;  // more than elsewhere: what a floor lets pass costs more than a step
     const Reach reach = reach_of(sample.items, 0, kSampled);
     for (int64_t row = rows.first; row < rows.last; row += kTileRows) {
         alignas(64) float scores[kTileRows * kSampled];
@@ -340,7 +341,7 @@ void start(const ItemTopk& task, PackedRows queries, RowRange rows, const Sample
             score_tile(tile, panel(sample.items, j, task.dim), task.dim, scores + j, kSampled);
         }
         for (int64_t i = 0; i < smaller(rows.last - row, kTileRows); ++i) {
-            const float reached = bisect_kth(scores + i * kSampled, kSampled, sample.rank);
+            const float reached = bisect_kth(scores + i * kSampled, kSampled, sample.rank, -__builtin_inff(), kSteps);
             const float floor = reached - error_of(queries, row + i, reach);
             if (floor > lists.floor[row + i]) lists.floor[row + i] = floor;
         }
