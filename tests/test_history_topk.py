@@ -289,6 +289,19 @@ REGIMES = {  # items, dim, lengths, random queries or None for every behaviour, 
 }
 
 
+def assert_bits(embeddings: Tensor, items: Tensor, offsets: Tensor, k: int, asked: dict[str, Tensor]) -> None:
+    """Some sixty of the queries, or of all behaviours, get the bits of a brute force."""
+    positions, scores = history_topk(embeddings, items, offsets, k, **asked)
+    asked = asked or every_behaviour(items, offsets)
+    for q in range(0, len(positions), max(len(positions) // 60, 1)):
+        target, user, end = (int(asked[name][q]) for name in asked)
+        rows = embeddings[items[offsets[user] : offsets[user] + end]]
+        expected = lane_scores(embeddings[target], rows)
+        best = best_first(expected.numpy(), k)
+        assert positions[q].tolist() == best.tolist()
+        assert scores[q, : min(k, end)].equal(expected[best[: min(k, end)]])
+
+
 @pytest.mark.parametrize("kind", EMBEDDINGS)
 @pytest.mark.parametrize("regime", REGIMES)
 def test_every_regime_gives_the_bits_of_a_brute_force(
@@ -302,16 +315,37 @@ def test_every_regime_gives_the_bits_of_a_brute_force(
         embeddings = EMBEDDINGS[kind](count, dim).to(dtype)
         items, offsets = histories(lengths, count)
         asked = {} if queries is None else random_queries(offsets, count, queries)
-        positions, scores = history_topk(embeddings, items, offsets, k, **asked)
-        asked = asked or every_behaviour(items, offsets)
-        checked = range(0, len(positions), max(len(positions) // 60, 1))
-        for q in checked:
-            target, user, end = (int(asked[name][q]) for name in asked)
-            rows = embeddings[items[offsets[user] : offsets[user] + end]]
-            expected = lane_scores(embeddings[target], rows)
-            best = best_first(expected.numpy(), k)
-            assert positions[q].tolist() == best.tolist()
-            assert scores[q, : min(k, end)].equal(expected[best[: min(k, end)]])
+        assert_bits(embeddings, items, offsets, k, asked)
+
+
+def of_one_user(history: Tensor, target: Tensor, end: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    queries = {"target": target, "user": torch.zeros_like(target), "end": torch.full_like(target, end)}
+    return history, torch.tensor([0, len(history)]), queries
+
+
+def test_products_that_are_off_by_all_that_the_bound_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16 the elements of the best three rows are rounded down, and of five others up, by half a step."""
+    monkeypatch.setenv("RELLAX_BACKEND", "cpp")
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randint(64, (64,), generator=generator)
+    rows = torch.stack([steps[torch.randperm(64, generator=generator)] for _ in range(700)]).float()
+    rows[:3] += 0.49
+    rows[3:8] += 0.51
+    rows[3:8, 0] -= 2
+    rows[8:] -= 2
+    targets = (1 + torch.arange(300) / 128)[:, None].expand(-1, 64)
+    items, offsets, asked = of_one_user(torch.arange(700), torch.arange(700, 1000), 700)
+    assert_bits(torch.cat([1 + rows / 128, targets]), items, offsets, 5, asked)
+
+
+def test_the_best_candidates_in_a_last_strip_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RELLAX_BACKEND", "cpp")
+    embeddings = unit_rows(900, 65).abs()
+    embeddings[:3] *= 10
+    history = torch.cat([3 + torch.arange(1024) % 897, torch.arange(3)])
+    for queries in (6, 300):  # direct, product
+        items, offsets, asked = of_one_user(history, torch.arange(300, 300 + queries), 1027)
+        assert_bits(embeddings, items, offsets, 30, asked)
 
 
 def test_a_sketch_of_huge_rows_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
