@@ -100,7 +100,9 @@ struct ItemTopkSearch::State {
         const int64_t round = 2 * threads, work = kColumns * block_rows * std::max<int64_t>(task.dim, 1) * round;
         return round * std::max<int64_t>(kMatched / work, 1);
     }
-    int64_t turns() const { return divided_up(divided_up(task.queries, block_rows), blocks_of_turn()); }
+    int64_t turns() const { return divided_up(query_blocks(), blocks_of_turn()); }
+
+    int64_t query_blocks() const { return divided_up(task.queries, block_rows); }
 
     RowRange block(int64_t index) const {
         return {std::min(index * block_rows, task.queries), std::min((index + 1) * block_rows, task.queries)};
@@ -126,7 +128,7 @@ struct ItemTopkSearch::State {
         for (int64_t& item : drawn) item = random() % task.items;
         Packing sample = packing(kSampled);
         pack(drawn.data(), {0, kSampled}, sample);
-        parallel_for(divided_up(task.queries, block_rows), threads, [&](int64_t index) {
+        parallel_for(query_blocks(), threads, [&](int64_t index) {
             kernels.start(task, queries.from(0), block(index), {sample.from(0), rank}, lists);
         });
     }
@@ -161,7 +163,7 @@ struct ItemTopkSearch::State {
         const int64_t first = step / turns() * kColumns, first_block = step % turns() * blocks_of_turn();
         const RowRange range{first, std::min(first + kColumns, task.items)}, columns{0, range.last - range.first};
         if (first_block == 0) pack(nullptr, range, items);
-        const int64_t last_block = std::min(first_block + blocks_of_turn(), divided_up(task.queries, block_rows));
+        const int64_t last_block = std::min(first_block + blocks_of_turn(), query_blocks());
         parallel_for(last_block - first_block, threads, [&](int64_t index) {
             match({queries.from(0), block(first_block + index), items.from(0), columns, range.first, false, lists});
         });
