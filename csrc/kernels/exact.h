@@ -50,7 +50,16 @@ inline void keep_in_register([[maybe_unused]] Floats& values) {
 // Sums of kExactRows rows against some targets: lane l of a sum takes the elements l, l + kLanes, ...
 template <int kTargets>
 struct ExactSums {
-    Floats at[kTargets][kExactRows][kVectors] = {};
+    Floats at[kTargets][kExactRows][kVectors];
+
+    // In registers, which `= {}` is not.
+    ExactSums() {
+        for (auto& rows : at) {
+            for (auto& vectors : rows) {
+                for (Floats& sum : vectors) sum = Floats{};
+            }
+        }
+    }
 
     // The next kLanes elements of each, from `d` of the rows on.
     template <class T>
@@ -81,8 +90,10 @@ struct ExactSums {
         }
     }
 
-    void totals(float* out, int64_t stride) {
+    [[gnu::always_inline]] inline void totals(float* out, int64_t stride) {
+#pragma GCC unroll 4
         for (int target = 0; target < kTargets; ++target) {
+#pragma GCC unroll 4
             for (int first = 0; first < kExactRows; first += 4) {
                 Floats lanes[4];
                 for (int row = 0; row < 4; ++row) lanes[row] = half_sums(at[target][first + row]);
@@ -110,15 +121,16 @@ private:
 };
 
 // scores[t * stride + r] = the score of widened target t, which lies padded(dim) after the one before it, with row r.
-template <int kTargets, class T>
-inline void exact_scores(const float* targets, const T* const* rows, int64_t dim, float* scores, int64_t stride) {
+// kWhole: `dim` is a multiple of kLanes. What copies the rest of a row else would send the sums through memory.
+template <int kTargets, bool kWhole, class T>
+void exact_tile(const float* targets, const T* const* rows, int64_t dim, float* scores, int64_t stride) {
     ExactSums<kTargets> sums;
     int64_t d = 0;
     if constexpr (kTargets == 1) {
         for (; d + kBlock <= dim; d += kBlock) sums.add_block(targets + d, rows, d);
     }
     for (; d + kLanes <= dim; d += kLanes) sums.add(targets + d, padded(dim), rows, d);
-    if (d < dim) {
+    if constexpr (!kWhole) {
         T rest[kExactRows][kLanes] = {};
         const T* rests[kExactRows];
         for (int row = 0; row < kExactRows; ++row) {
@@ -128,6 +140,12 @@ inline void exact_scores(const float* targets, const T* const* rows, int64_t dim
         sums.add(targets + d, padded(dim), rests, 0);
     }
     sums.totals(scores, stride);
+}
+
+template <int kTargets, class T>
+inline void exact_scores(const float* targets, const T* const* rows, int64_t dim, float* scores, int64_t stride) {
+    const auto tile = dim % kLanes == 0 ? exact_tile<kTargets, true, T> : exact_tile<kTargets, false, T>;
+    tile(targets, rows, dim, scores, stride);
 }
 
 // The same of one target.

@@ -125,11 +125,12 @@ template <class Use>
 template <class T>
 class UserSearch {
 public:
-    // `finite`: whether all of the task's row is; false where it has none.
-    UserSearch(const HistoryTopk& task, const Scratch& scratch, int64_t user, bool finite)
+    // `finite`: whether all of the task's row is; false where it has none. `sample`: of its scores, or null.
+    UserSearch(const HistoryTopk& task, const Scratch& scratch, int64_t user, bool finite, ScoreSample* sample)
         : task_(task),
           scratch_(scratch),
           finite_(finite),
+          sample_(sample),
           begin_(task.offsets[user]),
           length_(task.offsets[user + 1] - begin_),
           history_(task.items + begin_) {}
@@ -407,9 +408,26 @@ private:
         const int64_t count = smaller(end, to) - from;
         if (count <= 0 || !row.certified || (end <= task_.k && !row.exact)) return;
         pad_scores(scores, count);
+        if (from == 0 && sample_ != nullptr && guess(row, scores, count)) return;
         if (from == 0 && end > task_.k) row.lower = kth_lower_bound(scores, count, task_.k);
         row.kept.append(scores, count, from, row.lower - 2.0f * row.error);
         if (row.kept.size > kMostKept) tighten(row);
+    }
+
+    // Keeps those that about as many reach as are ranked as they are; whether k do.
+    bool guess(Row& row, const float* scores, int64_t count) {
+        const int64_t most = whole_vectors(task_.k + kFewMore);
+        if (count > most) {
+            if (!sample_->complete()) {
+                sample_->add(scores, count);
+                return false;
+            }
+            row.lower = sample_->reached_by((task_.k + most) / 2, count);
+        }
+        row.kept.append(scores, count, 0, row.lower);
+        const bool found = count <= most || row.kept.size >= task_.k;
+        if (!found) row.kept.size = 0;
+        return found;
     }
 
     void tighten(Row& row) {
@@ -548,6 +566,7 @@ private:
     const HistoryTopk& task_;
     const Scratch& scratch_;
     const bool finite_;
+    ScoreSample* const sample_;
     const int64_t begin_, length_;
     const int64_t* const history_;
     int64_t longest_ = 0, later_ = 0;
@@ -588,6 +607,7 @@ template <class T>
 void run(const HistoryTopk& task, int64_t first, int64_t last, const Scratch& scratch) {
     const auto query = [&](int64_t place) { return task.order == nullptr ? place : task.order[place]; };
     const bool finite = task.row != nullptr && all_finite(task.row, task.count);
+    ScoreSample sample;
     for (int64_t user = user_of(task, query(first), 0); first < last;) {
         const auto same_user = [&](int64_t query) {
             return task.user == nullptr ? query < task.offsets[user + 1] : task.user[query] == user;
@@ -608,7 +628,7 @@ void run(const HistoryTopk& task, int64_t first, int64_t last, const Scratch& sc
             __builtin_prefetch(user_at(2 * kUsersAhead));
             __builtin_prefetch(task.offsets + *user_at(kUsersAhead));
         }
-        UserSearch<T>(task, scratch, user, finite).run(first, next, last);
+        UserSearch<T>(task, scratch, user, finite, task.row == nullptr ? nullptr : &sample).run(first, next, last);
         first = next;
         user = next_user;
     }

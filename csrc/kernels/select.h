@@ -189,5 +189,34 @@ inline void rank(const float* scores, int64_t count, int32_t* ranks) {
     }
 }
 
+// Some of the scores of the first rows of many that are alike: what a given part of the next row's will reach.
+class ScoreSample {
+public:
+    bool complete() const { return size_ == kSize; }
+
+    // Takes some of a row's scores, evenly spread, while it is not complete.
+    void add(const float* scores, int64_t count) {
+        const int64_t step = count / kOfRow;
+        if (step == 0) return;
+        for (int64_t i = 0; i < kOfRow; ++i) scores_[size_++] = scores[i * step];
+        if (complete()) sort();
+    }
+
+    // About `part` of `whole` scores are larger.
+    float reached_by(int64_t part, int64_t whole) const { return sorted_[kSize * part / whole]; }
+
+private:
+    static constexpr int64_t kSize = 512, kOfRow = 32;
+
+    void sort() {
+        int32_t ranks[kSize];
+        rank(scores_, kSize, ranks);
+        for (int64_t i = 0; i < kSize; ++i) sorted_[ranks[i]] = scores_[i];
+    }
+
+    int64_t size_ = 0;
+    float scores_[kSize], sorted_[kSize];
+};
+
 }  // namespace
 }  // namespace rellax::RELLAX_LEVEL
