@@ -173,18 +173,41 @@ private:
     }
 };
 
+// Counts where a > b, or with kEqual a >= b.
+template <bool kEqual>
+inline Integers count_where(Integers counts, float a, Floats b) {
+#if defined(__AVX512F__)
+    const __mmask16 mask = _mm512_cmp_ps_mask(_mm512_set1_ps(a), (__m512)b, kEqual ? _CMP_GE_OQ : _CMP_GT_OQ);
+    return (Integers)_mm512_mask_add_epi32((__m512i)counts, mask, (__m512i)counts, _mm512_set1_epi32(1));
+#else
+    return counts - (kEqual ? a >= b : a > b);
+#endif
+}
+
 // ranks[i] = how many of the `count` padded scores are better than the i-th: larger, or equal and of a later place.
 inline void rank(const float* scores, int64_t count, int32_t* ranks) {
+    Integers total = {};
     for (int64_t block = 0; block < count; block += kWidth) {
         const Floats own = load(scores + block);
-        const Integers places = count_up();
         Integers better = {};
-        for (int64_t i = 0; i < block; ++i) better -= scores[i] > own;
-        for (int64_t i = block; i < block + kWidth && i < count; ++i) {
-            const Integers later = static_cast<int32_t>(i - block) > places;
-            better -= (scores[i] > own) | ((scores[i] == own) & later);
+        int64_t i = 0;
+#pragma GCC unroll 4
+        for (; i < smaller(block + kWidth, count); ++i) better = count_where<false>(better, scores[i], own);
+#pragma GCC unroll 4
+        for (; i < count; ++i) better = count_where<true>(better, scores[i], own);
+        __builtin_memcpy(ranks + block, &better, sizeof better);
+        total += better;
+    }
+    // Equal ones within a vector are missing: else ranks are 0, 1, ... and those of the padding `count`.
+    int64_t sum = 0;
+    for (int lane = 0; lane < kWidth; ++lane) sum += total[lane];
+    if (sum == count * (count - 1) / 2 + count * (whole_vectors(count) - count)) return;
+    for (int64_t block = 0; block < count; block += kWidth) {
+        const Floats own = load(scores + block);
+        Integers better = load_places(ranks + block);
+        for (int32_t lane = 1; lane < smaller(kWidth, count - block); ++lane) {
+            better -= (scores[block + lane] == own) & (lane > count_up());
         }
-        for (int64_t i = block + kWidth; i < count; ++i) better -= scores[i] >= own;
         __builtin_memcpy(ranks + block, &better, sizeof better);
     }
 }
