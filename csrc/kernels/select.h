@@ -229,7 +229,7 @@ public:
     float reached_by(int64_t part, int64_t whole) const { return sorted_[kSize * part / whole]; }
 
 private:
-    static constexpr int64_t kSize = 512, kOfRow = 32;
+    static constexpr int64_t kSize = 256, kOfRow = 32;
 
     void sort() {
         int32_t ranks[kSize];
