@@ -338,6 +338,48 @@ def test_products_that_are_off_by_all_that_the_bound_allows(monkeypatch: pytest.
     assert_bits(torch.cat([1 + rows / 128, targets]), items, offsets, 5, asked)
 
 
+def test_a_product_whose_targets_alone_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16 the best three rows lose more than half a percent of their scores, and five others nothing."""
+    monkeypatch.setenv("RELLAX_BACKEND", "cpp")
+    half = torch.arange(64) < 32
+    rows = torch.zeros(700, 64)
+    rows[:3, half] = 1
+    rows[3:8, ~half] = 1
+    rows[3:8, -1] += 1 / 16
+    targets = (1 + 0.49 / 128 * half).expand(300, -1)
+    items, offsets, asked = of_one_user(torch.arange(700), torch.arange(700, 1000), 700)
+    assert_bits(torch.cat([rows, targets]), items, offsets, 5, asked)
+
+
+@pytest.mark.parametrize("rounded", ["rows", "targets"])
+def test_sketches_that_are_off_by_all_that_the_bound_allows(
+    monkeypatch: pytest.MonkeyPatch, rounded: str
+) -> None:
+    """The sketch takes half a step from some of the first of 1,100 rows; the last are exact, and small."""
+    monkeypatch.setenv("RELLAX_BACKEND", "cpp")
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randint(2, (1100, 64), generator=generator).float()
+    best, next_best, targets = embeddings[:3], embeddings[3:8], embeddings[8:28]
+    if rounded == "rows":  # steps of 1, from 127 down
+        steps = torch.randint(64, (63,), generator=generator)
+        for row in embeddings[:8]:
+            row[0], row[1:] = 127, steps[torch.randperm(63, generator=generator)]
+        best[:, 1:] += 0.49
+        next_best[:, 1:] += 0.51
+        next_best[:, 1] -= 10
+        targets[:] = 1
+    else:  # steps of 1, from 32,767 down
+        best[:], next_best[:] = 0, 0
+        best[:, 1:32], next_best[:, 32:63] = 127, 127
+        targets[:] = 1000
+        targets[:, 0], targets[:, 32] = 32767, 1008
+        targets[:, 1:32] += 0.49
+    history = torch.cat([torch.arange(8), torch.arange(28, 720)])
+    offsets = len(history) * torch.arange(21)
+    asked = {"target": 8 + torch.arange(20), "user": torch.arange(20), "end": torch.full((20,), len(history))}
+    assert_bits(embeddings, history.repeat(20), offsets, 5, asked)
+
+
 def test_the_best_candidates_in_a_last_strip_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RELLAX_BACKEND", "cpp")
     embeddings = unit_rows(900, 65).abs()
