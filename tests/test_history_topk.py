@@ -342,10 +342,10 @@ def test_a_product_whose_targets_alone_are_rounded(monkeypatch: pytest.MonkeyPat
     """In bf16 the best three rows lose more than half a percent of their scores, and five others nothing."""
     monkeypatch.setenv("RELLAX_BACKEND", "cpp")
     half = torch.arange(64) < 32
-    rows = torch.zeros(700, 64)
-    rows[:3, half] = 1
-    rows[3:8, ~half] = 1
+    rows = (~half).expand(700, -1).float()
+    rows[:3] = 1 - rows[:3]
     rows[3:8, -1] += 1 / 16
+    rows[8:, -1] -= 1 / 16
     targets = (1 + 0.49 / 128 * half).expand(300, -1)
     items, offsets, asked = of_one_user(torch.arange(700), torch.arange(700, 1000), 700)
     assert_bits(torch.cat([rows, targets]), items, offsets, 5, asked)
@@ -355,7 +355,7 @@ def test_a_product_whose_targets_alone_are_rounded(monkeypatch: pytest.MonkeyPat
 def test_sketches_that_are_off_by_all_that_the_bound_allows(
     monkeypatch: pytest.MonkeyPatch, rounded: str
 ) -> None:
-    """The sketch takes half a step from some of the first of 1,100 rows; the last are exact, and small."""
+    """The sketch, or the target's, takes half a step from the best of 1,100 rows; the last are zeros."""
     monkeypatch.setenv("RELLAX_BACKEND", "cpp")
     generator = torch.Generator().manual_seed(0)
     embeddings = torch.randint(2, (1100, 64), generator=generator).float()
@@ -368,12 +368,15 @@ def test_sketches_that_are_off_by_all_that_the_bound_allows(
         next_best[:, 1:] += 0.51
         next_best[:, 1] -= 10
         targets[:] = 1
-    else:  # steps of 1, from 32,767 down
-        best[:], next_best[:] = 0, 0
-        best[:, 1:32], next_best[:, 32:63] = 127, 127
-        targets[:] = 1000
-        targets[:, 0], targets[:, 32] = 32767, 1008
-        targets[:, 1:32] += 0.49
+    else:  # of 127 / 32,767: 63 lies between two; the next best score 1952.97, and the best 1953
+        embeddings[:720] = 0
+        targets[:, :31], targets[:, 32:48], targets[:, 48:] = 63, 127, 2
+        best[:, :31] = 1
+        others = torch.cat([embeddings[3:8], embeddings[28:720]])
+        others[:, 32:39], others[:, 39], others[:, 48:52] = 127 / 64, 87 / 64, 127 / 64
+        others[:5, 52], others[5:, 52] = 11 / 64, 5 / 64
+        embeddings[3:8], embeddings[28:720] = others[:5], others[5:]
+    embeddings[1024:] = 0
     history = torch.cat([torch.arange(8), torch.arange(28, 720)])
     offsets = len(history) * torch.arange(21)
     asked = {"target": 8 + torch.arange(20), "user": torch.arange(20), "end": torch.full((20,), len(history))}
