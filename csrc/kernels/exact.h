@@ -52,7 +52,7 @@ template <int kTargets>
 struct ExactSums {
     Floats at[kTargets][kExactRows][kVectors];
 
-    // In registers, which `= {}` is not.
+    // One by one: `= {}` clears memory, from which GCC loads them.
     ExactSums() {
         for (auto& rows : at) {
             for (auto& vectors : rows) {
@@ -121,7 +121,7 @@ private:
 };
 
 // scores[t * stride + r] = the score of widened target t, which lies padded(dim) after the one before it, with row r.
-// kWhole: `dim` is a multiple of kLanes. What copies the rest of a row else would send the sums through memory.
+// kWhole: `dim` is a multiple of kLanes. Code that copies the rest of a row makes GCC keep all sums in memory.
 template <int kTargets, bool kWhole, class T>
 void exact_tile(const float* targets, const T* const* rows, int64_t dim, float* scores, int64_t stride) {
     ExactSums<kTargets> sums;

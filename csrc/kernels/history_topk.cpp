@@ -414,7 +414,7 @@ private:
         if (row.kept.size > kMostKept) tighten(row);
     }
 
-    // Keeps those that about as many reach as are ranked as they are; whether k do.
+    // Keeps those from a score on that, going by the sample, some more than k reach; false where fewer than k do.
     bool guess(Row& row, const float* scores, int64_t count) {
         const int64_t most = whole_vectors(task_.k + kFewMore);
         if (count > most) {
