@@ -125,8 +125,8 @@ template <class Use>
 template <class T>
 class UserSearch {
 public:
-    // `finite`: whether all of the task's row is; false where it has none. `sample`: of its scores, or null.
-    UserSearch(const HistoryTopk& task, const Scratch& scratch, int64_t user, bool finite, ScoreSample* sample)
+    // `finite`: whether all of the task's row is; false where it has none. `sample`: of its scores.
+    UserSearch(const HistoryTopk& task, const Scratch& scratch, int64_t user, bool finite, ScoreSample& sample)
         : task_(task),
           scratch_(scratch),
           finite_(finite),
@@ -408,7 +408,7 @@ private:
         const int64_t count = smaller(end, to) - from;
         if (count <= 0 || !row.certified || (end <= task_.k && !row.exact)) return;
         pad_scores(scores, count);
-        if (from == 0 && sample_ != nullptr && guess(row, scores, count)) return;
+        if (from == 0 && task_.row != nullptr && guess(row, scores, count)) return;
         if (from == 0 && end > task_.k) row.lower = kth_lower_bound(scores, count, task_.k);
         row.kept.append(scores, count, from, row.lower - 2.0f * row.error);
         if (row.kept.size > kMostKept) tighten(row);
@@ -418,11 +418,11 @@ private:
     bool guess(Row& row, const float* scores, int64_t count) {
         const int64_t most = whole_vectors(task_.k + kFewMore);
         if (count > most) {
-            if (!sample_->complete()) {
-                sample_->add(scores, count);
+            if (!sample_.complete()) {
+                sample_.add(scores, count);
                 return false;
             }
-            row.lower = sample_->reached_by((task_.k + most) / 2, count);
+            row.lower = sample_.reached_by((task_.k + most) / 2, count);
         }
         row.kept.append(scores, count, 0, row.lower);
         const bool found = count <= most || row.kept.size >= task_.k;
@@ -566,7 +566,7 @@ private:
     const HistoryTopk& task_;
     const Scratch& scratch_;
     const bool finite_;
-    ScoreSample* const sample_;
+    ScoreSample& sample_;
     const int64_t begin_, length_;
     const int64_t* const history_;
     int64_t longest_ = 0, later_ = 0;
@@ -628,7 +628,7 @@ void run(const HistoryTopk& task, int64_t first, int64_t last, const Scratch& sc
             __builtin_prefetch(user_at(2 * kUsersAhead));
             __builtin_prefetch(task.offsets + *user_at(kUsersAhead));
         }
-        UserSearch<T>(task, scratch, user, finite, task.row == nullptr ? nullptr : &sample).run(first, next, last);
+        UserSearch<T>(task, scratch, user, finite, sample).run(first, next, last);
         first = next;
         user = next_user;
     }
