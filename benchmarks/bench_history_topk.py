@@ -91,11 +91,13 @@ def cold() -> Workload:
 
 CASES: dict[str, tuple[Callable[[], Workload], Callable[[Workload], Callable[..., Tensor]], int | None]] = {
     "every-published_loop": (every, lambda _: peers.published_loop, 2_000),
+    "every-torch_loop": (every, lambda _: peers.torch_loop, 2_000),
     "every-per_user_torch": (every, lambda _: peers.per_user_torch, None),
     "part-per_user_torch": (part, lambda _: peers.per_user_torch, None),
-    "small-neighbour_lists": (small, lambda work: peers.NeighbourLists(work.embeddings, list), 1_000),
-    "small-neighbour_lists_set": (small, lambda work: peers.NeighbourLists(work.embeddings, set), 2_000),
+    "small-published_walk": (small, lambda work: peers.NeighbourWalk(*work[:2], published=True), 1_000),
+    "small-integer_walk": (small, lambda work: peers.NeighbourWalk(*work[:2], published=False), 2_000),
     "cold-published_loop": (cold, lambda _: peers.published_loop, 500),
+    "cold-torch_loop": (cold, lambda _: peers.torch_loop, 500),
     "cold-gather_faiss_knn": (cold, lambda _: peers.gather_faiss_knn, 300),
     "cold-faiss_selector": (cold, lambda work: peers.faiss_selector(work.embeddings), 300),
 }
@@ -104,7 +106,7 @@ CASES: dict[str, tuple[Callable[[], Workload], Callable[[Workload], Callable[...
 
 @pytest.mark.parametrize("case", CASES)
 def test_history_topk(benchmark: Any, case: str) -> None:
-    if DEVICE.type == "cuda" and ("faiss" in case or "lists" in case):
+    if DEVICE.type == "cuda" and any(part in case for part in ("faiss", "walk", "published")):
         pytest.skip("the peer runs on a CPU")
     if "faiss" in case:
         pytest.importorskip("faiss")

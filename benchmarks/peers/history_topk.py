@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def published_loop(embeddings: Tensor, items: Tensor, offsets: Tensor, k: int, *queries: Tensor) -> Tensor:
-    """As published for the large data sets: sample by sample, gather the history's rows, multiply, topk."""
+    """ReLLa's way for the large data sets, sample by sample in NumPy: the history's rows times the target's,
+    sums of the products, all of them sorted. What it reads and writes, data frames and files, is left out.
+    """
+    rows, behaviours = embeddings.numpy(), items.numpy()
+    found = []
+    for target, history in _samples(behaviours, offsets, queries):
+        scores = np.sum(rows[history] * rows[target], axis=-1)
+        found.append(torch.from_numpy(np.argsort(-scores)[:k]))
+    return _padded(found, k)
+
+
+def torch_loop(embeddings: Tensor, items: Tensor, offsets: Tensor, k: int, *queries: Tensor) -> Tensor:
+    """The same in torch: gather the history's rows, multiply, topk."""
     found = []
     for target, history in _samples(items, offsets, queries):
         scores = embeddings[history] @ embeddings[target]
@@ -30,29 +44,32 @@ def per_user_torch(embeddings: Tensor, items: Tensor, offsets: Tensor, k: int, *
     return torch.cat(found)
 
 
-class NeighbourLists:
-    """As published for the small data sets: along the target's list of all items by falling similarity, until
-    k of them turn up in the history. The lists are made beforehand and cost nothing here.
+class NeighbourWalk:
+    """ReLLa's way for the small data sets: along the target's row of all items by falling similarity, until k
+    of them turn up in a dictionary of the history. The rows are made beforehand and cost nothing here.
 
     Args:
-        container: what an item is looked up in: `list`, as a sample carries its history, or `set`.
+        published: rows are NumPy's, the dictionary's keys are items as text, as histories hold them already;
+            else both are Python's integers.
     """
 
-    def __init__(self, embeddings: Tensor, container: type[list[int]] | type[set[int]]) -> None:
-        self.lists = (embeddings @ embeddings.T).argsort(dim=1, descending=True).tolist()
-        self.container = container
+    def __init__(self, embeddings: Tensor, items: Tensor, *, published: bool) -> None:
+        rows = (embeddings @ embeddings.T).argsort(dim=1, descending=True)
+        self.published = published
+        self.rows: Any = rows.numpy() if published else rows.tolist()
+        self.behaviours: Any = [str(item) for item in items.tolist()] if published else items.tolist()
 
     def __call__(
         self, embeddings: Tensor, items: Tensor, offsets: Tensor, k: int, *queries: Tensor
     ) -> Tensor:
         found = []
-        for target, history in _samples(items, offsets, queries):
-            behaviours = history.tolist()
-            known = self.container(behaviours)
+        for target, history in _samples(self.behaviours, offsets, queries):
+            position_of = {item: position for position, item in enumerate(history)}
+            row = self.rows[target]
             nearest: list[int] = []
-            for item in self.lists[target]:
-                if item in known:
-                    nearest.append(behaviours.index(item))
+            for item in map(str, row) if self.published else row:
+                if item in position_of:
+                    nearest.append(position_of[item])
                     if len(nearest) == k:
                         break
             found.append(torch.tensor(nearest, dtype=torch.long))
@@ -89,10 +106,11 @@ def faiss_selector(embeddings: Tensor) -> Callable[..., Tensor]:
     return search
 
 
-def _samples(items: Tensor, offsets: Tensor, queries: tuple[Tensor, ...]) -> Iterator[tuple[int, Tensor]]:
+def _samples(behaviours: Any, offsets: Tensor, queries: tuple[Tensor, ...]) -> Iterator[tuple[int, Any]]:
+    """Each sample's target, and its part of all users' behaviours."""
     starts = offsets.tolist()
     for target, user, end in zip(*(query.tolist() for query in queries), strict=True):
-        yield target, items[starts[user] : starts[user] + end]
+        yield target, behaviours[starts[user] : starts[user] + end]
 
 
 def _padded(found: list[Tensor], k: int) -> Tensor:
