@@ -72,10 +72,10 @@ class PublishedModel(nn.Module):
             layer.instance_embed = instance_embed
         soft = torch.isin(input_ids, self.placeholder_ids)
         embeds = self.model.get_input_embeddings()(input_ids.masked_fill(soft, 0))
+        rows = self.projector(self.item_embeddings[item_ids]).to(embeds.dtype)  # those of the padding unused
         for b in range(len(embeds)):
             placeholders = soft[b].nonzero().squeeze(1)
-            items = item_ids[b, : len(placeholders)]
-            embeds[b, placeholders] = self.projector(self.item_embeddings[items]).to(embeds.dtype)
+            embeds[b, placeholders] = rows[b, : len(placeholders)]
         return embeds
 
 
