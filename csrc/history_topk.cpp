@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "dispatch.h"
@@ -28,6 +29,7 @@ constexpr int64_t kFewestRows = 16;                 // fewer at once would read 
 constexpr int64_t kRowCost = 2;
 constexpr int64_t kRowQueries = 2048;               // in a piece of a target's
 constexpr int64_t kOrdered = int64_t{1} << 23;      // queries of frequent targets that are sorted by target at once
+constexpr int64_t kMostCounts = int64_t{1} << 20;   // of what several threads count side by side
 constexpr int64_t kSketchBytes = int64_t{1} << 27;
 constexpr int64_t kSketchCost = 6;
 constexpr int64_t kAligned = 32;  // queries a piece of a user's has a multiple of: the panels of every level
@@ -65,12 +67,18 @@ Order order_of(const HistoryTopk& task) {
     return order;
 }
 
-// Calls run(query, user, end) for the query at each of the first `places`.
+int64_t query_at(const HistoryTopk& task, int64_t place) { return task.order == nullptr ? place : task.order[place]; }
+
+// Calls run(query, user, end) for the queries at places [first, last), which rise where there is no `user`.
 template <class Run>
-void for_each_query(const HistoryTopk& task, int64_t places, Run run) {
+void for_each_query(const HistoryTopk& task, int64_t first, int64_t last, Run run) {
     int64_t user = 0;
-    for (int64_t place = 0; place < places; ++place) {
-        const int64_t query = task.order == nullptr ? place : task.order[place];
+    if (task.user == nullptr && first < last) {
+        const int64_t* const offsets = task.offsets;
+        user = std::upper_bound(offsets, offsets + task.users, query_at(task, first)) - offsets - 1;
+    }
+    for (int64_t place = first; place < last; ++place) {
+        const int64_t query = query_at(task, place);
         if (task.user != nullptr) {
             run(query, task.user[query], task.end[query]);
         } else {
@@ -94,7 +102,7 @@ Plan plan_of(const HistoryTopk& task, int64_t places) {
         if (of_user < kFewHistoryQueries) plan.few_candidates += of_user_candidates;
         of_user = of_user_candidates = 0;
     };
-    for_each_query(task, places, [&](int64_t, int64_t user, int64_t end) {
+    for_each_query(task, 0, places, [&](int64_t, int64_t user, int64_t end) {
         if (user != last_user) {
             close_user();
             if (piece.work >= kLeastWork) close_piece();
@@ -143,6 +151,11 @@ int64_t rows_at_once(const HistoryTopk& task) {
     return kRowBytes / (task.count * static_cast<int64_t>(sizeof(float)));
 }
 
+// In how many parts to go through the queries, of which each keeps so many counts.
+int64_t parts_of(int64_t counts, int threads) {
+    return std::clamp<int64_t>(kMostCounts / counts, 1, std::max(threads, 1));
+}
+
 // Targets that are compared with so many candidates that their scores with all items cost less.
 struct Frequent {
     std::vector<int64_t> targets;
@@ -151,19 +164,30 @@ struct Frequent {
 };
 
 // Making a score costs what kRowCost candidates cost more without it.
-Frequent frequent_targets(const HistoryTopk& task, int64_t longest) {
+Frequent frequent_targets(const HistoryTopk& task, int64_t longest, int threads) {
     const int64_t least = kRowCost * task.count;
     const bool possible = task.k <= kLargestHistoryK && rows_at_once(task) >= kFewestRows;
     if (!possible || task.queries * longest < least) return {};
     struct Use {
         int64_t candidates, queries;
     };
-    std::vector<Use> uses(task.count);
-    for_each_query(task, task.queries, [&](int64_t query, int64_t, int64_t end) {
-        Use& use = uses[target_of(task, query)];
-        use.candidates += end;
-        ++use.queries;
+    const int64_t parts = parts_of(2 * task.count, threads);
+    std::vector<Use> uses(parts * task.count);
+    parallel_for(parts, threads, [&](int64_t part) {
+        const int64_t first = task.queries * part / parts, last = task.queries * (part + 1) / parts;
+        for_each_query(task, first, last, [&](int64_t query, int64_t, int64_t end) {
+            Use& use = uses[part * task.count + target_of(task, query)];
+            use.candidates += end;
+            ++use.queries;
+        });
     });
+    for (int64_t part = 1; part < parts; ++part) {
+        for (int64_t item = 0; item < task.count; ++item) {
+            uses[item].candidates += uses[part * task.count + item].candidates;
+            uses[item].queries += uses[part * task.count + item].queries;
+        }
+    }
+    uses.resize(task.count);
     const auto enough = [&](const Use& use) { return use.candidates >= least; };
     const auto others = static_cast<uint32_t>(std::count_if(uses.begin(), uses.end(), enough));
     Frequent found{{}, std::vector<uint32_t>(task.count, others), {0}};
@@ -178,15 +202,29 @@ Frequent frequent_targets(const HistoryTopk& task, int64_t longest) {
 }
 
 // The queries of some groups of targets, one after the other.
-Order order_of_groups(const HistoryTopk& task, const Frequent& frequent, int64_t first, int64_t last) {
-    std::vector<int64_t> next(frequent.starts.begin() + first, frequent.starts.begin() + last);
-    const int64_t before = frequent.starts[first];
-    Order order(frequent.starts[last] - before);
-    for (int64_t place = 0; place < task.queries; ++place) {
-        const uint32_t query = task.order == nullptr ? static_cast<uint32_t>(place) : task.order[place];
-        const int64_t group = frequent.group[target_of(task, query)];
-        if (first <= group && group < last) order[next[group - first]++ - before] = query;
+Order order_of_groups(const HistoryTopk& task, const Frequent& frequent, int64_t first, int64_t last, int threads) {
+    const int64_t groups = last - first, parts = parts_of(groups, threads);
+    std::vector<int64_t> next(parts * groups);  // where each part's next query of each group goes
+    const auto for_each_of = [&](int64_t part, auto use) {
+        const int64_t end = task.queries * (part + 1) / parts;
+        for (int64_t place = task.queries * part / parts; place < end; ++place) {
+            const int64_t query = query_at(task, place), group = frequent.group[target_of(task, query)];
+            if (first <= group && group < last) use(query, next[part * groups + group - first]);
+        }
+    };
+    if (parts > 1) {
+        parallel_for(parts, threads, [&](int64_t part) { for_each_of(part, [](int64_t, int64_t& count) { ++count; }); });
     }
+    for (int64_t group = 0; group < groups; ++group) {
+        int64_t place = frequent.starts[first + group] - frequent.starts[first];
+        for (int64_t part = 0; part < parts; ++part) {
+            place += std::exchange(next[part * groups + group], place);
+        }
+    }
+    Order order(frequent.starts[last] - frequent.starts[first]);
+    parallel_for(parts, threads, [&](int64_t part) {
+        for_each_of(part, [&](int64_t query, int64_t& place) { order[place++] = static_cast<uint32_t>(query); });
+    });
     return order;
 }
 
@@ -266,7 +304,7 @@ void search_frequent(HistoryTopk task, const Frequent& frequent, int threads) {
     const std::vector<int64_t>& starts = frequent.starts;
     for (int64_t first = 0, last = 0; first < all; first = last) {
         while (last < all && (last == first || starts[last + 1] - starts[first] <= kOrdered)) ++last;
-        const Order order = order_of_groups(task, frequent, first, last);
+        const Order order = order_of_groups(task, frequent, first, last, threads);
         HistoryTopk part = task;
         part.order = order.data();
         for (int64_t row = first; row < last; row += at_once) {
@@ -311,12 +349,12 @@ void history_topk(HistoryTopk task, int threads) {
     task.block = kHistoryBlock;
     int64_t places = task.queries;
     const int64_t longest = longest_history(task);
-    const Frequent frequent = frequent_targets(task, longest);
+    const Frequent frequent = frequent_targets(task, longest, threads);
     if (!frequent.targets.empty()) {
         advise_results(task);
         search_frequent(task, frequent, threads);
         const auto others = static_cast<int64_t>(frequent.targets.size());
-        order = order_of_groups(task, frequent, others, others + 1);
+        order = order_of_groups(task, frequent, others, others + 1, threads);
         task.order = order.data();
         places = static_cast<int64_t>(order.size());
     }

@@ -194,16 +194,21 @@ def test_strided_and_int32_input_is_read_as_it_is(backend: str) -> None:
     assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
 
 
-def test_the_number_of_threads_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("every", [True, False], ids=["every behaviour", "random queries"])
+@pytest.mark.parametrize("count", [900, 60], ids=["rare targets", "frequent targets"])
+def test_the_number_of_threads_changes_no_bit(
+    monkeypatch: pytest.MonkeyPatch, count: int, every: bool
+) -> None:
     monkeypatch.setenv("RELLAX_BACKEND", "cpp")
-    embeddings = torch.randn(900, 200, generator=torch.Generator().manual_seed(7))
-    items, offsets = histories([300, 5, 801, 0, 400], 900)
+    embeddings = torch.randn(count, 200, generator=torch.Generator().manual_seed(7))
+    items, offsets = histories([300, 5, 801, 0, 400], count)
+    queries = {} if every else random_queries(offsets, count, 1_000)
     threads = torch.get_num_threads()
     results = []
     try:
-        for count in (1, 3, 8):
-            torch.set_num_threads(count)
-            results.append(history_topk(embeddings, items, offsets, 30))
+        for number in (1, 3, 8):
+            torch.set_num_threads(number)
+            results.append(history_topk(embeddings, items, offsets, 30, **queries))
     finally:
         torch.set_num_threads(threads)
     for positions, scores in results[1:]:
