@@ -73,10 +73,6 @@ int64_t query_at(const HistoryTopk& task, int64_t place) { return task.order == 
 template <class Run>
 void for_each_query(const HistoryTopk& task, int64_t first, int64_t last, Run run) {
     int64_t user = 0;
-    if (task.user == nullptr && first < last) {
-        const int64_t* const offsets = task.offsets;
-        user = std::upper_bound(offsets, offsets + task.users, query_at(task, first)) - offsets - 1;
-    }
     for (int64_t place = first; place < last; ++place) {
         const int64_t query = query_at(task, place);
         if (task.user != nullptr) {

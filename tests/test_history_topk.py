@@ -206,7 +206,7 @@ def test_the_number_of_threads_changes_no_bit(
     threads = torch.get_num_threads()
     results = []
     try:
-        for number in (1, 3, 8):
+        for number in (1, 2, 3, 8):
             torch.set_num_threads(number)
             results.append(history_topk(embeddings, items, offsets, 30, **queries))
     finally:
