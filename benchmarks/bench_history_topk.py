@@ -106,7 +106,7 @@ CASES: dict[str, tuple[Callable[[], Workload], Callable[[Workload], Callable[...
 
 @pytest.mark.parametrize("case", CASES)
 def test_history_topk(benchmark: Any, case: str) -> None:
-    if DEVICE.type == "cuda" and any(part in case for part in ("faiss", "walk", "published")):
+    if DEVICE.type == "cuda" and any(name in case for name in ("faiss", "walk", "published")):
         pytest.skip("the peer runs on a CPU")
     if "faiss" in case:
         pytest.importorskip("faiss")

@@ -46,10 +46,6 @@ struct Plan {
     int64_t few_candidates;  // of the queries whose users have fewer than kFewHistoryQueries
 };
 
-int64_t target_of(const HistoryTopk& task, int64_t query) {
-    return (task.target == nullptr ? task.items : task.target)[query];
-}
-
 bool in_order(const HistoryTopk& task, int64_t a, int64_t b) {
     return std::tie(task.user[a], task.end[a]) <= std::tie(task.user[b], task.end[b]);
 }
@@ -66,8 +62,6 @@ Order order_of(const HistoryTopk& task) {
     });
     return order;
 }
-
-int64_t query_at(const HistoryTopk& task, int64_t place) { return task.order == nullptr ? place : task.order[place]; }
 
 // Calls run(query, user, end) for the queries at places [first, last), which rise where there is no `user`.
 template <class Run>
@@ -152,6 +146,14 @@ int64_t parts_of(int64_t counts, int threads) {
     return std::clamp<int64_t>(kMostCounts / counts, 1, std::max(threads, 1));
 }
 
+// Calls run(part, first, last) for the places of each part, side by side.
+template <class Run>
+void for_each_part(const HistoryTopk& task, int64_t parts, int threads, Run run) {
+    parallel_for(parts, threads, [&](int64_t part) {
+        run(part, task.queries * part / parts, task.queries * (part + 1) / parts);
+    });
+}
+
 // Targets that are compared with so many candidates that their scores with all items cost less.
 struct Frequent {
     std::vector<int64_t> targets;
@@ -169,8 +171,7 @@ Frequent frequent_targets(const HistoryTopk& task, int64_t longest, int threads)
     };
     const int64_t parts = parts_of(2 * task.count, threads);
     std::vector<Use> uses(parts * task.count);
-    parallel_for(parts, threads, [&](int64_t part) {
-        const int64_t first = task.queries * part / parts, last = task.queries * (part + 1) / parts;
+    for_each_part(task, parts, threads, [&](int64_t part, int64_t first, int64_t last) {
         for_each_query(task, first, last, [&](int64_t query, int64_t, int64_t end) {
             Use& use = uses[part * task.count + target_of(task, query)];
             use.candidates += end;
@@ -201,16 +202,15 @@ Frequent frequent_targets(const HistoryTopk& task, int64_t longest, int threads)
 Order order_of_groups(const HistoryTopk& task, const Frequent& frequent, int64_t first, int64_t last, int threads) {
     const int64_t groups = last - first, parts = parts_of(groups, threads);
     std::vector<int64_t> next(parts * groups);  // where each part's next query of each group goes
-    const auto for_each_of = [&](int64_t part, auto use) {
-        const int64_t end = task.queries * (part + 1) / parts;
-        for (int64_t place = task.queries * part / parts; place < end; ++place) {
-            const int64_t query = query_at(task, place), group = frequent.group[target_of(task, query)];
-            if (first <= group && group < last) use(query, next[part * groups + group - first]);
-        }
+    const auto for_each_of_these = [&](auto use) {
+        for_each_part(task, parts, threads, [&](int64_t part, int64_t begin, int64_t end) {
+            for (int64_t place = begin; place < end; ++place) {
+                const int64_t query = query_at(task, place), group = frequent.group[target_of(task, query)];
+                if (first <= group && group < last) use(query, next[part * groups + group - first]);
+            }
+        });
     };
-    if (parts > 1) {
-        parallel_for(parts, threads, [&](int64_t part) { for_each_of(part, [](int64_t, int64_t& count) { ++count; }); });
-    }
+    if (parts > 1) for_each_of_these([](int64_t, int64_t& count) { ++count; });
     for (int64_t group = 0; group < groups; ++group) {
         int64_t place = frequent.starts[first + group] - frequent.starts[first];
         for (int64_t part = 0; part < parts; ++part) {
@@ -218,9 +218,7 @@ Order order_of_groups(const HistoryTopk& task, const Frequent& frequent, int64_t
         }
     }
     Order order(frequent.starts[last] - frequent.starts[first]);
-    parallel_for(parts, threads, [&](int64_t part) {
-        for_each_of(part, [&](int64_t query, int64_t& place) { order[place++] = static_cast<uint32_t>(query); });
-    });
+    for_each_of_these([&](int64_t query, int64_t& place) { order[place++] = static_cast<uint32_t>(query); });
     return order;
 }
 

@@ -35,6 +35,14 @@ struct HistoryTopk {
     float sketch_norm = 0.0f, sketch_residual = 0.0f;  // bounds of its rows
 };
 
+static constexpr int64_t query_at(const HistoryTopk& task, int64_t place) {
+    return task.order == nullptr ? place : task.order[place];
+}
+
+static constexpr int64_t target_of(const HistoryTopk& task, int64_t query) {
+    return (task.target == nullptr ? task.items : task.target)[query];
+}
+
 // At least the norm of each of some rows and of what rounding took from it.
 struct HistorySketchBound {
     float norm, residual;

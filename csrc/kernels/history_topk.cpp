@@ -151,11 +151,11 @@ public:
     }
 
 private:
-    int64_t query(int64_t place) const { return task_.order == nullptr ? place : task_.order[place]; }
+    int64_t query(int64_t place) const { return query_at(task_, place); }
 
     int64_t end(int64_t place) const { return task_.end == nullptr ? query(place) - begin_ : task_.end[query(place)]; }
 
-    int64_t target(int64_t place) const { return (task_.target == nullptr ? task_.items : task_.target)[query(place)]; }
+    int64_t target(int64_t place) const { return target_of(task_, query(place)); }
 
     const T* embedding(int64_t item) const { return static_cast<const T*>(task_.embeddings) + item * task_.dim; }
 
@@ -605,7 +605,7 @@ int64_t user_of(const HistoryTopk& task, int64_t query, int64_t from) {
 
 template <class T>
 void run(const HistoryTopk& task, int64_t first, int64_t last, const Scratch& scratch) {
-    const auto query = [&](int64_t place) { return task.order == nullptr ? place : task.order[place]; };
+    const auto query = [&](int64_t place) { return query_at(task, place); };
     const bool finite = task.row != nullptr && all_finite(task.row, task.count);
     ScoreSample sample;
     for (int64_t user = user_of(task, query(first), 0); first < last;) {
